@@ -1,0 +1,47 @@
+"Who may import whom: the table of CONTRIBUTING.md, held against the imports in the code."
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(p for p in (ROOT/"synthpi").glob("*.py") if p.stem[0] != "_")
+LEAVES = "phantoms data generators views models losses trainer evaluate explain figures"
+ALLOWED = {"core": set(), **{name: {"core"} for name in LEAVES.split()},
+    "translation": {"core", "generators", "trainer"}, "pairs": {"core", "generators", "data"}, "report": {"core", "figures"}}
+ALLOWED["study"] = set(ALLOWED)
+ALLOWED["cli"] = set(ALLOWED)
+
+def rooms(source):
+    "The modules of synthpi that `source` imports, at its top or inside a function"
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["synthpi"*(node.level > 0), node.module]))
+            names = [f"{base}.{a.name}" for a in node.names]
+        else: continue
+        found |= {name.split(".")[1] for name in names if name.startswith("synthpi.")}
+    return found
+
+@pytest.mark.parametrize("line", ["from synthpi.data import x", "from .data import x, y", "from . import data", "from synthpi import data", "import synthpi.data",
+                                  "def f():\n  from synthpi.data import x"])
+def test_every_spelling_of_an_import_is_seen(line): assert rooms(line) == {"data"}
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_imports_stay_in_their_rooms(module):
+    assert module.stem in ALLOWED, f"{module.name} is new: give it a line in ALLOWED and in CONTRIBUTING.md"
+    extra = rooms(module.read_text(encoding="utf-8")) - ALLOWED[module.stem]
+    assert not extra, f"synthpi.{module.stem} imports {sorted(extra)}; it may import {sorted(ALLOWED[module.stem])}"
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_modules_stay_small(module):
+    assert 30 <= len(module.read_text(encoding="utf-8").splitlines()) <= 330, "split it along a noun"
+
+def test_importing_the_package_imports_no_third_party():
+    code = "import sys, synthpi; print(*{m.split('.')[0] for m in sys.modules} - set(sys.stdlib_module_names) - {'synthpi', '__main__'})"
+    before = "import sys; print(*{m.split('.')[0] for m in sys.modules} - set(sys.stdlib_module_names) - {'__main__'})"
+    loaded = [set(subprocess.run([sys.executable, "-c", c], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()) for c in (code, before)]
+    assert loaded[0] == loaded[1]  # start-up files of an editable install count on both sides
