@@ -18,6 +18,7 @@ def _from_root(link):
 def render():
     "The text of README.md, and the pictures of the notebook's outputs: `{path: bytes}`, paths relative to the repository"
     nb = nbformat.read(ROOT/"nbs/index.ipynb", as_version=4)
+    nb.metadata.language_info = {"name": "python"}  # nbdev-clean removes it; the exporter writes it on the code's fences
     nb.cells = [c for c in nb.cells if not re.match(r"#\|\s*hide\b", c.source)]
     alt = [m[1] for c in nb.cells for m in re.finditer(r"^#\| fig-alt: (.*)$", c.source, re.M)]
     for c in nb.cells:
@@ -26,7 +27,7 @@ def render():
     names = Config({"ExtractOutputPreprocessor": {"output_filename_template": "{unique_key}_{cell_index}_{index}{extension}"}})
     text, resources = MarkdownExporter(config=names).from_notebook_node(nb, {"unique_key": "index", "output_files_dir": "nbs/images"})
     for words in alt: text = text.replace("![png](", f"![{words}](", 1)
-    return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", {Path(p): data for p, data in resources.get("outputs", {}).items()}
+    return NOTE + re.sub(r"\n\s*\n", "\n\n", text).strip() + "\n", {Path(p): data for p, data in resources.get("outputs", {}).items()}
 
 if __name__ == "__main__":
     text, images = render()
