@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from .core import seed_for, to_rgb
 
-# %% ../nbs/02_data.ipynb #828b0090
+# %% ../nbs/02_data.ipynb #653b0f9f
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"} # Names that are read as a split, in any case
 GROUPS = ("group", "patient_id", "patient", "case_id", "slide_id", "look_alike_group") # Columns that are read as the group, the first one found
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"} # Files that are read as images, in any case
@@ -59,9 +59,9 @@ def _find_images(folder):
 def _existing_folder(path, expected):
     "`path` as a `Path`, or an error that says what was expected there."
     path = Path(path).expanduser()
-    if not path.exists(): raise FileNotFoundError(f"there is no {path}; expected {expected}: check the spelling, and where relative paths start.")
-    if not path.is_dir(): raise ValueError(f"{path} is a file; expected {expected}.")
-    return path
+    if path.is_dir(): return path
+    if path.exists(): raise ValueError(f"{path} is a file; expected {expected}.")
+    raise FileNotFoundError(f"there is no {path}; expected {expected}: check the spelling, and where relative paths start.")
 
 # %% ../nbs/02_data.ipynb #a8a4c77b
 def _each(f, items, desc):
@@ -70,31 +70,29 @@ def _each(f, items, desc):
     try: return list(tqdm(pool.map(f, items), total=len(items), desc=desc, delay=2, leave=False))
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/02_data.ipynb #f0b2e7c8
+# %% ../nbs/02_data.ipynb #b7bba1e2
 def _as_splits(names, where):
     "Split names in our spelling: `validation` and `valid` are `val`."
-    unknown = sorted({n for n in names if n.lower() not in SPLITS})
-    if unknown:
+    if unknown := sorted({n for n in names if n.lower() not in SPLITS}):
         raise ValueError(f"{where} has the split names {_some(unknown)}; expected train, val (or valid, validation) and test: "
                          "rename them, or leave all empty to split by group.")
-    renamed = sorted({n for n in names if SPLITS[n.lower()] != n})
-    if renamed: warnings.warn(f"{where}: " + ", ".join(f"split '{n}' is read as '{SPLITS[n.lower()]}'" for n in renamed), stacklevel=4)
+    renamed = [f"split '{n}' is read as '{SPLITS[n.lower()]}'" for n in sorted(set(names)) if SPLITS[n.lower()] != n]
+    if renamed: warnings.warn(f"{where}: {', '.join(renamed)}", stacklevel=4)
     return [SPLITS[n.lower()] for n in names]
 
 def _to_dataset(folder, table, note, **images):
     "A `Dataset` of the lists in `table`, with an `Image` column for each list of relative paths in `images`."
-    features = {name: Image() for name in images} | {name: Value("string") for name in ("path", "split", "group") if name in table}
     table = {name: [os.path.abspath(folder/p) for p in paths] for name, paths in images.items()} | table
     if "group" not in table:
-        table["group"], features["group"] = table["path"], Value("string")
-        note += "; each image its own group"
+        table["group"], note = table["path"], note + "; each image its own group"
         warnings.warn(f"{folder}: no group is known, so each image is its own group, and a patient may be in two splits. Give a column "
                       f"{', '.join(GROUPS)} in a manifest to exclude that.", stacklevel=3)
+    features = {name: Value("string") for name in table} | {name: Image() for name in images}
     if "label" in table: features["label"] = ClassLabel(names=sorted(set(table["label"])))
     if "um_per_px" in table: features["um_per_px"] = Value("float32")
     return Dataset.from_dict(table, info=DatasetInfo(description=f"{len(table['path'])} images: {note}", features=Features(features)))
 
-# %% ../nbs/02_data.ipynb #9853ae29
+# %% ../nbs/02_data.ipynb #7e446f77
 def _read_folders(folder, paths):
     "The table that a folder without a manifest means."
     parts = [PurePosixPath(p).parts for p in paths]
@@ -106,7 +104,7 @@ def _read_folders(folder, paths):
     if strangers:
         raise ValueError(f"{folder} has split folders and, beside them, {_some(strangers, 3)}; expected every image below train, val or test: "
                          "move them there, or list them in a manifest tiles.csv.")
-    depth = 1 if has_splits else 0
+    depth = int(has_splits)     # of the class folder
     labelled, loose = [p for p, q in zip(paths, parts) if len(q) > depth + 1], [p for p, q in zip(paths, parts) if len(q) == depth + 1]
     if labelled and loose:
         raise ValueError(f"{folder} has {len(labelled)} images in class folders ({_some(labelled, 2)}) and {len(loose)} outside ({_some(loose, 2)}); "
@@ -138,7 +136,7 @@ def _choose(table, asked, known, what, csv):
                          f"expected a {what} in every row: fill it in, drop the rows, or drop the column.")
     return name
 
-# %% ../nbs/02_data.ipynb #45ca1f78
+# %% ../nbs/02_data.ipynb #a51f8952
 def _read_manifest(csv, group_column, label_column):
     "The table that a manifest means."
     rows = _read_csv(csv, "path")
@@ -147,8 +145,7 @@ def _read_manifest(csv, group_column, label_column):
     twice = rows["path"][rows["path"].duplicated()]
     if len(twice): raise ValueError(f"{csv} lists {_some(twice.unique())} more than once; expected one row per image: drop the repeated rows.")
     missing = [p for p in rows["path"] if not (csv.parent/p).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{csv}: {len(missing)} of {len(rows)} files do not exist: {_some(missing)}; expected paths from {csv.parent}.")
+    if missing: raise FileNotFoundError(f"{csv}: {len(missing)} of {len(rows)} files do not exist: {_some(missing)}; paths count from {csv.parent}.")
     unlisted = sorted(set(_find_images(csv.parent)) - set(rows["path"]))
     if unlisted: warnings.warn(f"{csv} leaves out {len(unlisted)} images of its folder; they are not used: {_some(unlisted, 3)}", stacklevel=3)
     table, note = {"path": list(rows["path"]), "split": [""]*len(rows)}, f"manifest {csv.name}"
@@ -195,14 +192,14 @@ def image_folder(
         table["um_per_px"] = [um_per_px]*len(table["path"])
     return _to_dataset(folder, table, note, primary=table["path"])
 
-# %% ../nbs/02_data.ipynb #43979630
+# %% ../nbs/02_data.ipynb #27fa2600
 def _by_stem(folder):
     "Images below `folder` by their path without suffix."
     paths = _find_images(folder)
     stems = [PurePosixPath(p).with_suffix("").as_posix() for p in paths]
     count = Counter(stems)
-    twice = [p for p, s in zip(paths, stems) if count[s] > 1]
-    if twice: raise ValueError(f"{folder} has several files of one name: {_some(twice)}; expected one image per name: remove or rename the others.")
+    if twice := [p for p, s in zip(paths, stems) if count[s] > 1]:
+        raise ValueError(f"{folder} has several files of one name: {_some(twice)}; expected one image per name: remove or rename the others.")
     return dict(zip(stems, paths))
 
 def _header_size(path):
@@ -211,7 +208,7 @@ def _header_size(path):
         with PILImage.open(path) as image: return image.size
     except Exception: return None
 
-# %% ../nbs/02_data.ipynb #512a785f
+# %% ../nbs/02_data.ipynb #a73a9d7a
 def pair_folders(
     path:str|Path, # Folder with `image/` and `privileged/`
     group_column:str|None=None, # Column of `pairs.csv` that names the group; None takes the first of `GROUPS`
@@ -223,10 +220,9 @@ def pair_folders(
     if lonely:
         raise ValueError(f"{folder}: {len(lonely)} of {len(sides[0])} + {len(sides[1])} files have no partner: {_some(lonely)}; "
                          "expected image/NAME.* and privileged/NAME.*: add the missing ones, or remove these.")
-    names = sorted(sides[0])
-    if not names: raise ValueError(f"{folder} holds no pairs; expected {', '.join(sorted(SUFFIXES))} files in image/ and privileged/.")
+    if not (names := sorted(sides[0])): raise ValueError(f"{folder} holds no pairs; expected images in image/ and in privileged/.")
     paths = {side: [f"{side}/{files[n]}" for n in names] for side, files in zip(("image", "privileged"), sides)}
-    sizes = [_each(lambda p: _header_size(folder/p), paths[side], "Comparing sizes") for side in paths]
+    sizes = [_each(lambda p: _header_size(folder/p), files, "Comparing sizes") for files in paths.values()]
     differ = [f"{n} ({a[0]}x{a[1]} and {b[0]}x{b[1]})" for n, a, b in zip(names, *sizes) if a and b and a != b]
     if differ:
         raise ValueError(f"{folder}: {len(differ)} of {len(names)} pairs differ in width x height: {_some(differ)}; "
@@ -234,12 +230,11 @@ def pair_folders(
     table, note = {"path": paths["image"]}, "pairs"
     if (folder/"pairs.csv").exists():
         rows = _read_csv(folder/"pairs.csv", "name")
-        group = _choose(rows, group_column, GROUPS, "group", folder/"pairs.csv")
         odd = sorted(set(rows["name"]) ^ set(names)) + sorted(set(rows["name"][rows["name"].duplicated()]))
         if odd: raise ValueError(f"{folder}/pairs.csv and the files do not match: {_some(odd)}; expected one row for each name, without suffix.")
-        if group:
+        if group := _choose(rows, group_column, GROUPS, "group", folder/"pairs.csv"):
             table["group"] = list(rows.set_index("name")[group][names])
-            note += f"; group from column {group}, {rows[group].nunique()} groups"
+            note = f"pairs; group from column {group}, {rows[group].nunique()} groups"
     elif group_column: raise ValueError(f"group_column={group_column!r} arrived; expected a table to find it in: write {folder/'pairs.csv'}.")
     return _to_dataset(folder, table, note, primary=paths["image"], privileged=paths["privileged"])
 
@@ -259,7 +254,7 @@ def _stored(ds, column):
     "The undecoded `{path, bytes}` of an image column."
     return ds.select_columns(column).cast_column(column, Image(decode=False))[column]
 
-# %% ../nbs/02_data.ipynb #2559c3de
+# %% ../nbs/02_data.ipynb #532824aa
 def check_images(
     ds:Dataset, # With a column `primary`, and perhaps `privileged`
     on_bad:str="raise", # What to do with unreadable images: `raise`, or `skip` (drop, count, warn)
@@ -267,13 +262,12 @@ def check_images(
 )->tuple[Dataset, dict]: # Data set without the bad rows; report with `n`, `kept`, `bad`, `bytes`, `sizes`, `modes`
     "Decode every image once: all can be read, or the bad ones are named."
     if on_bad not in ("raise", "skip"): raise ValueError(f"on_bad={on_bad!r} arrived; expected 'raise' or 'skip'.")
-    columns = [c for c in ("primary", "privileged") if c in ds.column_names]
+    columns = {c: "" if c == "primary" else f"{c}_" for c in ("primary", "privileged") if c in ds.column_names}
     found = {c: _each(lambda value: _inspect(value, min_px), _stored(ds, c), f"Checking {c} images") for c in columns}
     names = ds["path"][:] if "path" in ds.column_names else [f"row {i}" for i in range(len(ds))]
     bad = {}
     for column, results in found.items():
-        for i, result in enumerate(results):
-            if "error" in result: bad.setdefault(i, f"{'' if column == 'primary' else column + ' image: '}{result['error']}")
+        bad |= {i: columns[column].replace("_", " image: ") + r["error"] for i, r in enumerate(results) if "error" in r and i not in bad}
     named = [f"{names[i]} ({why})" for i, why in bad.items()]
     keep = [i for i in range(len(ds)) if i not in bad]
     if bad and (on_bad == "raise" or not keep):
@@ -282,9 +276,8 @@ def check_images(
     if bad: warnings.warn(f"{len(bad)} of {len(ds)} images cannot be used and are left out: {_some(named)}", stacklevel=2)
     report = {"n": len(ds), "kept": len(keep), "bad": {names[i]: why for i, why in bad.items()}, "bytes": 0}
     for column, results in found.items():
-        prefix, good = "" if column == "primary" else f"{column}_", [results[i] for i in keep]
-        report |= {f"{prefix}sizes": Counter(r["size"] for r in good), f"{prefix}modes": Counter(r["mode"] for r in good)}
-        report["bytes"] += sum(r["bytes"] for r in good)
+        for key in ("size", "mode"): report[f"{columns[column]}{key}s"] = Counter(results[i][key] for i in keep)
+        report["bytes"] += sum(results[i]["bytes"] for i in keep)
     return (ds.select(keep) if bad else ds), report
 
 # %% ../nbs/02_data.ipynb #5dfad9b4
@@ -306,7 +299,7 @@ def check_labels(
     if absent := sorted(found - has.get("test", found)): warnings.warn(f"split 'test' has no image of {_some(absent)}", stacklevel=2)
     return names
 
-# %% ../nbs/02_data.ipynb #3f9154b5
+# %% ../nbs/02_data.ipynb #0fbd07a1
 def _share_out(counts, shares, order):
     "Split number of each group: `counts` (G, K) images per group and class, `shares` (S,) summing to one."
     total = counts.sum(0)
@@ -325,9 +318,9 @@ def _with_split(ds, split):
     "`ds` with another `split` column, in memory."
     table = ds.with_format("arrow")[:]
     info = DatasetInfo(description=ds.info.description, features=Features(ds.features | {"split": Value("string")}))
-    return Dataset.from_dict({c: table[c] for c in table.column_names} | {"split": split}, info=info)
+    return Dataset.from_dict(dict(zip(table.column_names, table.columns)) | {"split": split}, info=info)
 
-# %% ../nbs/02_data.ipynb #b27659d1
+# %% ../nbs/02_data.ipynb #3434aac5
 def split_by_group(
     ds:Dataset, # With a column `group`, and perhaps `split` and `label`
     val:float=.15, # Share for `val` of the images that are divided; 0 makes none
@@ -337,8 +330,7 @@ def split_by_group(
     "Fill in the splits that are missing, by whole groups: out of the images without a split, else out of `train`."
     splits = ds["split"][:] if "split" in ds.column_names else [""]*len(ds)
     source = "" if "" in splits else "train"
-    if source == "" and set(splits) != {""}:
-        raise ValueError(f"{splits.count('')} of {len(ds)} images have no split; expected all or none: fill in the rest.")
+    if "" in splits and any(splits): raise ValueError(f"{splits.count('')} of {len(ds)} images have no split; expected all or none: add the rest.")
     shares = {s: share for s, share in (("val", val), ("test", test)) if share and s not in splits}
     if source == "train" and not shares: return ds
     shares = {"train": 1 - sum(shares.values())} | shares
