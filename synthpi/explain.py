@@ -94,7 +94,7 @@ def _last_conv(convs):
         raise ValueError(f"{len(convs)} convolutions ran, none with a map larger than one pixel; Grad-CAM needs one: pass layer=, or larger images.")
     return next((m for m, kernel in reversed(wide) if max(kernel) > 1), wide[-1][0])
 
-# %% ../nbs/13_explain.ipynb #01677af1
+# %% ../nbs/13_explain.ipynb #96d34ebe
 def guided_gradcam(
     model:nn.Module, # `(B, 3, H, W)` to logits `(B, n)`, for example `nn.Sequential(encoder, probe)`
     images:Tensor, # `(B, 3, H, W)`, as the model takes them
@@ -113,7 +113,7 @@ def guided_gradcam(
         missed = [f"{op} in {module}" for module, op, _, guided in table.values if not guided]
         if missed:
             raise ValueError(f"{len(missed)} activations would not be guided ({', '.join(missed[:4])}); guided back-propagation is defined for "
-                             "ReLU and hooks nn.ReLU modules: write them so, or explain this network in another way. coverage(model, images) lists all.")
+                             "ReLU and hooks nn.ReLU modules: write them so, or explain this network otherwise. coverage(model, images) lists all.")
         if table.empty: raise ValueError("the model ran 0 ReLUs; guided back-propagation needs nn.ReLU: use an encoder that has it, or another map.")
         cam, maps = GuidedGradCam(model, layer or _last_conv(convs)), []
         for i in range(0, len(images), batch_size):

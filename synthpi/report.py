@@ -51,7 +51,7 @@ def _cell(value, digits):
     number = re.match(r"\s*[-+]?\d+(\.\d+)?(?=\s*[\[(±]|\s*$)", str(value))          # "0.71 [0.66, 0.75]" sorts by its mean
     return {"text": str(value), "sort": float(number[0]) if number else str(value), "number": bool(number)}
 
-# %% ../nbs/14_report.ipynb #60890081
+# %% ../nbs/14_report.ipynb #fe34e690
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
@@ -86,7 +86,8 @@ code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; bac
 .numbers .note { color: var(--soft); font-size: .8rem; line-height: 1.35; }
 figure, .table { margin: 1.2rem 0 1.6rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
-figure .scroll { background: #fff; padding: .6rem; } figure img { display: block; margin: 0 auto; height: auto; }
+figure .scroll { background: #fff; padding: .6rem; }
+figure img { display: block; margin: 0 auto; height: auto; width: var(--width); max-width: 100%; min-width: calc(.62*var(--width)); }
 figcaption, .caption { color: var(--soft); font-size: .9rem; line-height: 1.5; margin: .5rem 0 0; max-width: 46rem; }
 figcaption b, .caption b { color: var(--ink); font-weight: 600; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
@@ -113,7 +114,8 @@ thead button::after { content: " \\2195"; opacity: .35; } [aria-sort=ascending] 
   :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --page: #fff; --card: #fff; --tint: #f4f4f4; --accent: #000; }
   nav { display: none; } .layout { display: block; padding: 0; } body { font-size: 11pt; } figure, .table, .numbers div { break-inside: avoid; }
   h2 { break-after: avoid; }
-  .scroll { overflow: visible; border: 0; } figure img { width: 100% !important; min-width: 0 !important; } thead button::after { content: none; }
+  .scroll { overflow: visible; border: 0; } thead button::after { content: none; }
+  figure img { width: auto; max-width: min(100%, var(--width)); min-width: 0; max-height: 22cm; }
   table { font-size: 8.5pt; } th, td { white-space: normal; padding: .2rem .35rem; } }
 </style></head><body><div class="layout">
 <nav aria-label="Contents"><div><b>Contents</b>
@@ -125,7 +127,7 @@ thead button::after { content: " \\2195"; opacity: .35; } [aria-sort=ascending] 
 {% elif b.kind == "numbers" %}<dl class="numbers">{% for value, label, note in b.cards -%}
 <div><dt>{{ label }}</dt><dd class="value">{{ value }}</dd>{% if note %}<dd class="note">{{ note }}</dd>{% endif %}</div>{% endfor %}</dl>
 {% elif b.kind == "figure" %}<figure><div class="scroll" tabindex="0" role="group" aria-label="Figure {{ b.number }}">
-<img src="data:image/png;base64,{{ b.data }}" alt="{{ b.alt }}" style="width: {{ b.width }}px; max-width: 100%; min-width: {{ b.least }}px"></div>
+<img src="data:image/png;base64,{{ b.data }}" alt="{{ b.alt }}" style="--width: {{ b.width }}px"></div>
 <figcaption><b>Figure {{ b.number }}.</b> {{ b.caption }}</figcaption></figure>
 {% else %}<div class="table"><div class="scroll" tabindex="0" role="group" aria-label="Table {{ b.number }}"><table><thead><tr>
 {%- for name, number in b.head -%}
@@ -152,7 +154,7 @@ document.querySelectorAll("section").forEach(s => watch.observe(s));
 </script></body></html>
 """
 
-# %% ../nbs/14_report.ipynb #ab614ce2
+# %% ../nbs/14_report.ipynb #d3e2adcb
 class Report:
     "Sections of text, figures and tables, saved as one self-contained HTML page."
     def __init__(self,
@@ -202,7 +204,7 @@ class Report:
         self.pngs[name] = png.getvalue()
         width = round(Image.open(png).width/160*96*1.15)       # a little above print size
         return self._add(kind="figure", number=len(self.pngs), data=base64.b64encode(self.pngs[name]).decode(), alt=alt, caption=_inline(caption),
-                         width=width, least=min(width, round(.62*width)))
+                         width=width)
 
     def table(self,
         rows:pd.DataFrame|list[dict], # An index with a name becomes the first column
