@@ -12,13 +12,14 @@ Docs: https://synthpi.github.io/synthpi/nbs/phantoms.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'STAINS', 'OTHER_LAB', 'Tissue', 'beer_lambert', 'Lab', 'tissue_phantoms', 'pair_phantoms', 'write_tissue']
 
-# %% ../nbs/01_phantoms.ipynb #3d65ff36
+# %% ../nbs/01_phantoms.ipynb #99a03e53
 import csv
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy import fft
 from scipy.ndimage import gaussian_filter
 
 from .core import seed_for, write_json
@@ -47,7 +48,7 @@ def beer_lambert(
     "Light that passes through `amounts` of stain."
     return 10**-(amounts @ stains)
 
-# %% ../nbs/01_phantoms.ipynb #9e794794
+# %% ../nbs/01_phantoms.ipynb #07070294
 class Lab(NamedTuple):
     "How much the colours of one laboratory vary; `_patient` are spreads between patients, `_tile` between tiles of a patient."
     stains:np.ndarray=STAINS # Mean stain vectors
@@ -71,13 +72,13 @@ def _patient(rng, lab:Lab)->dict:
 
 def _photograph(rng, amounts, patient, lab:Lab, um:float)->np.ndarray:
     "Stain amounts (H, W, 2) to an 8-bit image: section, light, focus, camera."
-    amounts = amounts*patient["amount"]*np.exp(lab.amount_tile*rng.normal(size=2)) + lab.veil*rng.uniform(size=2)**2
-    light = gaussian_filter(beer_lambert(amounts, patient["stains"]), (rng.uniform(*lab.blur_um)/um,)*2 + (0,), mode="nearest")
+    amounts = np.float32(amounts*patient["amount"]*np.exp(lab.amount_tile*rng.normal(size=2)) + lab.veil*rng.uniform(size=2)**2)
+    light = gaussian_filter(beer_lambert(amounts, np.float32(patient["stains"])), (rng.uniform(*lab.blur_um)/um,)*2 + (0,), mode="nearest")
     gain = patient["gain"]*np.exp(lab.exposure_tile*rng.normal() + lab.balance_tile*rng.normal(size=3))
-    shot = rng.uniform(*lab.noise)*rng.normal(size=light.shape)
+    shot = rng.uniform(*lab.noise)*rng.standard_normal(light.shape, np.float32)
     return np.uint8(np.clip(np.round(245*(light*gain + shot)), 0, 255))
 
-# %% ../nbs/01_phantoms.ipynb #96291356
+# %% ../nbs/01_phantoms.ipynb #f0955c43
 class _Sheet(NamedTuple):
     "A tile before it is stained."
     nuclei:np.ndarray # (K, 7): x, y, half axes a >= b, angle of a, waviness of the rim, darkness
@@ -87,9 +88,9 @@ class _Sheet(NamedTuple):
 def _noise(rng, grid, scale:float, angle:float=0., stretch:float=1.)->np.ndarray:
     "Smooth random field of unit variance with grain `scale` um, drawn out by `stretch` along `angle`."
     size, um = len(grid[0]), grid[0][0, 1] - grid[0][0, 0]
-    f = np.fft.fftfreq(size, um)
-    u, v = f*np.cos(angle) + f[:, None]*np.sin(angle), f[:, None]*np.cos(angle) - f*np.sin(angle)
-    x = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size)))*np.exp(-2*(np.pi*scale)**2*((u*stretch)**2 + v**2)/4)).real
+    f, g = fft.rfftfreq(size, um).astype(np.float32), fft.fftfreq(size, um).astype(np.float32)[:, None]
+    u, v = f*np.cos(angle) + g*np.sin(angle), g*np.cos(angle) - f*np.sin(angle)
+    x = fft.irfft2(fft.rfft2(rng.standard_normal((size, size), np.float32))*np.exp(-(np.pi*scale)**2/2*((u*stretch)**2 + v**2)), (size, size))
     return (x - x.mean())/(x.std() + 1e-9)
 
 def _lattice(rng, extent:float, du:float, dv:float, angle:float|None=None, jitter:float=.25)->np.ndarray:
@@ -139,12 +140,17 @@ def _draw_nuclei(rng, nuclei, grid)->tuple[np.ndarray, np.ndarray]:
     chromatin = 1 + .18*_noise(rng, grid, .9)
     return out[0].reshape(size, size)*chromatin, out[1].reshape(size, size) > .5
 
-# %% ../nbs/01_phantoms.ipynb #68444292
+# %% ../nbs/01_phantoms.ipynb #45b3b2c1
 def _fibres(rng, grid, angle:float, wave:float, scale:float=18.)->tuple[np.ndarray, np.ndarray]:
     "Coordinate across wavy fibres, and the local direction of the fibres."
     across = grid[1]*np.cos(angle) - grid[0]*np.sin(angle) + wave*_noise(rng, grid, scale)
     gy, gx = np.gradient(across)
     return across, np.arctan2(gy, gx) + np.pi/2
+
+def _bands(rng, across, width:float)->np.ndarray:
+    "Irregular bands, `width` um from one to the next."
+    knots = np.arange(across.min() - width, across.max() + 2*width, width/2)
+    return np.interp(across, knots, rng.normal(size=len(knots)))
 
 def _adipose(rng, grid, extent, s):
     centres = _lattice(rng, extent, *rng.uniform(28, 40, 2), jitter=.3)
@@ -166,7 +172,7 @@ def _background(rng, grid, extent, s):
     return _Sheet(np.zeros((0, 7)), film + dust, rng.uniform(0, .8)*dust)
 
 def _debris(rng, grid, extent, s):
-    dust = _nuclei(rng, _some(rng, _lattice(rng, extent, 5.5, 5.5, jitter=.6), rng.uniform(.3, .7)), (.8*s, 2.2*s), (.7*s, 1.6*s), None, (.05, .14), (.4, 1.2))
+    dust = _nuclei(rng, _some(rng, _lattice(rng, extent, 5.5, 5.5, jitter=.6), rng.uniform(.3, .7)), (1.1*s, 2.4*s), (.9*s, 1.8*s), None, (.05, .14), (.5, 1.2))
     ghosts = _nuclei(rng, _some(rng, _lattice(rng, extent, 14, 14, jitter=.5), .25), (2.5*s, 4*s), (2*s, 3*s), None, (.06, .14), (.35, .6))
     smudge = np.exp(.35*_noise(rng, grid, 5) + .2*_noise(rng, grid, 1.5))
     return _Sheet(np.concatenate([dust, ghosts]), rng.uniform(.3, .7)*smudge, rng.uniform(.02, .2)*np.exp(.6*_noise(rng, grid, 6)))
@@ -178,14 +184,14 @@ def _lymphocytes(rng, grid, extent, s):
 
 def _mucus(rng, grid, extent, s):
     across, _ = _fibres(rng, grid, rng.uniform(0, np.pi), rng.uniform(4, 8))
-    streaks = np.exp(rng.uniform(.5, .9)*np.sin(2*np.pi*across/rng.uniform(7, 14) + _noise(rng, grid, 10)))
+    streaks = np.exp(rng.uniform(.4, .7)*_bands(rng, across, rng.uniform(6, 12)) + .2*_noise(rng, grid, 4))
     nuclei = _nuclei(rng, _some(rng, _lattice(rng, extent, 17, 17, jitter=.5), .3), (2.2*s, 3.2*s), (1.8*s, 2.8*s), None, (.03, .09))
     return _Sheet(nuclei, rng.uniform(.05, .25)*streaks, rng.uniform(.04, .25)*streaks)
 
 def _muscle(rng, grid, extent, s):
     angle = rng.uniform(0, np.pi)
     across, along = _fibres(rng, grid, angle, rng.uniform(.5, 2.), 25)
-    eosin = 1 + .3*np.sin(2*np.pi*across/rng.uniform(4, 7)) + .15*_noise(rng, grid, 1.2, angle, 8)
+    eosin = np.maximum(1 + .25*_bands(rng, across, rng.uniform(3.5, 6)) + .12*_noise(rng, grid, 1.2, angle, 8), .1)
     points = _some(rng, _lattice(rng, extent, rng.uniform(18, 24), rng.uniform(6.5, 9), angle, .35), rng.uniform(.6, .95))
     nuclei = _nuclei(rng, points, (5.5*s, 9*s), (1.3*s, 1.9*s), _at(along, points, grid[0][0, 1] - grid[0][0, 0]), (.01, .04))
     return _Sheet(nuclei, rng.uniform(.35, .8)*eosin, 0*across)
@@ -212,7 +218,7 @@ def _glands(rng, grid, extent, s):
 def _stroma(rng, grid, extent, s):
     angle = rng.uniform(0, np.pi)
     across, along = _fibres(rng, grid, angle, rng.uniform(3, 6), rng.uniform(14, 22))
-    eosin = 1 + .45*np.sin(2*np.pi*across/rng.uniform(5, 10)) + .2*_noise(rng, grid, 1.5) - .5*(_noise(rng, grid, 6, angle, 2) > 1)
+    eosin = 1 + .4*_bands(rng, across, rng.uniform(5, 9)) + .2*_noise(rng, grid, 1.5) - .5*(_noise(rng, grid, 6, angle, 2) > 1)
     points = _some(rng, _lattice(rng, extent, 15, 11, angle, .5), rng.uniform(.25, .6))
     nuclei = _nuclei(rng, points, (3.2*s, 6*s), (1.1*s, 1.7*s), _at(along, points, grid[0][0, 1] - grid[0][0, 0]), (.03, .09))
     return _Sheet(nuclei, rng.uniform(.25, .65)*np.maximum(eosin, .1), 0*across)
@@ -229,7 +235,7 @@ _ARCHITECTURE = dict(zip(CLASSES, (_adipose, _background, _debris, _lymphocytes,
 
 def _tile(rng, patient, lab:Lab, names:list[str], size:int, um:float)->tuple[np.ndarray, np.ndarray]:
     "Image and mask of one tile; two `names` meet at a wavy border."
-    c = (np.arange(size) + .5)*um
+    c = ((np.arange(size) + .5)*um).astype(np.float32)
     grid = np.meshgrid(c, c)
     sheets = [_ARCHITECTURE[name](rng, grid, size*um, patient["size"]) for name in names]
     sheet = sheets[0]
@@ -242,7 +248,7 @@ def _tile(rng, patient, lab:Lab, names:list[str], size:int, um:float)->tuple[np.
     amounts = np.stack([np.maximum(stain, sheet.haematoxylin), sheet.eosin*np.where(mask, .6, 1)], -1)
     return _photograph(rng, amounts, patient, lab, um), np.uint8(mask)*255
 
-# %% ../nbs/01_phantoms.ipynb #c1dd3abf
+# %% ../nbs/01_phantoms.ipynb #b9742b42
 def tissue_phantoms(
     n_per_class:int, # Tiles of each class, dealt to the patients in turn
     n_patients:int, # Patients; each has tiles of every class
@@ -267,7 +273,7 @@ def tissue_phantoms(
             tiles.append(_tile(rng, patients[owner], lab, [name], size, um_per_px)); labels.append(label); owners.append(owner)
     return Tissue(*map(np.stack, zip(*tiles)), np.array(labels), owners, names, um_per_px)
 
-# %% ../nbs/01_phantoms.ipynb #272adade
+# %% ../nbs/01_phantoms.ipynb #3b829d5c
 OTHER_LAB = Lab(stains=np.array([[.490, .769, .410], [.046, .842, .537]]), turn=.10, amount=(.85, .8), exposure_patient=.04, veil=.15, blur_um=(.2, .6))
 
 def pair_phantoms(
@@ -290,7 +296,7 @@ def pair_phantoms(
         tiles.append(_tile(rng, patients[p], lab, names, size, um_per_px)); labels.append(list(CLASSES).index(names[0])); owners.append(ids[p])
     return Tissue(*map(np.stack, zip(*tiles)), np.array(labels), owners, list(CLASSES), um_per_px)
 
-# %% ../nbs/01_phantoms.ipynb #83cf5b68
+# %% ../nbs/01_phantoms.ipynb #c32ff420
 def write_tissue(
     folder:str|Path, # Gets `tiles/`, `masks/` and `pairs/`; should be new or empty
     n_per_class:dict[str, int]|None=None, # Tiles of each class by split; default train 200, val 40, test 60
