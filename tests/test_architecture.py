@@ -11,8 +11,7 @@ MODULES = sorted(p for p in (ROOT/"synthpi").glob("*.py") if p.stem[0] != "_")
 LEAVES = "phantoms data generators views models losses trainer evaluate explain figures"
 ALLOWED = {"core": set(), **{name: {"core"} for name in LEAVES.split()},
     "translation": {"core", "generators", "trainer"}, "pairs": {"core", "generators", "data"}, "report": {"core", "figures"}}
-ALLOWED["study"] = set(ALLOWED)
-ALLOWED["cli"] = set(ALLOWED)
+for name in ("arms", "tissue_report", "study", "cli"): ALLOWED[name] = set(ALLOWED)     # these put the rooms together, each all those before it
 
 def rooms(source):
     "The modules of synthpi that `source` imports, at its top or inside a function"
