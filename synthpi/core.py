@@ -42,7 +42,7 @@ def set_seed(
     "Seed Python, NumPy and PyTorch (all devices)."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #0a16441c
+# %% ../nbs/00_core.ipynb #a990aa49
 def to_rgb(
     image, # PIL image, or array `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` of `uint8`, `uint16`, bool, or floats in [0, 1]
 )->np.ndarray: # `(H, W, 3)`, `uint8`
@@ -54,7 +54,7 @@ def to_rgb(
         if image.dtype == np.int32: image = image.astype(np.uint16) if image.min() >= 0 and image.max() <= 65535 else image  # PIL's mode I
     x = np.asarray(image)
     if x.dtype == bool: x = x.astype(np.uint8)*255
-    elif x.dtype == np.uint16: x = np.round(x/257).astype(np.uint8)
+    elif x.dtype.kind == "u" and x.dtype.itemsize == 2: x = np.round(x/257).astype(np.uint8)      # either byte order
     elif x.dtype.kind == "f" and np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1: x = np.round(x*255).astype(np.uint8)
     if x.dtype != np.uint8:
         raise ValueError(f"an image of type {x.dtype} with values {x.min()} to {x.max()} arrived; expected 8 or 16 bits, or floats in [0, 1]: rescale it first.")
