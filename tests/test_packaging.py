@@ -16,7 +16,8 @@ CLEAN = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONH
 
 def run(*args, cwd):
     "Run outside of the checkout; on failure show the end of what it said"
-    done = subprocess.run([str(a) for a in args], cwd=cwd, env=CLEAN, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env=CLEAN, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
     assert done.returncode == 0, f"{' '.join(map(str, args))} ended with {done.returncode}:\n{done.stdout[-4000:]}"
     return done.stdout
 

@@ -42,6 +42,7 @@ def test_the_workflow_runs_the_same_tests(): assert f"- run: {block('tests')}\n"
 def test_options_in_the_text_exist():
     from synthpi.cli import app
     commands = typer.main.get_command(app).commands
-    used = [(m[1], set(re.findall(r"--[\w-]+", m[2]))) for m in re.finditer(r"\bsynthpi (\w+)((?: [^\n`&]*)?)", "\n".join(re.findall(r"```sh\n.*?```", README, re.S)))]
+    shell = "\n".join(re.findall(r"```sh\n.*?```", README, re.S))
+    used = [(m[1], set(re.findall(r"--[\w-]+", m[2]))) for m in re.finditer(r"\bsynthpi (\w+)((?: [^\n`&]*)?)", shell)]
     assert {"demo", "tissue"} <= {name for name, _ in used}
     for name, options in used: assert options <= {o for p in commands[name].params for o in (*p.opts, *p.secondary_opts)}, name
