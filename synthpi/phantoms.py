@@ -48,7 +48,7 @@ def beer_lambert(
     "Light that passes through `amounts` of stain."
     return 10**-(amounts @ stains)
 
-# %% ../nbs/01_phantoms.ipynb #07070294
+# %% ../nbs/01_phantoms.ipynb #b982584d
 class Lab(NamedTuple):
     "How much the colours of one laboratory vary; `_patient` are spreads between patients, `_tile` between tiles of a patient."
     stains:np.ndarray=STAINS # Mean stain vectors
@@ -67,7 +67,8 @@ class Lab(NamedTuple):
 def _patient(rng, lab:Lab)->dict:
     "What all tiles of one patient share."
     stains = np.abs(lab.stains + lab.turn*rng.normal(size=(2, 3)))
-    return {"stains": stains/np.linalg.norm(stains, axis=1, keepdims=True), "amount": np.array(lab.amount)*np.exp(lab.amount_patient*rng.normal(size=2)),
+    return {"stains": stains/np.linalg.norm(stains, axis=1, keepdims=True),
+            "amount": np.array(lab.amount)*np.exp(lab.amount_patient*rng.normal(size=2)),
             "gain": np.exp(lab.exposure_patient*rng.normal() + lab.balance_patient*rng.normal(size=3)), "size": np.exp(.05*rng.normal())}
 
 def _photograph(rng, amounts, patient, lab:Lab, um:float)->np.ndarray:
@@ -78,30 +79,38 @@ def _photograph(rng, amounts, patient, lab:Lab, um:float)->np.ndarray:
     shot = rng.uniform(*lab.noise)*rng.standard_normal(light.shape, np.float32)
     return np.uint8(np.clip(np.round(245*(light*gain + shot)), 0, 255))
 
-# %% ../nbs/01_phantoms.ipynb #f0955c43
+# %% ../nbs/01_phantoms.ipynb #26f618a7
 class _Sheet(NamedTuple):
     "A tile before it is stained."
     nuclei:np.ndarray # (K, 7): x, y, half axes a >= b, angle of a, waviness of the rim, darkness
     eosin:np.ndarray # (H, W)
     haematoxylin:np.ndarray # (H, W), outside of nuclei
 
-def _noise(rng, grid, scale:float, angle:float=0., stretch:float=1.)->np.ndarray:
+class _Grid(NamedTuple):
+    "Pixel centres, in um."
+    x:np.ndarray # (H, W)
+    y:np.ndarray # (H, W)
+    um:float # Edge of a pixel
+    extent:float # Edge of the tile
+
+def _grid(size:int, um:float)->_Grid: return _Grid(*np.meshgrid(*[((np.arange(size) + .5)*um).astype(np.float32)]*2), um, size*um)
+
+def _noise(rng, g:_Grid, scale:float, angle:float=0., stretch:float=1.)->np.ndarray:
     "Smooth random field of unit variance with grain `scale` um, drawn out by `stretch` along `angle`."
-    size, um = len(grid[0]), grid[0][0, 1] - grid[0][0, 0]
-    f, g = fft.rfftfreq(size, um).astype(np.float32), fft.fftfreq(size, um).astype(np.float32)[:, None]
-    u, v = f*np.cos(angle) + g*np.sin(angle), g*np.cos(angle) - f*np.sin(angle)
-    x = fft.irfft2(fft.rfft2(rng.standard_normal((size, size), np.float32))*np.exp(-(np.pi*scale)**2/2*((u*stretch)**2 + v**2)), (size, size))
+    fx, fy = fft.rfftfreq(len(g.x), g.um).astype(np.float32), fft.fftfreq(len(g.x), g.um).astype(np.float32)[:, None]
+    u, v = fx*np.cos(angle) + fy*np.sin(angle), fy*np.cos(angle) - fx*np.sin(angle)
+    x = fft.irfft2(fft.rfft2(rng.standard_normal(g.x.shape, np.float32))*np.exp(-(np.pi*scale)**2/2*((u*stretch)**2 + v**2)), g.x.shape)
     return (x - x.mean())/(x.std() + 1e-9)
 
-def _lattice(rng, extent:float, du:float, dv:float, angle:float|None=None, jitter:float=.25)->np.ndarray:
+def _lattice(rng, g:_Grid, du:float, dv:float, angle:float|None=None, jitter:float=.25)->np.ndarray:
     "Points of a shaken lattice with steps `du` along `angle` and `dv` across, covering the tile and a margin: (K, 2)."
     if angle is None: angle = rng.uniform(0, np.pi)
-    half = .75*extent + 12
+    half = .75*g.extent + 12
     u, v = np.meshgrid(np.arange(-half, half, du), np.arange(-half, half, dv))
     u = u + du/2*(np.arange(len(u)) % 2)[:, None]
     p = np.stack([u, v], -1).reshape(-1, 2) + [du, dv]*(rng.uniform(-jitter, jitter, (u.size, 2)) + rng.uniform(-.5, .5, 2))
-    p = extent/2 + p @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    return p[((p > -12) & (p < extent + 12)).all(1)]
+    p = g.extent/2 + p @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    return p[((p > -12) & (p < g.extent + 12)).all(1)]
 
 def _nuclei(rng, points, a, b, angle=None, waviness=(.02, .06), dark=(.8, 1.2))->np.ndarray:
     "Nuclei at `points`, half axes in the ranges `a` and `b`."
@@ -112,16 +121,16 @@ def _nuclei(rng, points, a, b, angle=None, waviness=(.02, .06), dark=(.8, 1.2))-
 
 def _some(rng, points, p:float): return points[rng.uniform(size=len(points)) < p]
 
-def _at(field, points, um:float)->np.ndarray:
+def _at(field, points, g:_Grid)->np.ndarray:
     "Values of `field` at `points`; outside of the tile those of the nearest pixel."
-    i = np.clip((points/um).astype(int), 0, len(field) - 1)
+    i = np.clip((points/g.um).astype(int), 0, len(field) - 1)
     return field[i[:, 1], i[:, 0]]
 
-def _draw_nuclei(rng, nuclei, grid)->tuple[np.ndarray, np.ndarray]:
+def _draw_nuclei(rng, nuclei, g:_Grid)->tuple[np.ndarray, np.ndarray]:
     "Haematoxylin in the nuclei, and their mask: two arrays (H, W)."
-    size, um = len(grid[0]), grid[0][0, 1] - grid[0][0, 0]
-    nuclei = nuclei[((nuclei[:, :2] > -1.3*nuclei[:, 2:3]) & (nuclei[:, :2] < size*um + 1.3*nuclei[:, 2:3])).all(1)]
-    if not len(nuclei): return np.zeros((size, size)), np.zeros((size, size), bool)
+    size, um = len(g.x), g.um
+    nuclei = nuclei[((nuclei[:, :2] > -1.3*nuclei[:, 2:3]) & (nuclei[:, :2] < g.extent + 1.3*nuclei[:, 2:3])).all(1)]
+    if not len(nuclei): return 0*g.x, g.x < 0
     x, y, a, b, angle, waviness, dark = (c[:, None, None] for c in nuclei.T.astype(np.float32))
     reach = int(np.ceil(1.3*nuclei[:, 2].max()/um)) + 1
     step = np.arange(-reach, reach + 1)
@@ -137,13 +146,13 @@ def _draw_nuclei(rng, nuclei, grid)->tuple[np.ndarray, np.ndarray]:
     where = (row*size + col)[inside]
     out = np.zeros((2, size*size), np.float32)
     for o, value in zip(out, (stain, cover)): np.maximum.at(o, where, value[inside])
-    chromatin = 1 + .18*_noise(rng, grid, .9)
+    chromatin = 1 + .18*_noise(rng, g, .9)
     return out[0].reshape(size, size)*chromatin, out[1].reshape(size, size) > .5
 
-# %% ../nbs/01_phantoms.ipynb #45b3b2c1
-def _fibres(rng, grid, angle:float, wave:float, scale:float=18.)->tuple[np.ndarray, np.ndarray]:
+# %% ../nbs/01_phantoms.ipynb #88765026
+def _fibres(rng, g, angle:float, wave:float, scale:float=18.)->tuple[np.ndarray, np.ndarray]:
     "Coordinate across wavy fibres, and the local direction of the fibres."
-    across = grid[1]*np.cos(angle) - grid[0]*np.sin(angle) + wave*_noise(rng, grid, scale)
+    across = g.y*np.cos(angle) - g.x*np.sin(angle) + wave*_noise(rng, g, scale)
     gy, gx = np.gradient(across)
     return across, np.arctan2(gy, gx) + np.pi/2
 
@@ -152,103 +161,103 @@ def _bands(rng, across, width:float)->np.ndarray:
     knots = np.arange(across.min() - width, across.max() + 2*width, width/2)
     return np.interp(across, knots, rng.normal(size=len(knots)))
 
-def _adipose(rng, grid, extent, s):
-    centres = _lattice(rng, extent, *rng.uniform(28, 40, 2), jitter=.3)
-    d = np.hypot(grid[0][..., None] - centres[:, 0], grid[1][..., None] - centres[:, 1])
+def _adipose(rng, g, s):
+    centres = _lattice(rng, g, *rng.uniform(28, 40, 2), jitter=.3)
+    d = np.hypot(g.x[..., None] - centres[:, 0], g.y[..., None] - centres[:, 1])
     near = np.sort(d, -1)[..., :2]
     wall = (near[..., 1] - near[..., 0])/2
     edge = np.argwhere(wall < .6)[:, ::-1]
-    um = grid[0][0, 1] - grid[0][0, 0]
-    points = edge[rng.permutation(len(edge))[:rng.integers(1, 4)]]*um
+    points = edge[rng.permutation(len(edge))[:rng.integers(1, 4)]]*g.um
     gy, gx = np.gradient(gaussian_filter(np.minimum(wall, 3.), 1.5))
-    bend = (np.abs(np.arctan2(gaussian_filter(2*gx*gy, 2), gaussian_filter(gx*gx - gy*gy, 2))/2 + np.pi/2))   # direction of the wall, structure tensor
-    nuclei = _nuclei(rng, points, (3.2*s, 5*s), (1.1*s, 1.6*s), _at(bend, points, um))
+    bend = np.arctan2(gaussian_filter(2*gx*gy, 2), gaussian_filter(gx*gx - gy*gy, 2))/2 + np.pi/2     # direction of the wall: structure tensor
+    nuclei = _nuclei(rng, points, (3.2*s, 5*s), (1.1*s, 1.6*s), _at(bend, points, g))
     return _Sheet(nuclei, .03 + rng.uniform(.4, .8)*np.exp(-(wall/rng.uniform(.7, 1.1))**2), 0*wall)
 
-def _background(rng, grid, extent, s):
-    film = np.exp(.5*_noise(rng, grid, 25))*rng.uniform(.02, .25)
-    dust = sum((rng.uniform(.2, .8)*np.exp(-((grid[0] - x)**2 + (grid[1] - y)**2)/(2*rng.uniform(.4, 2.)**2)) for x, y in rng.uniform(0, extent, (rng.integers(0, 6), 2))),
-               np.zeros_like(film))
+def _background(rng, g, s):
+    film = np.exp(.5*_noise(rng, g, 25))*rng.uniform(.02, .25)
+    dust = 0*film
+    for x, y in rng.uniform(0, g.extent, (rng.integers(0, 6), 2)):
+        dust += rng.uniform(.2, .8)*np.exp(-((g.x - x)**2 + (g.y - y)**2)/(2*rng.uniform(.4, 2.)**2))
     return _Sheet(np.zeros((0, 7)), film + dust, rng.uniform(0, .8)*dust)
 
-def _debris(rng, grid, extent, s):
-    dust = _nuclei(rng, _some(rng, _lattice(rng, extent, 5.5, 5.5, jitter=.6), rng.uniform(.3, .7)), (1.1*s, 2.4*s), (.9*s, 1.8*s), None, (.05, .14), (.5, 1.2))
-    ghosts = _nuclei(rng, _some(rng, _lattice(rng, extent, 14, 14, jitter=.5), .25), (2.5*s, 4*s), (2*s, 3*s), None, (.06, .14), (.35, .6))
-    smudge = np.exp(.35*_noise(rng, grid, 5) + .2*_noise(rng, grid, 1.5))
-    return _Sheet(np.concatenate([dust, ghosts]), rng.uniform(.3, .7)*smudge, rng.uniform(.02, .2)*np.exp(.6*_noise(rng, grid, 6)))
+def _debris(rng, g, s):
+    points = _some(rng, _lattice(rng, g, 5.5, 5.5, jitter=.6), rng.uniform(.3, .7))
+    dust = _nuclei(rng, points, (1.1*s, 2.4*s), (.9*s, 1.8*s), None, (.05, .14), (.5, 1.2))
+    ghosts = _nuclei(rng, _some(rng, _lattice(rng, g, 14, 14, jitter=.5), .25), (2.5*s, 4*s), (2*s, 3*s), None, (.06, .14), (.35, .6))
+    smudge = np.exp(.35*_noise(rng, g, 5) + .2*_noise(rng, g, 1.5))
+    return _Sheet(np.concatenate([dust, ghosts]), rng.uniform(.3, .7)*smudge, rng.uniform(.02, .2)*np.exp(.6*_noise(rng, g, 6)))
 
-def _lymphocytes(rng, grid, extent, s):
+def _lymphocytes(rng, g, s):
     step = rng.uniform(6.4, 8)
-    nuclei = _nuclei(rng, _some(rng, _lattice(rng, extent, step, step*.9), .92), (2.6*s, 3.3*s), (2.4*s, 3*s), None, (.01, .04), (.8, 1.3))
-    return _Sheet(nuclei, rng.uniform(.15, .5)*np.exp(.35*_noise(rng, grid, 3)), rng.uniform(0, .12) + 0*grid[0])
+    nuclei = _nuclei(rng, _some(rng, _lattice(rng, g, step, step*.9), .92), (2.6*s, 3.3*s), (2.4*s, 3*s), None, (.01, .04), (.8, 1.3))
+    return _Sheet(nuclei, rng.uniform(.15, .5)*np.exp(.35*_noise(rng, g, 3)), rng.uniform(0, .12) + 0*g.x)
 
-def _mucus(rng, grid, extent, s):
-    across, _ = _fibres(rng, grid, rng.uniform(0, np.pi), rng.uniform(4, 8))
-    streaks = np.exp(rng.uniform(.4, .7)*_bands(rng, across, rng.uniform(6, 12)) + .2*_noise(rng, grid, 4))
-    nuclei = _nuclei(rng, _some(rng, _lattice(rng, extent, 17, 17, jitter=.5), .3), (2.2*s, 3.2*s), (1.8*s, 2.8*s), None, (.03, .09))
+def _mucus(rng, g, s):
+    across, _ = _fibres(rng, g, rng.uniform(0, np.pi), rng.uniform(4, 8))
+    streaks = np.exp(rng.uniform(.4, .7)*_bands(rng, across, rng.uniform(6, 12)) + .2*_noise(rng, g, 4))
+    nuclei = _nuclei(rng, _some(rng, _lattice(rng, g, 17, 17, jitter=.5), .3), (2.2*s, 3.2*s), (1.8*s, 2.8*s), None, (.03, .09))
     return _Sheet(nuclei, rng.uniform(.05, .25)*streaks, rng.uniform(.04, .25)*streaks)
 
-def _muscle(rng, grid, extent, s):
+def _muscle(rng, g, s):
     angle = rng.uniform(0, np.pi)
-    across, along = _fibres(rng, grid, angle, rng.uniform(.5, 2.), 25)
-    eosin = np.maximum(1 + .25*_bands(rng, across, rng.uniform(3.5, 6)) + .12*_noise(rng, grid, 1.2, angle, 8), .1)
-    points = _some(rng, _lattice(rng, extent, rng.uniform(18, 24), rng.uniform(6.5, 9), angle, .35), rng.uniform(.6, .95))
-    nuclei = _nuclei(rng, points, (5.5*s, 9*s), (1.3*s, 1.9*s), _at(along, points, grid[0][0, 1] - grid[0][0, 0]), (.01, .04))
+    across, along = _fibres(rng, g, angle, rng.uniform(.5, 2.), 25)
+    eosin = np.maximum(1 + .25*_bands(rng, across, rng.uniform(3.5, 6)) + .12*_noise(rng, g, 1.2, angle, 8), .1)
+    points = _some(rng, _lattice(rng, g, rng.uniform(18, 24), rng.uniform(6.5, 9), angle, .35), rng.uniform(.6, .95))
+    nuclei = _nuclei(rng, points, (5.5*s, 9*s), (1.3*s, 1.9*s), _at(along, points, g), (.01, .04))
     return _Sheet(nuclei, rng.uniform(.35, .8)*eosin, 0*across)
 
-def _glands(rng, grid, extent, s):
+def _glands(rng, g, s):
     radius, aspect = rng.uniform(15, 21), rng.uniform(1, 1.25)
     angle = rng.uniform(0, np.pi)
-    centres = _lattice(rng, extent, (2*radius + 5)*aspect, (2*radius + 5)*.9, angle, .06)
+    centres = _lattice(rng, g, (2*radius + 5)*aspect, (2*radius + 5)*.9, angle, .06)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    uv = (np.stack(grid, -1)[..., None, :] - centres) @ turn/[aspect, 1]
+    uv = (np.stack([g.x, g.y], -1)[..., None, :] - centres) @ turn/[aspect, 1]
     r = np.linalg.norm(uv, axis=-1).min(-1)
     ring = np.linspace(0, 2*np.pi, int(2*np.pi*(radius - 3.5)/(5.2*s)), endpoint=False)
     spoke = np.concatenate([ring + rng.uniform(0, 2*np.pi) for _ in centres]) + rng.uniform(-.04, .04, len(ring)*len(centres))
     basal = radius - 3.8 + rng.uniform(-.7, .7, len(spoke))
     points = np.repeat(centres, len(ring), 0) + (basal[:, None]*np.stack([np.cos(spoke), np.sin(spoke)], -1)*[aspect, 1]) @ turn.T
     nuclei = _nuclei(rng, points, (2.8*s, 3.6*s), (1.9*s, 2.4*s), spoke + angle, (.01, .05))
-    gaps = _lattice(rng, extent, 12, 12, jitter=.5)
+    gaps = _lattice(rng, g, 12, 12, jitter=.5)
     gaps = gaps[np.linalg.norm((gaps[:, None] - centres) @ turn/[aspect, 1], axis=-1).min(1) > radius + 2]
     nuclei = np.concatenate([nuclei, _nuclei(rng, gaps, (2.2*s, 4*s), (1.3*s, 1.9*s))])
-    body = np.exp(.2*_noise(rng, grid, 2))*np.where(r < radius, rng.uniform(.3, .6), rng.uniform(.25, .6))
+    body = np.exp(.2*_noise(rng, g, 2))*np.where(r < radius, rng.uniform(.3, .6), rng.uniform(.25, .6))
     lumen = 1/(1 + np.exp((r - rng.uniform(.2, .45)*radius)/.8))
     return _Sheet(nuclei, body*(1 - .9*lumen) + .2*np.exp(-((r - radius - .5)/.8)**2), rng.uniform(.02, .15)*(r < radius)*(1 - lumen))
 
-def _stroma(rng, grid, extent, s):
+def _stroma(rng, g, s):
     angle = rng.uniform(0, np.pi)
-    across, along = _fibres(rng, grid, angle, rng.uniform(3, 6), rng.uniform(14, 22))
-    eosin = 1 + .4*_bands(rng, across, rng.uniform(5, 9)) + .2*_noise(rng, grid, 1.5) - .5*(_noise(rng, grid, 6, angle, 2) > 1)
-    points = _some(rng, _lattice(rng, extent, 15, 11, angle, .5), rng.uniform(.25, .6))
-    nuclei = _nuclei(rng, points, (3.2*s, 6*s), (1.1*s, 1.7*s), _at(along, points, grid[0][0, 1] - grid[0][0, 0]), (.03, .09))
+    across, along = _fibres(rng, g, angle, rng.uniform(3, 6), rng.uniform(14, 22))
+    eosin = 1 + .4*_bands(rng, across, rng.uniform(5, 9)) + .2*_noise(rng, g, 1.5) - .5*(_noise(rng, g, 6, angle, 2) > 1)
+    points = _some(rng, _lattice(rng, g, 15, 11, angle, .5), rng.uniform(.25, .6))
+    nuclei = _nuclei(rng, points, (3.2*s, 6*s), (1.1*s, 1.7*s), _at(along, points, g), (.03, .09))
     return _Sheet(nuclei, rng.uniform(.25, .65)*np.maximum(eosin, .1), 0*across)
 
-def _tumour(rng, grid, extent, s):
+def _tumour(rng, g, s):
     step = rng.uniform(9.2, 11.5)
-    points = _lattice(rng, extent, step, step*.9, jitter=.28)
-    hole = _noise(rng, grid, rng.uniform(10, 16)) - rng.uniform(1.2, 2.4)
-    points = points[_at(hole, points, grid[0][0, 1] - grid[0][0, 0]) < -.4]
+    points = _lattice(rng, g, step, step*.9, jitter=.28)
+    hole = _noise(rng, g, rng.uniform(10, 16)) - rng.uniform(1.2, 2.4)
+    points = points[_at(hole, points, g) < -.4]
     nuclei = _nuclei(rng, points, (4*s, 6.6*s), (3*s, 4.6*s), None, (.05, .13), (.5, 1.2))
-    return _Sheet(nuclei, rng.uniform(.25, .6)*np.exp(.3*_noise(rng, grid, 4))*(1 - .85/(1 + np.exp(-8*hole))), rng.uniform(.03, .2) + 0*hole)
+    return _Sheet(nuclei, rng.uniform(.25, .6)*np.exp(.3*_noise(rng, g, 4))*(1 - .85/(1 + np.exp(-8*hole))), rng.uniform(.03, .2) + 0*hole)
 
 _ARCHITECTURE = dict(zip(CLASSES, (_adipose, _background, _debris, _lymphocytes, _mucus, _muscle, _glands, _stroma, _tumour)))
 
 def _tile(rng, patient, lab:Lab, names:list[str], size:int, um:float)->tuple[np.ndarray, np.ndarray]:
     "Image and mask of one tile; two `names` meet at a wavy border."
-    c = ((np.arange(size) + .5)*um).astype(np.float32)
-    grid = np.meshgrid(c, c)
-    sheets = [_ARCHITECTURE[name](rng, grid, size*um, patient["size"]) for name in names]
+    g = _grid(size, um)
+    sheets = [_ARCHITECTURE[name](rng, g, patient["size"]) for name in names]
     sheet = sheets[0]
     if len(sheets) == 2:
-        border = _fibres(rng, grid, rng.uniform(0, 2*np.pi), 4.)[0]
+        border = _fibres(rng, g, rng.uniform(0, 2*np.pi), 4.)[0]
         first = border < np.median(border)
-        keep = [n[_at(first, n[:, :2], um) == side] for n, side in zip((s.nuclei for s in sheets), (True, False))]
+        keep = [n[_at(first, n[:, :2], g) == side] for n, side in zip((s.nuclei for s in sheets), (True, False))]
         sheet = _Sheet(np.concatenate(keep), *(np.where(first, p, q) for p, q in zip(sheets[0][1:], sheets[1][1:])))
-    stain, mask = _draw_nuclei(rng, sheet.nuclei, grid)
+    stain, mask = _draw_nuclei(rng, sheet.nuclei, g)
     amounts = np.stack([np.maximum(stain, sheet.haematoxylin), sheet.eosin*np.where(mask, .6, 1)], -1)
     return _photograph(rng, amounts, patient, lab, um), np.uint8(mask)*255
 
-# %% ../nbs/01_phantoms.ipynb #b9742b42
+# %% ../nbs/01_phantoms.ipynb #28e2f571
 def tissue_phantoms(
     n_per_class:int, # Tiles of each class, dealt to the patients in turn
     n_patients:int, # Patients; each has tiles of every class
@@ -260,7 +269,7 @@ def tissue_phantoms(
 )->Tissue: # Tiles class by class
     "Simulated H&E tiles of nine tissue classes with exact nuclear masks."
     if n_per_class < n_patients:
-        raise ValueError(f"{n_per_class} tiles per class for {n_patients} patients arrived; expected at least one tile of each class for every patient: "
+        raise ValueError(f"{n_per_class} tiles per class for {n_patients} patients arrived; expected one of each class for every patient at least: "
                          "draw more tiles or fewer patients.")
     names = list(CLASSES)
     ids = [f"{prefix}{p:02d}" for p in range(n_patients)]
@@ -273,8 +282,8 @@ def tissue_phantoms(
             tiles.append(_tile(rng, patients[owner], lab, [name], size, um_per_px)); labels.append(label); owners.append(owner)
     return Tissue(*map(np.stack, zip(*tiles)), np.array(labels), owners, names, um_per_px)
 
-# %% ../nbs/01_phantoms.ipynb #3b829d5c
-OTHER_LAB = Lab(stains=np.array([[.490, .769, .410], [.046, .842, .537]]), turn=.10, amount=(.85, .8), exposure_patient=.04, veil=.15, blur_um=(.2, .6))
+# %% ../nbs/01_phantoms.ipynb #c0f4bb5c
+OTHER_LAB = Lab(stains=np.array([[.490, .769, .410], [.046, .842, .537]]), amount=(.85, .8), exposure_patient=.04, veil=.15, blur_um=(.2, .6))
 
 def pair_phantoms(
     n:int, # Tiles, dealt to the patients in turn
@@ -285,7 +294,7 @@ def pair_phantoms(
     lab:Lab=OTHER_LAB, # Range of the colours
 )->Tissue: # `label` is the tissue that fills the first half of the tile
     "A small set of simulated H&E tiles from another laboratory, two tissues in each, with exact nuclear masks."
-    if n < n_patients: raise ValueError(f"{n} pairs for {n_patients} patients arrived; expected at least one for every patient: draw more pairs or fewer patients.")
+    if n < n_patients: raise ValueError(f"{n} pairs for {n_patients} patients arrived; expected one for each at least: draw more pairs.")
     ids = [f"donor{p:02d}" for p in range(n_patients)]
     patients = [_patient(np.random.default_rng(seed_for("patient", seed, i)), lab) for i in ids]
     tiles, labels, owners = [], [], []
@@ -296,7 +305,7 @@ def pair_phantoms(
         tiles.append(_tile(rng, patients[p], lab, names, size, um_per_px)); labels.append(list(CLASSES).index(names[0])); owners.append(ids[p])
     return Tissue(*map(np.stack, zip(*tiles)), np.array(labels), owners, list(CLASSES), um_per_px)
 
-# %% ../nbs/01_phantoms.ipynb #c32ff420
+# %% ../nbs/01_phantoms.ipynb #c8559e0f
 def write_tissue(
     folder:str|Path, # Gets `tiles/`, `masks/` and `pairs/`; should be new or empty
     n_per_class:dict[str, int]|None=None, # Tiles of each class by split; default train 200, val 40, test 60
@@ -312,7 +321,8 @@ def write_tissue(
     "Write the labelled tiles, their true masks and the pair set as PNG files with their tables."
     folder = Path(folder)
     n_per_class, n_patients = n_per_class or {"train": 200, "val": 40, "test": 60}, n_patients or {"train": 10, "val": 4, "test": 6}
-    if set(n_per_class) != set(n_patients): raise ValueError(f"n_per_class has splits {sorted(n_per_class)} but n_patients has {sorted(n_patients)}: give both the same.")
+    if set(n_per_class) != set(n_patients):
+        raise ValueError(f"n_per_class has splits {sorted(n_per_class)} but n_patients has {sorted(n_patients)}: give both the same.")
     def save(array, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(path, compress_level=1)
@@ -331,7 +341,8 @@ def write_tissue(
     names = [f"{patient}_{i:04d}.png" for i, patient in enumerate(pairs.patient_id)]
     for i, name in enumerate(names): save(pairs.image[i], folder/"pairs"/"image"/name); save(pairs.mask[i], folder/"pairs"/"privileged"/name)
     table(folder/"pairs"/"pairs.csv", ("name", "patient"), zip((Path(n).stem for n in names), pairs.patient_id))
-    summary = {"simulated": True, "seed": seed, "classes": CLASSES, "tiles": len(rows), "n_per_class": n_per_class, "n_patients": n_patients, "size": size,
-               "um_per_px": um_per_px, "pairs": n_pairs, "n_pair_patients": n_pair_patients, "pair_size": pair_size, "pair_um_per_px": pair_um_per_px}
+    summary = {"simulated": True, "seed": seed, "classes": CLASSES, "tiles": len(rows), "n_per_class": n_per_class, "n_patients": n_patients,
+               "size": size, "um_per_px": um_per_px, "pairs": n_pairs, "n_pair_patients": n_pair_patients, "pair_size": pair_size,
+               "pair_um_per_px": pair_um_per_px}
     write_json(folder/"phantoms.json", summary)
     return summary
