@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from .core import seed_for, to_rgb
 
-# %% ../nbs/12_evaluate.ipynb #1e69edcf
+# %% ../nbs/12_evaluate.ipynb #79852efb
 @contextlib.contextmanager
 def _frozen(encoder:nn.Module, device)->Iterator[torch.device]:
     "Evaluation mode on `device`, no gradients; afterwards flags, buffers and place as before."
@@ -56,7 +56,8 @@ def _frozen(encoder:nn.Module, device)->Iterator[torch.device]:
 def _tensor(image)->Tensor:
     "One image as (3, H, W) in [0, 1]"
     if not isinstance(image, Tensor): return torch.from_numpy(to_rgb(image)).permute(2, 0, 1).float()/255
-    if not image.is_floating_point(): raise TypeError(f"a tensor of type {image.dtype} arrived; expected floats in [0, 1]: divide 8-bit images by 255.")
+    if not image.is_floating_point():
+        raise TypeError(f"a tensor of type {image.dtype} arrived; expected floats in [0, 1]: divide 8-bit images by 255.")
     return image
 
 def _batches(images, batch_size:int)->Iterator[Tensor]:
@@ -68,13 +69,15 @@ def _batches(images, batch_size:int)->Iterator[Tensor]:
         batch = [_tensor(images[i]) for i in range(start, min(start + batch_size, len(images)))]
         odd = next((i for i, x in enumerate(batch) if x.shape != batch[0].shape), None)
         if odd is not None:
-            raise ValueError(f"image {start + odd} has shape {tuple(batch[odd].shape)} but image {start} has {tuple(batch[0].shape)}: resize them to one size first.")
+            raise ValueError(f"image {start + odd} has shape {tuple(batch[odd].shape)} but image {start} has {tuple(batch[0].shape)}: resize them to "
+                             "one size first.")
         yield torch.stack(batch)
 
 def _check_finite(x:np.ndarray, what:str)->np.ndarray:
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-    if len(bad): raise ValueError(f"{len(bad)} of {len(x)} rows of {what} are not finite: rows {', '.join(map(str, bad[:8]))}{', ...' if len(bad) > 8 else ''}. "
-                                  "Look at these images, and at the training for divergence.")
+    if len(bad):
+        names = ", ".join(map(str, bad[:8])) + ", ..."*(len(bad) > 8)
+        raise ValueError(f"{len(bad)} of {len(x)} rows of {what} are not finite: rows {names}. Look at these images, and whether training diverged.")
     return x
 
 def extract_features(
@@ -108,7 +111,7 @@ def colour_histogram(
         return np.concatenate(parts)/len(x)
     return np.stack([one(image) for image in images]).astype(np.float32)
 
-# %% ../nbs/12_evaluate.ipynb #8c7f6381
+# %% ../nbs/12_evaluate.ipynb #e8fa143a
 @dataclass(frozen=True)
 class Probe:
     "Standardisation and multinomial logistic regression as fitted by `linear_probe`."
@@ -150,7 +153,8 @@ def linear_probe(
     "Multinomial logistic regression on standardised features, regularised as the validation split asks."
     train_x, val_x = (_check_finite(np.asarray(x, np.float64), f"{name} features") for x, name in ((train_x, "training"), (val_x, "validation")))
     for x, y, name in ((train_x, train_y, "training"), (val_x, val_y, "validation")):
-        if len(x) != len(y) or not len(x): raise ValueError(f"{len(x)} {name} features and {len(y)} labels arrived; expected as many of each, and at least one.")
+        if len(x) != len(y) or not len(x):
+            raise ValueError(f"{len(x)} {name} features and {len(y)} labels arrived; expected as many of each, and at least one.")
     classes, train_t = np.unique(train_y, return_inverse=True)
     if len(classes) < 2: raise ValueError(f"every training label is {classes[0]!r}; a probe needs two classes: check the labels or the split.")
     unknown = np.setdiff1d(val_y, classes)
@@ -165,19 +169,20 @@ def linear_probe(
         with warnings.catch_warnings(record=True) as caught, threadpool_limits(threads):
             warnings.simplefilter("always", ConvergenceWarning)
             model.set_params(C=C).fit((train_x - mean)/scale, train_t)
-        coef, intercept = model.coef_.copy(), model.intercept_.copy()
+        coef, intercept = model.coef_, model.intercept_
         if len(classes) == 2: coef, intercept = np.concatenate([-coef, coef])/2, np.concatenate([-intercept, intercept])/2  # one logit to two
         probe = Probe(mean, scale, coef, intercept, classes, float(C), 0., None)
         logp = log_softmax(probe.logits(val_x), axis=1)
-        path.append(dict(C=float(C), val_accuracy=float((logp.argmax(1) == val_t).mean()), val_log_loss=float(-logp[np.arange(len(val_t)), val_t].mean()),
-                         iterations=int(model.n_iter_.max()), converged=not any(issubclass(w.category, ConvergenceWarning) for w in caught)))
+        path.append(dict(C=float(C), val_accuracy=float((logp.argmax(1) == val_t).mean()),
+                         val_log_loss=float(-logp[np.arange(len(val_t)), val_t].mean()), iterations=int(model.n_iter_.max()),
+                         converged=not any(issubclass(w.category, ConvergenceWarning) for w in caught)))
         probes.append(probe)
     best = max(range(len(path)), key=lambda i: (path[i]["val_accuracy"], -path[i]["val_log_loss"]))
     if not path[best]["converged"]: warnings.warn(f"the chosen probe (C={path[best]['C']:g}) stopped at {max_iter} iterations: raise max_iter.")
     p = probes[best]
     return Probe(mean, scale, p.coef, p.intercept, classes, p.C, path[best]["val_accuracy"], pd.DataFrame(path))
 
-# %% ../nbs/12_evaluate.ipynb #f97b46d3
+# %% ../nbs/12_evaluate.ipynb #ba14af2b
 def _statistics(confusion:np.ndarray)->dict[str, np.ndarray]:
     "Scores of confusion matrices (..., n, n), true labels in rows"
     hits, true, predicted = np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1), confusion.sum(-2)
@@ -189,7 +194,8 @@ def _statistics(confusion:np.ndarray)->dict[str, np.ndarray]:
 def _confusions(y_true, y_pred, n_classes:int, groups:np.ndarray)->np.ndarray:
     "One confusion matrix per group, (G, n, n)"
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
-    if y_true.shape != y_pred.shape or not len(y_true): raise ValueError(f"{y_true.shape} true and {y_pred.shape} predicted labels arrived; expected as many of each.")
+    if y_true.shape != y_pred.shape or not len(y_true):
+        raise ValueError(f"{y_true.shape} true and {y_pred.shape} predicted labels arrived; expected as many of each.")
     for y, name in ((y_true, "true"), (y_pred, "predicted")):
         if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= n_classes:
             raise ValueError(f"{name} labels run from {y.min()} to {y.max()} ({y.dtype}); expected integers from 0 to {n_classes - 1}.")
@@ -209,7 +215,7 @@ def scores(
     recall = _plain(result.pop("per_class_recall"))
     return {name: float(v) for name, v in result.items()} | dict(per_class_recall=recall, confusion=confusion.tolist())
 
-# %% ../nbs/12_evaluate.ipynb #945162b6
+# %% ../nbs/12_evaluate.ipynb #e1ffd965
 def _codes(groups, n:int)->np.ndarray:
     "Groups as 0 to G - 1"
     if groups is None: return np.arange(n)
@@ -249,7 +255,8 @@ def interval(
     "Accuracy with a percentile bootstrap interval over groups and seeds."
     correct = np.atleast_2d(np.asarray(correct, np.float64))
     counts = _correct_counts(correct, _codes(groups, correct.shape[1]))
-    return dict(mean=float(correct.mean()), ci=_percentiles(_replicates(counts, _ratio, n_boot, seed), level, counts.shape[1]), per_seed=correct.mean(1).tolist())
+    ci = _percentiles(_replicates(counts, _ratio, n_boot, seed), level, counts.shape[1])
+    return dict(mean=float(correct.mean()), ci=ci, per_seed=correct.mean(axis=1).tolist())
 
 def score_intervals(
     y_true:Sequence[int], # True labels (N,)
@@ -265,10 +272,11 @@ def score_intervals(
     counts = np.stack([_confusions(y_true, y, n_classes, codes) for y in np.atleast_2d(y_pred)]).astype(np.float64)
     exact = _statistics(counts.sum(axis=1))
     recall = exact.pop("per_class_recall")
-    return {name: dict(mean=float(v.mean()), ci=_percentiles(_replicates(counts, lambda c: _statistics(c)[name], n_boot, seed), level, counts.shape[1]),
-                       per_seed=v.tolist()) for name, v in exact.items()} | dict(per_class_recall=_plain(recall.mean(axis=0)))
+    def ci(name): return _percentiles(_replicates(counts, lambda c: _statistics(c)[name], n_boot, seed), level, counts.shape[1])
+    result = {name: dict(mean=float(v.mean()), ci=ci(name), per_seed=v.tolist()) for name, v in exact.items()}
+    return result | dict(per_class_recall=_plain(recall.mean(axis=0)))
 
-# %% ../nbs/12_evaluate.ipynb #68b4799a
+# %% ../nbs/12_evaluate.ipynb #1c7ff4fa
 def error_reduction(
     base_correct:np.ndarray, # Right or wrong of the baseline, (N,) or (n_seeds, N)
     model_correct:np.ndarray, # Right or wrong of the model on the same images, (N,) or (n_seeds, N)
@@ -291,9 +299,10 @@ def error_reduction(
     low, high = _percentiles(ratio(*replicates), level, counts[0].shape[1])
     none = bool((both[1] == 1).all())
     open_end = (replicates[1] == 0).mean() > (1 - level)/2
-    return dict(ratio=value, ci=[low, high], at_least=none, text=f"{'>= ' if none else ''}{value:.2f} [{low:.2f}, {'>= ' if open_end else ''}{high:.2f}]")
+    text = f"{'>= ' if none else ''}{value:.2f} [{low:.2f}, {'>= ' if open_end else ''}{high:.2f}]"
+    return dict(ratio=value, ci=[low, high], at_least=none, text=text)
 
-# %% ../nbs/12_evaluate.ipynb #a739ebd0
+# %% ../nbs/12_evaluate.ipynb #199b4e95
 def rankme(
     z:np.ndarray|Tensor, # Embeddings (N, D)
     center:bool=False, # Subtract the mean first
@@ -302,12 +311,13 @@ def rankme(
     z = z.detach().cpu().double().numpy() if isinstance(z, Tensor) else np.array(z, np.float64)
     if z.ndim != 2 or not z.size: raise ValueError(f"embeddings of shape {z.shape} arrived; expected (N, D).")
     _check_finite(z, "embeddings")
-    if len(z) < 4*z.shape[1]: warnings.warn(f"{len(z)} rows for {z.shape[1]} dimensions: RankMe is capped by the rows; give it at least {4*z.shape[1]}.")
+    if len(z) < 4*z.shape[1]:
+        warnings.warn(f"{len(z)} rows for {z.shape[1]} dimensions: RankMe is capped by the rows; give it at least {4*z.shape[1]}.")
     sigma = np.linalg.svd(z - z.mean(axis=0) if center else z, compute_uv=False)
     p = sigma/max(sigma.sum(), np.finfo(np.float64).tiny) + 1e-7
     return float(np.exp(-(p*np.log(p)).sum()))
 
-# %% ../nbs/12_evaluate.ipynb #8685c90c
+# %% ../nbs/12_evaluate.ipynb #31f96999
 def restain(
     images, # Sequence of images of one size, anything `to_rgb` reads
     seed:int=0, # An image's stain depends on the seed and its position (or its group)
@@ -321,7 +331,8 @@ def restain(
         stains = -np.log((to_rgb(image) + 1.)/256) @ hed_from_rgb             # + 1: black has a finite density
         stains[..., :2] = stains[..., :2]*factor + shift
         return np.clip(np.round(256*np.exp(-stains @ rgb_from_hed) - 1), 0, 255).astype(np.uint8)
-    if groups is not None and len(groups) != len(images): raise ValueError(f"{len(groups)} groups arrived for {len(images)} images; expected one per image.")
+    if groups is not None and len(groups) != len(images):
+        raise ValueError(f"{len(groups)} groups arrived for {len(images)} images; expected one per image.")
     return np.stack([one(image, i if groups is None else str(groups[i])) for i, image in enumerate(images)])
 
 # %% ../nbs/12_evaluate.ipynb #297ef2be

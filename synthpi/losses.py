@@ -56,7 +56,7 @@ def covariance_loss(
         return (cov - cov.diagonal().diag()).square().sum()/d
     return ((zc @ zc.T).square().sum() - zc.square().sum(dim=0).square().sum())/d
 
-# %% ../nbs/09_losses.ipynb #6d9ca26d
+# %% ../nbs/09_losses.ipynb #edcbd3fe
 class VICReg(nn.Module):
     "VICReg for two or more branches: `loss(*zs) -> (scalar, terms)`, with the terms scaled as in `mode`, unweighted and detached."
     def __init__(self,
@@ -78,11 +78,11 @@ class VICReg(nn.Module):
 
     def _check(self, zs):
         if len(zs) < 2:
-            raise ValueError(f"{len(zs)} view arrived; a paired loss compares two or more: call loss(z1, z2, ...) with one embedding batch per branch.")
+            raise ValueError(f"{len(zs)} view arrived; a paired loss compares two or more: call loss(z1, z2, ...) with one batch per branch.")
         if self.mode == "official" and len(zs) != 2:
             raise ValueError(f"{len(zs)} views arrived, but mode 'official' is defined for two: use mode='mean', which equals it at two.")
         if zs[0].ndim != 2 or min(zs[0].shape) < 1 or len(zs[0]) < 2:
-            raise ValueError(f"view 0 has shape {tuple(zs[0].shape)}; expected (B, D) with at least two rows, because variance is taken over the batch.")
+            raise ValueError(f"view 0 has shape {tuple(zs[0].shape)}; expected (B, D) with at least two rows: variance is taken over the batch.")
         for i, z in enumerate(zs):
             if z.shape != zs[0].shape:
                 raise ValueError(f"view {i} has shape {tuple(z.shape)} but view 0 has {tuple(zs[0].shape)}: views are compared row by row, so give "
@@ -108,4 +108,5 @@ class VICReg(nn.Module):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def extra_repr(self)->str:
-        return f"mode={self.mode!r}, invariance={self.invariance}, variance={self.variance}, covariance={self.covariance}, gamma={self.gamma}, eps={self.eps}"
+        return (f"mode={self.mode!r}, invariance={self.invariance}, variance={self.variance}, covariance={self.covariance}, gamma={self.gamma}, "
+                f"eps={self.eps}")

@@ -72,7 +72,8 @@ def test_features_are_those_of_evaluation_mode_and_do_not_depend_on_the_form_or_
 
 @pytest.mark.parametrize("images, error, message", [
     ([], ValueError, "0 images"),
-    ([np.zeros((16, 16, 3), np.uint8)]*5 + [np.zeros((16, 8, 3), np.uint8)], ValueError, r"image 5 has shape \(3, 16, 8\) but image 4 has \(3, 16, 16\)"),
+    ([np.zeros((16, 16, 3), np.uint8)]*5 + [np.zeros((16, 8, 3), np.uint8)], ValueError,
+     r"image 5 has shape \(3, 16, 8\) but image 4 has \(3, 16, 16\)"),
     (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), TypeError, "torch.uint8"),
     (torch.full((12, 3, 16, 16), torch.nan), ValueError, r"12 of 12 rows of features are not finite: rows 0, 1, .*7, \.\.\.")])
 def test_bad_images(images, error, message):
@@ -94,7 +95,9 @@ def test_colour_baselines():
 
 @pytest.mark.parametrize("n_classes", [2, 3, 9])
 def test_probe_is_sklearn_at_the_chosen_C(n_classes):
-    (x, y), (vx, vy) = blobs(360, n_classes), blobs(180, n_classes, seed=1)
+    (x, y), (vx, vy) = blobs(720, n_classes), blobs(180, n_classes, seed=1)
+    keep = (y > 0) | (np.arange(720) % 5 == 0)                                  # unequal classes, so that the intercepts matter
+    x, y = x[keep], y[keep]
     probe = linear_probe(x, y, vx, vy)
     scaler = StandardScaler().fit(x.astype(np.float64))
     model = LogisticRegression(C=probe.C, max_iter=5000, tol=1e-8).fit(scaler.transform(x.astype(np.float64)), y)
@@ -116,6 +119,12 @@ def test_module_gives_the_decision_function(n_classes):
     np.testing.assert_allclose(out, probe.logits(vx), rtol=1e-3, atol=1e-3)     # float32 weights on features of scale 1e-2 to 1e2
     np.testing.assert_array_equal(probe.classes[out.argmax(1)], probe.predict(vx))
 
+def test_equal_accuracies_are_settled_by_the_log_loss():
+    (x, y), (vx, vy) = blobs(120, 3, spread=.3), blobs(60, 3, spread=.3, seed=1)
+    probe = linear_probe(x, y, vx, vy)
+    tied = probe.path[probe.path.val_accuracy == probe.path.val_accuracy.max()]
+    assert len(tied) > 2 and probe.C == tied.loc[tied.val_log_loss.idxmin(), "C"] and tied.val_log_loss.nunique() > 2
+
 def test_labels_may_be_names_and_test_data_plays_no_part():
     (x, y), (vx, vy) = blobs(120, 3), blobs(60, 3, seed=1)
     names = np.array(["TUM", "ADI", "LYM"])
@@ -130,6 +139,9 @@ def test_constant_features_are_harmless():
     probe, plain = linear_probe(dead, y, dead_v, vy), linear_probe(x, y, vx, vy)
     assert np.isfinite(probe.logits(dead_v)).all() and np.abs(probe.coef[:, -2:]).max() < 1e-6
     np.testing.assert_array_equal(probe.predict(dead_v), plain.predict(vx))
+    jitter = np.where(np.arange(120) % 7, np.float32(.1), np.nextafter(np.float32(.1), np.float32(1)))  # constant but for the last bit of float32
+    probe = linear_probe(np.concatenate([x, jitter[:, None]], 1), y, np.concatenate([vx, np.full((60, 1), .11, np.float32)], 1), vy)
+    np.testing.assert_array_equal(probe.predict(np.concatenate([vx, np.full((60, 1), .11, np.float32)], 1)), plain.predict(vx))
 
 def test_non_convergence_is_reported():
     (x, y), (vx, vy) = blobs(120, 3), blobs(60, 3, seed=1)
@@ -256,7 +268,11 @@ def test_pairing_narrows_the_ratio():
 def test_no_errors_is_at_least():
     base = np.arange(50) < 40
     result = error_reduction(base, np.ones(50))
-    assert result["at_least"] and result["ratio"] == pytest.approx(.2*51) and result["text"].startswith(">= 10.20 [") and np.isfinite(result["ci"]).all()
+    assert result["at_least"] and result["ratio"] == pytest.approx(.2*51)
+    assert result["text"].startswith(">= 10.20 [") and np.isfinite(result["ci"]).all()
+    rare = np.ones(50); rare[0] = 0                                             # one error: a third of the resamples have none
+    assert ", >= " in error_reduction(base, rare)["text"] and not error_reduction(base, rare)["at_least"]
+    assert ">=" not in error_reduction(base, base)["text"]
     both = error_reduction(np.ones(50), np.ones(50))
     assert both["ratio"] == 1 and both["at_least"]
     assert error_reduction(np.ones(50), base)["ratio"] == 0
@@ -319,9 +335,11 @@ def test_restain_moves_only_the_two_stains():
 
 def test_compare():
     score = lambda m: {"mean": m, "ci": [m - .1, m + .1], "per_seed": [m]}
-    table = compare({"mean_rgb": {"accuracy": score(.5), "rankme": 2.96}, "trident": {"accuracy": score(.8), "accuracy_stain_shift": {"mean": .6, "ci": [None, None]},
-                     "steps": 300, "seconds": 61.7, "augmentation": "weak", "by_augmentation": {"weak": {"accuracy": score(.8)}, "strong": score(.7)}}})
+    trident = {"accuracy": score(.8), "accuracy_stain_shift": {"mean": .6, "ci": [None, None]}, "steps": 300, "seconds": 61.7,
+               "augmentation": "weak", "by_augmentation": {"weak": {"accuracy": score(.8)}, "strong": score(.7)}}
+    table = compare({"mean_rgb": {"accuracy": score(.5), "rankme": 2.96}, "trident": trident})
     assert isinstance(table, pd.DataFrame) and table.index.tolist() == ["mean_rgb", "trident"]
-    assert table.loc["trident"].to_dict() == {"accuracy": "0.800 [0.700, 0.900]", "accuracy, stain shift": "0.600", "augmentation": "weak", "steps": "300",
-        "seconds": "62", "accuracy, weak augmentation": "0.800 [0.700, 0.900]", "accuracy, strong augmentation": "0.700 [0.600, 0.800]", "RankMe": ""}
+    assert table.loc["trident"].to_dict() == {"accuracy": "0.800 [0.700, 0.900]", "accuracy, stain shift": "0.600",
+        "augmentation": "weak", "steps": "300", "seconds": "62", "accuracy, weak augmentation": "0.800 [0.700, 0.900]",
+        "accuracy, strong augmentation": "0.700 [0.600, 0.800]", "RankMe": ""}
     assert table.loc["mean_rgb", "RankMe"] == "3.0" and table.loc["mean_rgb", "accuracy, stain shift"] == ""

@@ -58,6 +58,13 @@ def test_float32_keeps_both_sides_of_the_covariance():
         exact = numpy_vicreg([z, z], "official")[3]/2
         assert covariance_loss(z).item() == pytest.approx(exact, rel=1e-5), (n, d)  # float32 sums of n*d terms, less a diagonal of the same size
 
+def test_the_cheaper_side_is_computed():
+    "The other side of either shape would be a matrix of 160 GB."
+    for shape in ((200_000, 2), (2, 200_000)):
+        z = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        covariance_loss(z).backward()
+        assert torch.isfinite(z.grad).all()
+
 def test_mean_equals_official_at_two_and_ignores_a_repeated_branch():
     z, other = batches(2, 12, 5)
     assert torch.allclose(VICReg("mean")(z, other)[0], VICReg("official")(z, other)[0], rtol=1e-12)
