@@ -12,6 +12,14 @@ from synthpi.models import make_encoder
 from synthpi.phantoms import CLASSES, Lab, _patient, _tile, pair_phantoms, tissue_phantoms, write_tissue
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Threads that wait for each other spin: on two busy cores the small network took 535 s with two threads, 26 s with one"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 @pytest.fixture(scope="module")
 def tissue():
     "Training and test patients at the size of the demo"
