@@ -1,6 +1,27 @@
-"""Modules:
+"""synthpi trains an image encoder on unlabelled tissue tiles and on *synthetic* second images of the same tissue, for example nuclear masks that a
+small generator draws: privileged information, there in training and absent when the encoder is used. It then holds that encoder against honest
+baselines, explains what it looks at, and writes one report.
 
-- `synthpi.core`: Seeds, pictures and files: the small things that every other notebook uses"""
+Modules:
+
+- `synthpi.arms`: What a study compares: one name for one way of getting features
+- `synthpi.cli`: The study from a terminal: on simulated tiles, and on your own
+- `synthpi.core`: Seeds, pictures and files: the small things that every other notebook uses
+- `synthpi.data`: Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
+- `synthpi.evaluate`: Frozen features, a linear probe, intervals over patients, and the rank of a representation
+- `synthpi.explain`: Where in the image an encoder looks, and how it arranges a data set
+- `synthpi.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
+- `synthpi.generators`: One calling convention for everything that supplies a privileged image
+- `synthpi.losses`: VICReg for two or more branches: embeddings of one tissue agree, and nothing collapses
+- `synthpi.models`: Encoders, projectors, branch layouts, and encoder files
+- `synthpi.pairs`: The synthesised privileged column: made once, checked, and with a history
+- `synthpi.phantoms`: Simulated H&E tissue: nine classes, exact nuclear masks, patients, and a second set that looks different
+- `synthpi.report`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
+- `synthpi.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
+- `synthpi.tissue_report`: What a study found, as one page that a person likes to read
+- `synthpi.trainer`: One small loop: resumable, watched, with a history to plot
+- `synthpi.translation`: Training a generator on a small set of pairs
+- `synthpi.views`: From a record to the augmented images that enter the branches"""
 
 from importlib.metadata import PackageNotFoundError, version as _version
 

@@ -10,7 +10,9 @@ Docs: https://synthpi.github.io/synthpi/nbs/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'demo', 'tissue', 'main']
 
-# %% ../nbs/15_cli.ipynb #b1debebd
+# %% ../nbs/15_cli.ipynb #8353065c
+import contextlib
+import os
 import shlex
 import sys
 import warnings
@@ -19,21 +21,31 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/15_cli.ipynb #9a64ffd8
+# %% ../nbs/15_cli.ipynb #2499fa2d
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train medical-image encoders with synthetic privileged information, and see whether it helped.")
 
-@app.callback()
-def _commands(): pass       # with a single command typer would drop its name
+@contextlib.contextmanager
+def _told():
+    "What goes wrong is told in a line: exit code 2 for an error, 130 for Ctrl-C."
+    warnings.formatwarning = lambda message, category, *a, **k: f"Note: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
+    try: yield
+    except (ValueError, TypeError, FloatingPointError, OSError) as error:
+        typer.echo(f"synthpi: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo("\nsynthpi: stopped. What was finished is kept; the same command goes on from there.", err=True)
+        raise typer.Exit(130)
 
 _Out = Annotated[Path, typer.Option(help="Output folder; a study that was stopped goes on there.")]
 _Seeds = Annotated[int, typer.Option(min=1, help="Trainings of every arm, with seeds 0, 1, ...")]
 _Controls = Annotated[bool, typer.Option("--controls", help="Also the control arms: shuffled, blank, third view, haematoxylin.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another study in the output folder.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-_Workers = Annotated[int, typer.Option(min=0, help="Worker processes for decoding and augmenting.")]
+_Workers = Annotated[Optional[int], typer.Option(min=0, help="Worker processes for decoding and augmenting; default: one for each second core, up to 4.")]
 
 @app.command()
+@_told()
 def demo(
     out: _Out = Path("synthpi-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A fifth of the tiles and of the steps: shows that it runs, not what it reaches.")] = False,
@@ -41,7 +53,7 @@ def demo(
     controls: _Controls = False,
     overwrite: _Overwrite = False,
     device: _Device = "auto",
-    workers: _Workers = 0,
+    workers: _Workers = None,
 ):
     "The whole study on simulated tissue, offline: about eight minutes on two cores, two with --quick."
     from synthpi.phantoms import write_tissue       # here and below: --help should not wait for torch
@@ -50,11 +62,12 @@ def demo(
     if not (data/"phantoms.json").exists():
         typer.echo(f"Drawing simulated tissue into {data}")
         write_tissue(data, **(dict(n_per_class={"train": 60, "val": 16, "test": 24}, n_pairs=48) if quick else {}))
-    _finish(tissue_study(data/"tiles", out, pairs=data/"pairs", um_per_px_tiles=.75, um_per_px_pairs=.5, size=64, steps=60 if quick else 300,
-            generator_steps=100 if quick else 300, all_settings=False, seeds=range(seeds), controls=controls, overwrite=overwrite, device=device, workers=workers,
+    _finish(tissue_study(data/"tiles", out, pairs=data/"pairs", um_per_px_tiles=.75, um_per_px_pairs=.5, size=64, steps=60 if quick else 240,
+            generator_steps=60 if quick else 150, all_settings=False, seeds=range(seeds), controls=controls, overwrite=overwrite, device=device, workers=_share_cores(workers),
             command=_command(), simulated=True), out)
 
 @app.command()
+@_told()
 def tissue(
     tiles: Annotated[Path, typer.Option(help="Folder DIR/<split>/<class>/*.png|jpg|tif, a folder with tiles.csv, or a CSV manifest.")],
     out: _Out,
@@ -77,14 +90,23 @@ def tissue(
     on_bad: Annotated[str, typer.Option(help="Unreadable images: raise, or skip and count.")] = "raise",
     overwrite: _Overwrite = False,
     device: _Device = "auto",
-    workers: _Workers = 0,
+    workers: _Workers = None,
 ):
     "The study on your own tiles: every arm at weak and strong augmentation, the better one chosen on validation data."
     from synthpi.study import tissue_study
     names = lambda text: [n.strip() for n in text.split(",") if n.strip()] if text else None
     _finish(tissue_study(tiles, out, pairs=pairs, generator=generator, arms=names(arms), controls=controls, seeds=range(seeds), steps=steps, epochs=epochs, size=size,
             encoder=encoder, batch_size=batch_size, generator_steps=generator_steps, generator_crop=generator_crop, um_per_px_tiles=um_per_px_tiles, um_per_px_pairs=um_per_px_pairs,
-            group_column=group_column, hard_pair=names(hard_pair), on_bad=on_bad, device=device, workers=workers, overwrite=overwrite, command=_command()), out)
+            group_column=group_column, hard_pair=names(hard_pair), on_bad=on_bad, device=device, workers=_share_cores(workers), overwrite=overwrite, command=_command()), out)
+
+def _share_cores(workers):
+    """Cores that the workers do not need do the arithmetic. Two busy threads on one core wait for each other: with both cores of a small machine taken by
+    another program, two threads were seen to take twenty times as long as one."""
+    import torch
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(4, cores//2) if workers is None else workers
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
+    return workers
 
 def _command(): return shlex.join(["synthpi", *sys.argv[1:]])
 
@@ -100,11 +122,4 @@ def _finish(results, out):
 
 def main():
     "Entry point of the `synthpi` command."
-    warnings.formatwarning = lambda message, category, *a, **k: f"Note: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
-    try: app()
-    except (ValueError, FileNotFoundError, FloatingPointError, OSError) as error:
-        typer.echo(f"synthpi: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("\nsynthpi: stopped. What was finished is kept; the same command goes on from there.", err=True)
-        sys.exit(130)
+    app()

@@ -50,7 +50,7 @@ def verdict(
     if best not in ("trident", "siamese_privileged"): said += f" The highest accuracy of all arms is that of `{best}`, {_percent(arms[best]['accuracy'])}."
     return said
 
-# %% ../nbs/14_tissue_report.ipynb #35f05a48
+# %% ../nbs/14_tissue_report.ipynb #82d42281
 _LIMITS = """- The tiles stand for the patients and laboratories that they come from, and for no other. Intervals resample the test groups (patients where they are known) and the training seeds; with few of either they are rough, and they do not cover a change of scanner, tissue or disease.
 - A synthetic image is computed from the tile. It adds what the generator learnt from its pairs, not a new measurement: **synthetic images are training aids, not findings**, and nothing here is for clinical use.
 - An arm's augmentation and the probe's regularisation were chosen on the validation split; the test split was predicted once per run.
@@ -78,8 +78,8 @@ def write_report(
         report.section("Arms", "The tiles have no labels, so no probe was fitted. RankMe measures how many dimensions the representations use.")
         report.table(pd.DataFrame.from_dict(arms, orient="index").rename_axis("arm"), "Trained arms. Seconds are of one training.")
     else: _results(report, results, classes)
-    histories = {f"{n} ({a['augmentation']})" if a.get("augmentation") else n: pd.read_csv(f) for n, a in arms.items() if (f := _folder(out, n, a, seed)/"history.csv").exists() and n != "supervised"}
-    if histories: report.section("Training").figure(plot_losses(histories), "losses", "Loss and its terms, unweighted, smoothed. The loss has another number of terms "
+    histories = {n: pd.read_csv(f) for n, a in arms.items() if (f := _folder(out, n, a, seed)/"history.csv").exists() and n != "supervised"}
+    if histories: report.section("Training").figure(plot_losses(histories), "losses", "Loss and its terms, unweighted, smoothed, of every arm at its chosen augmentation. The loss has another number of terms "
                                                      "for two and for three branches, so its height does not compare arms; a variance term that stays near 1 would mean collapse.",
                                                      "Curves of the loss terms of every self-supervised arm over the training steps")
     if data.labels is not None:
@@ -128,21 +128,21 @@ def _results(report, results, classes):
                   "Accuracy of each arm as a dot with its interval")
     table = compare({n: {k: v for k, v in a.items() if k != "by_augmentation"} for n, a in arms.items()}).rename_axis("arm")
     table.insert(0, "what", [ARMS[n].what for n in arms])
-    report.table(table, "All arms. *Stain shift*: the same test tiles in random other stains, where colour cannot help. *RankMe*: how many dimensions the test features use. Seconds are of one training.")
+    report.table(table, "All arms. *Stain shift*: the same test tiles in random other stains, where colour cannot help. *RankMe*: how many dimensions the training tiles' features use. Seconds are of one training.")
     report.figure(plot_accuracy(arms, key="accuracy_stain_shift"), "accuracy_stain_shift", "Accuracy on the test tiles re-stained at random. The probes were fitted on tiles in their own stains.",
                   "Accuracy of each arm on stain-shifted test tiles as a dot with its interval")
     if hard:
         table = pd.DataFrame({n: {"accuracy": f"{a['hard_pair']['accuracy']['mean']:.3f} {_ci(a['hard_pair']['accuracy'])}", "accuracy, stain shift":
                                   f"{a['hard_pair']['accuracy_stain_shift']['mean']:.3f} {_ci(a['hard_pair']['accuracy_stain_shift'])}"} for n, a in arms.items()}).T.rename_axis("arm")
-        how = "given" if results["settings"].get("hard_pair_given") else "the two that a colour histogram confuses most on validation data, unless named in the call"
-        report.table(table, f"The hard pair, `{hard['classes'][0]}` against `{hard['classes'][1]}` ({how}): a probe for these two alone. Chance is about 0.5.")
+        report.table(table, f"The hard pair, `{hard['classes'][0]}` against `{hard['classes'][1]}` (unless named in the call, the two that a colour histogram confuses most on validation data): a probe for these two alone. Chance is about 0.5.")
     by = {n: a["by_augmentation"] for n, a in arms.items() if len(a.get("by_augmentation", {})) > 1}
     if by:
         report.section("When does it help?", "A weakly augmented encoder can tell two views of one tile by their stain alone and learns little else. Strong colour augmentation takes that away without any second image. "
                        "A synthetic image that shows nuclei does the same, because stain is not in it. So the gain should be largest where augmentation is weak; this is what was measured:")
         report.figure(plot_augmentation(by), "augmentation", "Test accuracy at weak (geometry only) and strong (also colour) augmentation of the tile.", "Accuracy of each arm at weak and strong augmentation")
     if results["error_reduction"]:
-        table = pd.DataFrame([{"base": r["base"], "model": r["model"], "augmentation": r["augmentation"], "test tiles": r["tiles"], "error ratio": r["text"]} for r in results["error_reduction"]])
+        table = pd.DataFrame([{"base": r["base"], "model": r["model"], "augmentation": r["augmentation"], "test tiles": r["tiles"], "error ratio": r["text"]} for r in results["error_reduction"]
+                              if r["augmentation"] == "chosen" or (r["base"], r["model"]) == ("siamese_unprivileged", "trident")])
         report.table(table, "Error of the base divided by error of the model, above 1 where the model is better; 95 % interval from a bootstrap that draws the same groups for both. *chosen*: each arm at the setting that "
                      "validation data chose. The papers' figures, up to 4.4 against single modality and up to 5.6 against authentic pairs (arXiv 2403.05220), are of other data, encoders and training lengths.")
     shown = [n for n in ("colour_histogram", "supervised", "siamese_unprivileged", "siamese_privileged", "trident", "trident_real_pairs") if n in arms]

@@ -11,8 +11,9 @@ Docs: https://synthpi.github.io/synthpi/nbs/views.html.md"""
 # %% auto #0
 __all__ = ['weak', 'strong', 'square', 'Images', 'Views', 'StepBatches', 'batches']
 
-# %% ../nbs/06_views.ipynb #439340b5
+# %% ../nbs/06_views.ipynb #57aab42e
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -75,7 +76,7 @@ class Images(Sequence):
         if len(self._kept) < self._room: self._kept[i] = image
         return image
 
-# %% ../nbs/06_views.ipynb #82337489
+# %% ../nbs/06_views.ipynb #a64ac7f4
 class Views(Dataset):
     "Augmented views of every record: item `i` (or `(epoch, i)`) is `{'views': tuple of (3, size, size) float32 in [0, 1], 'index', 'label' if there is one}`."
     def __init__(self,
@@ -99,7 +100,8 @@ class Views(Dataset):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         views = []
         for branch, (column, recipe) in enumerate(self.branches):
-            recipe.set_random_seed(seed_for(self.seed, epoch, i, branch))     # albumentations' own workers would all draw the same
+            key = seed_for(self.seed, epoch, i, branch)                       # left to itself, albumentations draws the same in every worker
+            recipe.set_random_state(np.random.default_rng(key), random.Random(key))
             views.append(torch.from_numpy(recipe(image=self.images[column][i])["image"]).permute(2, 0, 1).float().div(255))
         return {"views": tuple(views), "index": i, **({"label": int(self.labels[i])} if self.labels is not None else {})}
 

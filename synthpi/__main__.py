@@ -1,0 +1,4 @@
+"`python -m synthpi` is the `synthpi` command."
+from synthpi.cli import main
+
+main()
