@@ -21,7 +21,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/15_cli.ipynb #2499fa2d
+# %% ../nbs/15_cli.ipynb #d6a1e4da
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train medical-image encoders with synthetic privileged information, and see whether it helped.")
 
@@ -77,7 +77,7 @@ def tissue(
     controls: _Controls = False,
     seeds: _Seeds = 1,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every trained arm.")] = 300,
-    epochs: Annotated[Optional[float], typer.Option(min=0, help="In place of --steps: passes over the training tiles.")] = None,
+    epochs: Annotated[Optional[float], typer.Option(min=.01, help="In place of --steps: passes over the training tiles.")] = None,
     size: Annotated[int, typer.Option(min=16, help="Side of the tiles in the study, pixels.")] = 96,
     encoder: Annotated[str, typer.Option(help="resnet10_narrow, resnet18, resnet34, resnet50 or densenet121.")] = "resnet10_narrow",
     batch_size: Annotated[int, typer.Option(min=2, help="Tiles per step.")] = 64,

@@ -46,7 +46,7 @@ def fingerprint(
         sha.update(b"\0")
     return sha.hexdigest()[:16]
 
-# %% ../nbs/03_generators.ipynb #bdd50b8c
+# %% ../nbs/03_generators.ipynb #b0ca20de
 class ModuleGenerator:
     "An image-to-image module under the generators' calling convention."
     def __init__(self,
@@ -76,7 +76,7 @@ class ModuleGenerator:
         scale = um_per_px/self.um_per_px if um_per_px and self.um_per_px else 1.
         if abs(scale - 1) > .02: x = F.interpolate(x, size=(max(1, round(h*scale)), max(1, round(w*scale))), mode="bilinear", antialias=True)
         th, tw = x.shape[-2:]
-        ph, pw = -th % self.multiple, -tw % self.multiple
+        ph, pw = (max(2*self.multiple, -(-n//self.multiple)*self.multiple) - n for n in (th, tw))     # a U-Net's lowest level needs more than one pixel
         x = F.pad(x, (0, pw, 0, ph), mode="reflect" if ph < th and pw < tw else "replicate")
         mode = self.module.training
         y = self.activation(self.module.eval()(x))[..., :th, :tw]

@@ -50,7 +50,7 @@ def verdict(
     if best not in ("trident", "siamese_privileged"): said += f" The highest accuracy of all arms is that of `{best}`, {_percent(arms[best]['accuracy'])}."
     return said
 
-# %% ../nbs/14_tissue_report.ipynb #82d42281
+# %% ../nbs/14_tissue_report.ipynb #4b7af53c
 _LIMITS = """- The tiles stand for the patients and laboratories that they come from, and for no other. Intervals resample the test groups (patients where they are known) and the training seeds; with few of either they are rough, and they do not cover a change of scanner, tissue or disease.
 - A synthetic image is computed from the tile. It adds what the generator learnt from its pairs, not a new measurement: **synthetic images are training aids, not findings**, and nothing here is for clinical use.
 - An arm's augmentation and the probe's regularisation were chosen on the validation split; the test split was predicted once per run.
@@ -145,7 +145,7 @@ def _results(report, results, classes):
                               if r["augmentation"] == "chosen" or (r["base"], r["model"]) == ("siamese_unprivileged", "trident")])
         report.table(table, "Error of the base divided by error of the model, above 1 where the model is better; 95 % interval from a bootstrap that draws the same groups for both. *chosen*: each arm at the setting that "
                      "validation data chose. The papers' figures, up to 4.4 against single modality and up to 5.6 against authentic pairs (arXiv 2403.05220), are of other data, encoders and training lengths.")
-    shown = [n for n in ("colour_histogram", "supervised", "siamese_unprivileged", "siamese_privileged", "trident", "trident_real_pairs") if n in arms]
+    shown = [n for n in ("colour_histogram", "supervised", "siamese_unprivileged", "siamese_privileged", "trident", "trident_real_pairs") if n in arms] or list(arms)
     report.section("Class by class")
     report.figure(plot_recall({n: arms[n]["per_class_recall"] for n in shown}, classes), "recall", "Part of each class's test tiles that was recognised (recall).", "Recall of every class for each arm")
     pair = [n for n in ("siamese_unprivileged", "trident") if n in arms] or shown[:2]

@@ -180,7 +180,7 @@ def test_output_inside_the_tiles_or_in_a_foreign_folder_is_refused(data, tmp_pat
 def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(source, tmp_path):
     out = tmp_path/"out"
     command = [sys.executable, "-m", "synthpi", "tissue", "--tiles", source/"tiles", "--out", out, *SMALL, "--arms", "siamese_unprivileged,trident_third_view"]
-    command[command.index("--steps") + 1] = "200"
+    command[command.index("--steps") + 1] = "80"
     with open(tmp_path/"log", "wb") as log: process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     first, deadline = out/"runs"/"siamese_unprivileged-weak-seed0"/"result.json", time.monotonic() + 300
     while not first.exists() and process.poll() is None and time.monotonic() < deadline: time.sleep(.2)
