@@ -54,11 +54,11 @@ ARMS = {
 }
 SETTINGS = {"weak": weak, "strong": strong}     # how strongly the views of `primary` are augmented
 
-# %% ../nbs/14_arms.ipynb #91974f65
+# %% ../nbs/14_arms.ipynb #df50f3b1
 def add_controls(
     ds:Dataset, # With columns `primary` and `privileged`
     seed:int=0, # Decides the shuffling
-)->Dataset: # With the further columns `shuffled` and `blank`
+)->"_Columns": # The same records with the further columns `shuffled` and `blank`, worked out when they are read
     "The control columns: another tile's privileged image, and a white one."
     if len(ds) < 2: raise ValueError(f"{len(ds)} tile arrived; expected at least 2 to shuffle.")
     order = np.random.default_rng(seed_for(seed, "shuffled")).permutation(len(ds))

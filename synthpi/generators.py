@@ -46,7 +46,7 @@ def fingerprint(
         sha.update(b"\0")
     return sha.hexdigest()[:16]
 
-# %% ../nbs/03_generators.ipynb #b0ca20de
+# %% ../nbs/03_generators.ipynb #bcfe4d29
 class ModuleGenerator:
     "An image-to-image module under the generators' calling convention."
     def __init__(self,
@@ -62,6 +62,11 @@ class ModuleGenerator:
 
     @property
     def key(self)->str: return fingerprint(self.module, [self.um_per_px, self.multiple, getattr(self.activation, "__name__", str(self.activation))])
+
+    def to(self, device)->"ModuleGenerator": # Itself
+        "Move the module to a device."
+        self.module.to(device)
+        return self
 
     @torch.no_grad()
     def translate(self,

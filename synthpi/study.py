@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/study.html.md"""
 # %% auto #0
 __all__ = ['TileSet', 'load_tiles', 'features_of', 'score_run', 'tissue_study', 'summarise']
 
-# %% ../nbs/14_study.ipynb #efb793f3
+# %% ../nbs/14_study.ipynb #539b3a47
 import json
 import shutil
 import sys
@@ -34,11 +34,12 @@ from .evaluate import (colour_histogram, error_reduction, extract_features, inte
                               scores)
 from .generators import StainGenerator, fingerprint, load_generator, save_generator
 from .models import ENCODERS, load_encoder, save_encoder
-from .pairs import add_privileged, cut_pairs
+from .pairs import add_privileged, cut_pairs, refuse_overlap
+from .tissue_report import write_report
 from .translation import fit_generator
 from .views import Images
 
-# %% ../nbs/14_study.ipynb #68892fb1
+# %% ../nbs/14_study.ipynb #53dfc9e9
 @dataclass
 class TileSet:
     "Tiles by split, ready to be trained on and scored."
@@ -56,7 +57,7 @@ def load_tiles(
     group_column:str|None=None, # Column of the manifest that names the group
     on_bad:str="raise", # Unreadable images: "raise", or "skip" and count
     seed:int=0, # Decides splits that the folder does not give, and the stain of the shifted copies
-)->tuple[TileSet, Dataset]: # The tiles, and the training split as a data set
+)->TileSet: # The tiles
     "Read, check, split by group where splits are missing, and guard against leaks."
     ds, checked = check_images(image_folder(path, group_column=group_column), on_bad=on_bad)
     labelled = "label" in ds.column_names
@@ -73,7 +74,7 @@ def load_tiles(
     summary = {"tiles": {s: len(p) for s, p in part.items()}, "groups": {s: len(set(p["group"][:])) for s, p in part.items()}, "classes": classes,
                "skipped": checked["bad"], "sizes": checked["sizes"], "modes": checked["modes"], "fingerprint": fingerprint(sorted(zip(ds["path"][:], ds["split"][:], ds["group"][:])), [checked["bytes"]])}
     return TileSet(part["train"], images, {s: np.array(p["label"][:]) for s, p in part.items()} if labelled else None,
-                   {s: p["group"][:] for s, p in part.items()}, classes, shifted, summary), part["train"]
+                   {s: p["group"][:] for s, p in part.items()}, classes, shifted, summary)
 
 # %% ../nbs/14_study.ipynb #aa3aa52c
 def features_of(
@@ -106,7 +107,7 @@ def score_run(
         arrays |= {"hard": two.predict(h["test"][rows["test"]]), "hard_shift": two.predict(shifted[rows["test"]])}
     return record, arrays
 
-# %% ../nbs/14_study.ipynb #3679dfdb
+# %% ../nbs/14_study.ipynb #08e14c29
 _UNET_COST = 12.     # seconds that a U-Net needs for a pixel, in units of what resnet10_narrow needs for one; only the progress bar uses it
 
 class _Progress:
@@ -156,14 +157,18 @@ def tissue_study(
     out = Path(out)
     for p in (tiles, pairs, generator):
         if p and not Path(p).exists(): raise FileNotFoundError(f"no such file or folder: {p}. Check the path.")
-    data, train = load_tiles(tiles, size, group_column, on_bad)
+    data = load_tiles(tiles, size, group_column, on_bad)
+    train, evaluated = data.train, data.groups["val"] + data.groups["test"]
+    given = load_generator(generator) if generator else None
+    if given: refuse_overlap(given, evaluated)
     real = check_images(pair_folders(pairs), on_bad=on_bad)[0] if pairs else None
+    if real and (meet := sorted(set(real["group"][:]) & set(evaluated))):
+        raise ValueError(f"{len(meet)} groups of the pairs are in the validation or test split of the tiles ({', '.join(meet[:5])}): leave them out of one of the two.")
     if epochs: steps = max(1, round(epochs*len(train)/batch_size))
     if data.labels is None:
         names = [n for n in names if ARMS[n].columns and n != "supervised"]
         if not names: raise ValueError(f"the tiles in {tiles} have no labels and none of the arms asked for can do without: use class folders or a manifest with labels.")
-    if data.labels is not None: hard = _hard_pair(data, hard_pair)
-    else: hard = None
+    hard = _hard_pair(data, hard_pair) if data.labels is not None else None
     identity = {"synthpi": synthpi.__version__, "tiles": data.summary["fingerprint"], "pairs": real and fingerprint(sorted(zip(real["path"][:], real["group"][:]))),
                 "generator": generator and fingerprint(Path(generator)), "arms": names, "seeds": list(seeds), "steps": steps, "size": size, "encoder": encoder, "batch_size": batch_size,
                 "lr": lr, "generator_steps": generator_steps, "generator_crop": generator_crop, "um_per_px_tiles": um_per_px_tiles, "um_per_px_pairs": um_per_px_pairs,
@@ -185,7 +190,7 @@ def tissue_study(
     made, about = None, {}
     if need_synthetic:
         bar.stage("Training the generator on the pairs")
-        made = _generator(out, generator, real, um_per_px_pairs, generator_steps, generator_crop, accelerator, lambda t: bar.work(16*(generator_crop/64)**2*_UNET_COST))
+        made = given.to(accelerator.device) if given else _generator(out, real, um_per_px_pairs, generator_steps, generator_crop, accelerator, lambda t: bar.work(16*(generator_crop/64)**2*_UNET_COST))
         bar.stage("Making the synthetic images")
         train, about["pairs"] = add_privileged(train, made, out/"cache", um_per_px_tiles)
         hits = about["pairs"]["cache_hits"]
@@ -222,7 +227,6 @@ def tissue_study(
                              for (m, s, k), r in records.items() if m == n]))} for n in names}
     write_json(out/"results.json", results)
     bar.stage("Explaining and reporting")
-    from synthpi.tissue_report import write_report
     write_report(out, results, data, train)
     bar.work(bar.bar.total); bar.bar.close()
     return results
@@ -242,13 +246,15 @@ def _choose_arms(arms, controls, pairs, privileged):
     return [n for n, a in ARMS.items() if able(a) and (controls or not a.control)]
 
 def _hard_pair(data, asked):
+    enough = [all((data.labels[s] == k).any() for s in ("train", "val", "test")) for k in range(len(data.classes))]
     if asked:
-        if len(asked) != 2 or not set(asked) <= set(data.classes): raise ValueError(f"hard pair {list(asked)} arrived; expected two of the classes {', '.join(data.classes)}.")
+        able = [c for c, e in zip(data.classes, enough) if e]
+        if len(set(asked)) != 2 or not set(asked) <= set(able):
+            raise ValueError(f"hard pair {list(asked)} arrived; expected two of the classes that have tiles in every split: {', '.join(able)}.")
         return tuple(data.classes.index(c) for c in asked)
     if len(data.classes) < 3: return None
     _, arrays = score_run(data, colour_histogram)
     counts = np.array(scores(data.labels["val"], arrays["val"], len(data.classes))["confusion"], float)
-    enough = [all((data.labels[s] == k).any() for s in ("train", "val", "test")) for k in range(len(data.classes))]
     rate = counts/np.maximum(counts.sum(1, keepdims=True), 1)
     rate = np.triu(rate + rate.T, 1)*np.outer(enough, enough)
     return tuple(int(k) for k in np.unravel_index(rate.argmax(), rate.shape)) if rate.max() > 0 else None
@@ -262,8 +268,7 @@ def _best(records, name):
     mean = {s: np.mean([r["val_accuracy"] for (n, t, _), r in records.items() if n == name and t == s]) for s in dict.fromkeys(s for n, s, _ in records if n == name)}
     return max(mean, key=mean.get)
 
-def _generator(out, file, real, um_per_px, steps, crop, accelerator, on_step):
-    if file: return load_generator(file)
+def _generator(out, real, um_per_px, steps, crop, accelerator, on_step):
     path = out/"generator.safetensors"
     if not path.exists():
         made = fit_generator(real, um_per_px=um_per_px, steps=steps, crop=crop, run_dir=out/"generator", accelerator=accelerator, on_step=on_step, progress=None)

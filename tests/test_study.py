@@ -170,6 +170,15 @@ def test_a_pickle_for_a_generator_is_refused(source, tmp_path):
     result = tissue(source/"tiles", tmp_path/"out", "--generator", tmp_path/"old.pth")
     assert result.exit_code == 2 and "not a safetensors file" in result.output
 
+def test_a_generator_or_pairs_of_evaluated_patients_are_refused(study, data, tmp_path):
+    generator = study/"generator.safetensors"
+    table = pd.read_csv(data/"tiles"/"tiles.csv")
+    table["group"] = table["group"].replace({g: load_generator(generator).training_ids[0] for g in table["group"][table["split"] == "val"]})
+    table.to_csv(data/"tiles"/"tiles.csv", index=False)
+    for given in (["--generator", generator], ["--pairs", data/"pairs"]):
+        result = tissue(data/"tiles", tmp_path/"out", *given)
+        assert result.exit_code == 2 and "validation or test split" in result.output and not (tmp_path/"out").exists()
+
 def test_output_inside_the_tiles_or_in_a_foreign_folder_is_refused(data, tmp_path):
     result = tissue(data/"tiles", data/"tiles"/"out")
     assert result.exit_code == 2 and "lies in the input folder" in result.output
