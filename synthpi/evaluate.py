@@ -111,7 +111,7 @@ def colour_histogram(
         return np.concatenate(parts)/len(x)
     return np.stack([one(image) for image in images]).astype(np.float32)
 
-# %% ../nbs/12_evaluate.ipynb #e8fa143a
+# %% ../nbs/12_evaluate.ipynb #850469a0
 @dataclass(frozen=True)
 class Probe:
     "Standardisation and multinomial logistic regression as fitted by `linear_probe`."
@@ -177,7 +177,7 @@ def linear_probe(
                          val_log_loss=float(-logp[np.arange(len(val_t)), val_t].mean()), iterations=int(model.n_iter_.max()),
                          converged=not any(issubclass(w.category, ConvergenceWarning) for w in caught)))
         probes.append(probe)
-    best = max(range(len(path)), key=lambda i: (path[i]["val_accuracy"], -path[i]["val_log_loss"]))
+    best = min(range(len(path)), key=lambda i: path[i]["val_log_loss"])       # accuracy moves in steps of one tile, and so by chance
     if not path[best]["converged"]: warnings.warn(f"the chosen probe (C={path[best]['C']:g}) stopped at {max_iter} iterations: raise max_iter.")
     p = probes[best]
     return Probe(mean, scale, p.coef, p.intercept, classes, p.C, path[best]["val_accuracy"], pd.DataFrame(path))

@@ -107,7 +107,7 @@ def score_run(
         arrays |= {"hard": two.predict(h["test"][rows["test"]]), "hard_shift": two.predict(shifted[rows["test"]])}
     return record, arrays
 
-# %% ../nbs/14_study.ipynb #08e14c29
+# %% ../nbs/14_study.ipynb #fbdc846b
 _UNET_COST = 12.     # seconds that a U-Net needs for a pixel, in units of what resnet10_narrow needs for one; only the progress bar uses it
 
 class _Progress:
@@ -255,9 +255,8 @@ def _hard_pair(data, asked):
     if len(data.classes) < 3: return None
     _, arrays = score_run(data, colour_histogram)
     counts = np.array(scores(data.labels["val"], arrays["val"], len(data.classes))["confusion"], float)
-    rate = counts/np.maximum(counts.sum(1, keepdims=True), 1)
-    rate = np.triu(rate + rate.T, 1)*np.outer(enough, enough)
-    return tuple(int(k) for k in np.unravel_index(rate.argmax(), rate.shape)) if rate.max() > 0 else None
+    confused = np.triu(counts + counts.T, 1)*np.outer(enough, enough)
+    return tuple(int(k) for k in np.unravel_index(confused.argmax(), confused.shape)) if confused.max() > 0 else None
 
 def _dir(out, name, setting, seed): return Path(out)/"runs"/"-".join(filter(None, [name, setting, f"seed{seed}"]))
 
