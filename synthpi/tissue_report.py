@@ -27,7 +27,7 @@ from .figures import pair_gallery, plot_accuracy, plot_augmentation, plot_confus
 from .models import load_encoder
 from .report import Report
 
-# %% ../nbs/14_tissue_report.ipynb #2e57240a
+# %% ../nbs/14_tissue_report.ipynb #1a7d4af6
 def _percent(x): return f"{100*x['mean']:.1f} % [{100*x['ci'][0]:.1f}, {100*x['ci'][1]:.1f}]"
 
 def verdict(
@@ -45,7 +45,9 @@ def verdict(
     said += "." if low > 1 or high < 1 else ", an interval that holds 1: the two cannot be told apart here."
     for setting in ("weak", "strong"):
         if (setting, "as they are") in rows: said += f" With {setting} colour augmentation of both, the ratio is {rows[setting, 'as they are']['text']}."
-    if ("chosen", "stain-shifted") in rows: said += f" On test tiles in other stains it is {rows['chosen', 'stain-shifted']['text']}."
+    if ("chosen", "stain-shifted") in rows:
+        said += f" On test tiles in other stains it is {rows['chosen', 'stain-shifted']['text']}"
+        said += "".join(f", {rows[s, 'stain-shifted']['text']} with {s} augmentation of both" for s in ("weak", "strong") if (s, "stain-shifted") in rows) + "."
     best = max(arms, key=lambda a: arms[a]["accuracy"]["mean"])
     if best not in ("trident", "siamese_privileged"): said += f" The highest accuracy of all arms is that of `{best}`, {_percent(arms[best]['accuracy'])}."
     return said
