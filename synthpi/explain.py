@@ -141,7 +141,7 @@ def saliency_display(
     out = np.round(128 + 127*np.clip(m/scale, -1, 1)).astype(np.uint8)
     return out.transpose(1, 2, 0) if m.ndim == 3 else out
 
-# %% ../nbs/13_explain.ipynb #0e48b830
+# %% ../nbs/13_explain.ipynb #30264e40
 def saliency_grid(
     images:Tensor, # `(N, 3, H, W)` in [0, 1]
     maps:dict[str, Tensor], # Arm to its maps, `(N, 3, H, W)`
@@ -154,7 +154,8 @@ def saliency_grid(
     true = np.asarray(true)
     rows = [(c, int(np.flatnonzero(true == c)[0])) for c in range(len(classes)) if (true == c).any()]
     if not rows: raise ValueError(f"0 of {len(true)} images carry one of the {len(classes)} classes: pass labelled images.")
-    fig, axes = plt.subplots(len(rows), 1 + len(maps), figsize=(size*(1 + len(maps)) + .3, (size + .22)*len(rows) + .3), squeeze=False)
+    between = "\n/ " if max(len(name) for name in classes) > 6 else " / "         # long names need a line each
+    fig, axes = plt.subplots(len(rows), 1 + len(maps), figsize=(size*(1 + len(maps)) + .3, (size + .22 + .13*("\n" in between))*len(rows) + .3), squeeze=False)
     for ax in axes.flat: ax.set_xticks([]); ax.set_yticks([])
     for row, (c, i) in zip(axes, rows):
         row[0].imshow(to_rgb(images[i].detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()))
@@ -162,7 +163,7 @@ def saliency_grid(
         for ax, arm in zip(row[1:], maps):
             p = int(pred[arm][i])
             ax.imshow(saliency_display(maps[arm][i]))
-            ax.set_xlabel(f"{'✓' if p == c else '✗'} {classes[p]} / {classes[c]}", fontsize=8, labelpad=2, parse_math=False,
+            ax.set_xlabel(f"{'✓' if p == c else '✗'} {classes[p]}{between}{classes[c]}", fontsize=8, labelpad=2, parse_math=False,
                           fontweight="normal" if p == c else "bold")
     for ax, name in zip(axes[0], ["input", *maps]): ax.set_title(name.replace("_", "\n", 1), fontsize=8, parse_math=False)
     fig.tight_layout(pad=.4, h_pad=.5, w_pad=.3)

@@ -52,7 +52,7 @@ def verdict(
     if best not in ("trident", "siamese_privileged"): said += f" The highest accuracy of all arms is that of `{best}`, {_percent(arms[best]['accuracy'])}."
     return said
 
-# %% ../nbs/14_tissue_report.ipynb #4b7af53c
+# %% ../nbs/14_tissue_report.ipynb #eebef8a7
 _LIMITS = """- The tiles stand for the patients and laboratories that they come from, and for no other. Intervals resample the test groups (patients where they are known) and the training seeds; with few of either they are rough, and they do not cover a change of scanner, tissue or disease.
 - A synthetic image is computed from the tile. It adds what the generator learnt from its pairs, not a new measurement: **synthetic images are training aids, not findings**, and nothing here is for clinical use.
 - An arm's augmentation and the probe's regularisation were chosen on the validation split; the test split was predicted once per run.
@@ -120,7 +120,7 @@ def _pairs(report, results, train, classes):
     per = 2 if classes else 12
     rows = [int(i) for k in dict.fromkeys(sorted(labels)) for i in [j for j in order if labels[j] == k][:per]][:18]
     report.section("Tiles and their synthetic images", "Drawn at random from the training split. The second image is what the generator makes of the tile; look for nuclei that it missed or invented.")
-    report.figure(pair_gallery([to_rgb(train[i]["primary"]) for i in rows], [to_rgb(train[i]["privileged"]) for i in rows], [classes[labels[i]] if classes else "" for i in rows]), "pairs",
+    report.figure(pair_gallery([to_rgb(train[i]["primary"]) for i in rows], [to_rgb(train[i]["privileged"]) for i in rows], [classes[labels[i]] if classes else "" for i in rows], ncols=-(-len(rows)//-(-len(rows)//9))), "pairs",
                   "Training tiles (above) and their synthetic second images (below). Not selected for quality.", "Tiles with the synthetic image of each below it")
 
 def _results(report, results, classes):
