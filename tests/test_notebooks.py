@@ -1,5 +1,6 @@
 "Every notebook in nbs/ runs as one pytest test, with nbdev's own runner; the library on disk is what the notebooks export."
 import sys
+import json
 from pathlib import Path
 from shutil import copy2, copytree
 from subprocess import run
@@ -26,3 +27,9 @@ def test_export_is_current(tmp_path):
     mods = lambda root: {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in root.rglob("*.py")}
     fresh, disk = mods(tmp_path/"synthpi"), mods(ROOT/"synthpi")
     assert not sorted(m for m in fresh.keys() | disk.keys() if fresh.get(m) != disk.get(m)), "run nbdev-export and commit synthpi/"
+
+@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.stem)
+def test_stored_outputs_hold_no_standard_error(nb):
+    "Warnings and progress bars name paths of the machine that they were printed on"
+    streams = [o["name"] for c in json.loads(nb.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", []) if o["output_type"] == "stream"]
+    assert "stderr" not in streams
