@@ -13,7 +13,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/generators.html.md"""
 # %% auto #0
 __all__ = ['fingerprint', 'ModuleGenerator', 'StainGenerator', 'make_unet', 'save_generator', 'load_generator']
 
-# %% ../nbs/03_generators.ipynb #9527bf49
+# %% ../nbs/03_generators.ipynb #d8443ad2
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -22,13 +22,11 @@ from pathlib import Path
 import monai.networks.nets as nets
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .core import atomic_path
+from .core import read_safetensors, tensor_bytes, write_safetensors
 
-# %% ../nbs/03_generators.ipynb #a9e76bec
+# %% ../nbs/03_generators.ipynb #3ea22897
 def fingerprint(
     *parts, # Modules, tensors, bytes, paths to files, and whatever `json` can write
 )->str: # 16 hexadecimal digits
@@ -38,9 +36,7 @@ def fingerprint(
         if isinstance(part, nn.Module): part = part.state_dict()
         if isinstance(part, Tensor): part = {"": part}
         if isinstance(part, dict) and any(isinstance(v, Tensor) for v in part.values()):
-            for name in sorted(part):
-                t = part[name].detach().cpu().contiguous()
-                sha.update(f"{name}{t.dtype}{tuple(t.shape)}".encode()); sha.update(t.flatten().view(torch.uint8).numpy().tobytes())
+            for content in tensor_bytes(part): sha.update(content)
         elif isinstance(part, Path): sha.update(part.read_bytes())
         else: sha.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
         sha.update(b"\0")
@@ -122,7 +118,7 @@ class StainGenerator:
         amount = torch.einsum("bchw,cs->bshw", -images.clamp(min=1e-6).log10(), unmix)[:, self.stain:self.stain+1]
         return (1 - amount/self.full).clamp(0, 1).repeat(1, 3, 1, 1)
 
-# %% ../nbs/03_generators.ipynb #de21a994
+# %% ../nbs/03_generators.ipynb #8a6e124d
 def make_unet(
     width:int=16, # Channels of the first level; doubled on the way down
     out_channels:int=1, # 1 for a mask, 3 for a stain
@@ -140,25 +136,18 @@ def save_generator(
 )->None:
     "Write weights and a header that tells how to build the generator again; atomic."
     if not hasattr(generator.module, "spec"): raise ValueError(f"a {type(generator.module).__name__} without `spec` arrived; expected a module of make_unet.")
-    header = {"format": "synthpi-generator-1", "module": json.dumps(generator.module.spec), "about": json.dumps(about),
-              "settings": json.dumps({"um_per_px": generator.um_per_px, "training_ids": generator.training_ids, "name": generator.name})}
-    with atomic_path(path) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in generator.module.state_dict().items()}, tmp, metadata=header)
+    settings = {"um_per_px": generator.um_per_px, "training_ids": generator.training_ids, "name": generator.name}
+    write_safetensors(path, generator.module.state_dict(), "synthpi-generator-1", module=generator.module.spec, settings=settings, about=about)
 
 def load_generator(
     path:str|Path, # A file written by `save_generator`
     device:str="cpu", # Where the weights go
 )->ModuleGenerator: # Ready to translate; its attribute `about` holds the header's facts
     "A generator from its file; `FileNotFoundError`, or `ValueError` with the reason when the file is not one of ours."
-    if not Path(path).is_file(): raise FileNotFoundError(f"no generator file at {path}: give the path of a generator.safetensors that a run has written.")
-    try:
-        with safe_open(str(path), "pt") as f: header, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e:
-        raise ValueError(f"{path} is not a safetensors file ({e}); expected one written by save_generator. Pickles (.pt, .pth) are not opened: they can run code.") from e
-    if header.get("format") != "synthpi-generator-1":
-        raise ValueError(f"{path} has format {header.get('format')!r} and not 'synthpi-generator-1': build its module, load the weights, and wrap it in ModuleGenerator.")
-    spec = json.loads(header["module"])
-    module = make_unet(**{k: v for k, v in spec.items() if k != "name"})
+    facts, state = read_safetensors(path, "synthpi-generator-1", needs=("module", "settings", "about"),
+                                    foreign="build its module, load the weights, and wrap it in ModuleGenerator.")
+    module = make_unet(**{k: v for k, v in facts["module"].items() if k != "name"})
     module.load_state_dict(state)
-    generator = ModuleGenerator(module.requires_grad_(False).to(device), **json.loads(header["settings"]))
-    generator.about = json.loads(header["about"])
+    generator = ModuleGenerator(module.requires_grad_(False).to(device), **facts["settings"])
+    generator.about = facts["about"]
     return generator
