@@ -62,7 +62,7 @@ def _set_random_state(state, device):
     torch.set_rng_state(state[0])
     if state[1] is not None: torch.cuda.set_rng_state(state[1], device)
 
-# %% ../nbs/11_steps.ipynb #ce4c3b49
+# %% ../nbs/11_steps.ipynb #d27624b7
 def large_batch_step(
     micro_batch:int, # Largest number of rows whose activations are in memory at once
 )->Callable: # A step with the loss and the gradient of `paired_step`
@@ -82,7 +82,8 @@ def large_batch_step(
         zs = [torch.cat(z).float() if z[0].dtype != torch.float64 else torch.cat(z) for z in zip(*zs)]
         zs = [z.detach().requires_grad_() for z in zs]
         with torch.enable_grad(): scalar, terms = loss(*zs)
-        grads = [g.split([len(part[0]) for part in parts]) for g in torch.autograd.grad(scalar, zs)]
+        grads = torch.autograd.grad(scalar, zs, allow_unused=True)               # a branch with a stopped gradient has none
+        taught = [(k, g.split([len(part[0]) for part in parts])) for k, g in enumerate(grads) if g is not None]
         cast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
         def second_pass(factor):
@@ -91,6 +92,6 @@ def large_batch_step(
                 with alone:
                     _set_random_state(states[i], device)
                     with torch.autocast(device.type, enabled=cast[0], dtype=cast[1]): out = model(*part)
-                    torch.autograd.backward([z.to(g[i].dtype) for z, g in zip(out, grads)], [g[i]*factor for g in grads])
+                    torch.autograd.backward([out[k].to(g[i].dtype) for k, g in taught], [g[i]*factor for _, g in taught])
         return _Deferred.apply(torch.zeros((), device=device, requires_grad=True), scalar.detach(), second_pass), terms
     return step
