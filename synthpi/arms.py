@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/arms.html.md"""
 # %% auto #0
 __all__ = ['ARMS', 'SETTINGS', 'Arm', 'add_controls', 'classify_step', 'train_arm', 'untrained_encoder']
 
-# %% ../nbs/14_arms.ipynb #0e51ba29
+# %% ../nbs/14_arms.ipynb #cb529d55
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +26,9 @@ from torch import nn
 from .core import seed_for, set_seed
 from .losses import VICReg
 from .models import Branches, Projector, make_encoder
+from .recipes import strong, weak
 from .trainer import Trainer, paired_step
-from .views import Images, StepBatches, Views, batches, strong, weak
+from .views import Images, StepBatches, Views, batches
 
 # %% ../nbs/14_arms.ipynb #c7e750bd
 class Arm(NamedTuple):

@@ -1,0 +1,65 @@
+"""tests/benchmarks/README.md from the stored results.
+
+    python tests/benchmarks/table.py
+
+Each benchmark is a script that measures beside a named baseline, interleaved in one run, and stores its numbers with the machine, the versions and the date:
+
+    for name in losses loader trainer startup; do OMP_NUM_THREADS=1 python tests/benchmarks/$name.py --out tests/benchmarks/results/$name.json; done
+    python tests/benchmarks/losses.py --device cuda --out tests/benchmarks/results/losses-cuda.json
+    python tests/benchmarks/trainer.py --device cuda --out tests/benchmarks/results/trainer-cuda.json
+    python tests/benchmarks/gpu.py --out tests/benchmarks/results/gpu.json
+"""
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+GPU = ("losses-cuda", "trainer-cuda", "gpu")
+
+def _range(r, digits=2): return f"{r['median']:.{digits}f} ({r['min']:.{digits}f} to {r['max']:.{digits}f})"
+
+def losses(r):
+    yield f"N = {r['rows']}, D = {r['columns']}, {r['branches']} branches, {r['dtype']}, {r['rounds']} rounds; lightly: {r['lightly']}."
+    yield ""
+    yield "| loss | beside | times faster, forward and backward | seconds, ours and theirs | times less extra memory | relative difference of gradients |"
+    yield "|---|---|---|---|---|---|"
+    for name, x in r["results"].items():
+        for form, faster in x["times_faster"].items():
+            less = x["times_less_memory"][form]
+            yield (f"| {name} | {form} | {_range(faster['rounds'], 1)} | {x['seconds']['synthpi']['median']:.3f}, {x['seconds'][form]['median']:.3f} | {f'{less:.1f}' if less else 'not measured'} | "
+                   f"{x['relative_gradient_difference']:.1e} |")
+
+def trainer(r):
+    s = r["setup"]
+    yield (f"{s['encoder']}, {s['size']} px, batch {s['batch']}, 2 branches, {s['rounds']} rounds of {s['steps']} steps. Beside {r['baseline']}, the Trainer runs at **{_range(r['ratio'], 3)}** of its steps per second "
+           f"({r['steps_per_second']['trainer']:.2f} and {r['steps_per_second']['loop']:.2f}); a step takes {r['milliseconds_more_per_step']:+.2f} ms more. "
+           f"Largest relative difference of the losses: {r['largest_relative_difference_of_losses']:.1e}.")
+
+def startup(r):
+    yield f"New interpreters, {r['rounds']} rounds. Beside {r['baseline']}:"
+    yield ""
+    yield "| import | seconds | third parties alone | its own |"
+    yield "|---|---|---|---|"
+    for name, s in r["seconds"].items(): yield f"| `{name}` | {s['all']:.3f} | {s['third_parties']:.3f} | {s['own']:.3f} |"
+
+def gpu(r):
+    s = r["setup"]
+    yield f"{s['size']} px, batch {s['batch']}, {r['precision']}, {s['workers']} workers, {s['rounds']} rounds of {s['steps']} steps. Published: {'; '.join(f'{k}: {v}' for k, v in r['published'].items())}."
+    for setup, rows in r["results"].items():
+        yield from ("", f"**{setup}**", "", "| | samples/s | images/s | peak GB | of the ceiling |", "|---|---|---|---|---|")
+        for name, x in rows.items(): yield f"| {name} | {x['samples_per_second']:.0f} | {x['images_per_second']:.0f} | {x['peak_GB'] or float('nan'):.1f} | {x['of_ceiling']:.2f} |"
+
+def loader(r):
+    yield from LOADER(r)
+
+def main():
+    lines = ["<!-- Made from results/*.json by table.py. -->", "", "# Benchmarks", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
+    for path in sorted((HERE/"results").glob("*.json")):
+        r = json.loads(path.read_text(encoding="utf-8"))
+        e = r["environment"]
+        lines += [f"## {path.stem}", "", *{"losses": losses, "trainer": trainer, "startup": startup, "gpu": gpu, "loader": loader}[r["benchmark"]](r), "",
+                  f"Measured {r['date'][:10]} on {', '.join(e['gpus']) or e['cpu']}, {r.get('threads', e['threads'])} thread(s), Python {e['python']}, torch {e['packages']['torch']}.", ""]
+    missing = [name for name in GPU if not (HERE/"results"/f"{name}.json").exists()]
+    if missing: lines += [f"Not measured yet, for want of a GPU: {', '.join(missing)}. The commands are above.", ""]
+    (HERE/"README.md").write_text("\n".join(lines), encoding="utf-8")
+
+if __name__ == "__main__": main()
