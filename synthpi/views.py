@@ -11,11 +11,12 @@ Docs: https://synthpi.github.io/synthpi/nbs/views.html.md"""
 # %% auto #0
 __all__ = ['to_raw', 'to_mask', 'square', 'Images', 'Branch', 'split_geometry', 'Views', 'epoch_steps', 'StepBatches', 'batches']
 
-# %% ../nbs/06_views.ipynb #ee1e103d
+# %% ../nbs/06_views.ipynb #18d17efb
 import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -82,7 +83,7 @@ def square(
     else: resized = np.dstack([cv2.resize(image[..., c], (size, size), interpolation=how) for c in range(image.shape[2])])     # OpenCV averages up to 4 channels
     return resized.clip(0, 1) if image.dtype == np.float32 else resized       # a cubic may overshoot
 
-# %% ../nbs/06_views.ipynb #ce89158b
+# %% ../nbs/06_views.ipynb #bc81c0b4
 class Images(Sequence):
     "The images of one column as square arrays, decoded when they are first asked for."
     def __init__(self,
@@ -96,7 +97,10 @@ class Images(Sequence):
         names = getattr(ds, "column_names", None) or list(ds[0])
         if column not in names: raise ValueError(f"the records have no column {column!r}, only {sorted(names)}: add it first (add_privileged makes `privileged`).")
         if kind not in ("rgb", "raw", "mask"): raise ValueError(f"images of kind {kind!r} were asked for; expected 'rgb', 'raw' or 'mask'.")
-        self.ds, self.column, self.size = ds.select_columns([column]) if hasattr(ds, "select_columns") else ds, column, size
+        self.ds, self.column, self.size, self._decode = ds.select_columns([column]) if hasattr(ds, "select_columns") else ds, column, size, None
+        feature = getattr(self.ds, "features", {}).get(column)
+        if hasattr(feature, "decode_example") and feature.decode:           # a row of files or bytes is read faster than one of images, which are decoded here
+            self._decode, self.ds = feature.decode_example, self.ds.cast_column(column, replace(feature, decode=False))
         self.kind, self.classes = kind, classes
         self._kept, self._room = {}, int(cache_mb*2**20)
 
@@ -106,6 +110,7 @@ class Images(Sequence):
         if not 0 <= i < len(self): raise IndexError(f"image {i} of {len(self)}")
         if i in self._kept: return self._kept[i]
         image = self.ds[i][self.column]
+        if self._decode: image = self._decode(image)
         image = square(to_rgb(image) if self.kind == "rgb" else to_raw(image) if self.kind == "raw" else to_mask(image, self.classes), self.size)
         if image.nbytes <= self._room:
             self._kept[i], self._room = image, self._room - image.nbytes
