@@ -75,7 +75,7 @@ def make_accelerator(
         AcceleratorState._reset_state()
         return Accelerator(**wanted)
 
-# %% ../nbs/11_trainer.ipynb #4d7cf6fc
+# %% ../nbs/11_trainer.ipynb #2377ab37
 class Trainer:
     "Runs `step` until the budget is spent; `fit()` returns the history, and called again goes on after an interrupt."
     def __init__(self,
@@ -218,11 +218,13 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip if self.clip is not None else math.inf)
         numbers = _numbers([p for _, p in parts], norm)                       # the only place where the processor waits for the device
         self._check_finite(numbers, [b for b, _ in parts])
+        self._busy = True                                                      # from here to the row's end, Ctrl-C waits: weights and history belong together
         self.optimizer.step()
         self.optimizer.zero_grad()
         row = {"step": self.done + 1, **{k: sum(n[k] for n in numbers)/len(numbers) for k in numbers[0] if k != "grad_norm"}, "lr": lr[0], "grad_norm": numbers[0]["grad_norm"]}
         if self._seen: row |= self._look()
         self.rows.append(row)
+        self._busy = False
 
     def _check_finite(self, numbers, batches):
         "Stop before the optimiser takes a step with numbers that are none; half precision may skip a few"
@@ -257,10 +259,13 @@ class Trainer:
 
     @contextmanager
     def _signals(self):
-        "With several processes, Ctrl-C is noted and acted upon when the step has ended, so that all stop at the same one"
-        asked = []
-        if self.accelerator.num_processes == 1 or threading.current_thread() is not threading.main_thread(): yield asked; return
-        old = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+        "Ctrl-C in the middle of an optimiser step is noted and acted upon when the step has ended; with several processes always, so that all stop at the same step"
+        asked, self._busy = [], False
+        if threading.current_thread() is not threading.main_thread(): yield asked; return
+        def note(*_):
+            if asked or not self._busy and self.accelerator.num_processes == 1: raise KeyboardInterrupt
+            asked.append(True)
+        old = signal.signal(signal.SIGINT, note)
         try: yield asked
         finally: signal.signal(signal.SIGINT, old)
 

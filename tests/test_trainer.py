@@ -205,6 +205,19 @@ def test_ctrl_c_keeps_the_work_and_returns(tmp_path):
     t.on_step = None
     assert t.fit().equals(trainer().fit()) and not t.interrupted           # the same trainer goes on
 
+def test_ctrl_c_in_the_middle_of_an_optimiser_step_waits_for_its_end(tmp_path):
+    t = trainer(tmp_path)
+    step, count = t.optimizer.optimizer.step, []
+    def interrupted(*a, **k):
+        count.append(1)
+        if len(count) == 5: os.kill(os.getpid(), signal.SIGINT)
+        return step(*a, **k)
+    t.optimizer.optimizer.step = interrupted
+    t.fit()
+    assert t.interrupted and t.done == 5
+    assert trainer(tmp_path).fit().equals(trainer().fit())                  # no step was taken twice
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
 def test_accumulated_batches_average_their_gradients():
     one = trainer(steps=1, accumulate=3, clip=None)
     model = Two(); model.load_state_dict(one.model.state_dict())
