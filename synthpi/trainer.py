@@ -318,20 +318,22 @@ def _numbers(parts, norm):
     rest = iter(values[1:])
     return [{k: next(rest) for k in p} | {"grad_norm": values[0]} for p in parts]
 
-# %% ../nbs/11_trainer.ipynb #509d9782
+# %% ../nbs/11_trainer.ipynb #feda8e73
 def plot_history(
     history:pd.DataFrame, # From `Trainer.fit` or history.csv
     columns:list[str]|None=None, # What to plot; default: all but the step
     size:float=2.2, # Width of one panel, inches
 )->Figure: # The figure, not shown
-    "One panel for each column of a history."
+    "One panel for each column of a history, five in a row."
     columns = columns or [c for c in history if c != "step"]
-    fig, axes = plt.subplots(1, len(columns), figsize=(size*len(columns), .8*size), squeeze=False)
-    for ax, name in zip(axes[0], columns):
+    ncols = min(5, len(columns))
+    nrows = -(-len(columns)//ncols)
+    fig, axes = plt.subplots(nrows, ncols, figsize=(size*ncols, .8*size*nrows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(columns):]: ax.remove()
+    for ax, name in zip(axes.flat, columns):
         shown = history[["step", name]].dropna()
         ax.plot(shown["step"], shown[name], ".-" if len(shown) < len(history) else "-", lw=1)
         ax.set_title(name, fontsize=9); ax.tick_params(labelsize=7); ax.set_xlabel("step", fontsize=8)
         if name in ("loss", "grad_norm") and (shown[name] > 0).all() and shown[name].max() > 50*shown[name].min(): ax.set_yscale("log")
-    fig.tight_layout(pad=.4)
     plt.close(fig)
     return fig
