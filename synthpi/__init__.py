@@ -5,6 +5,9 @@ baselines, explains what it looks at, and writes one report.
 Modules:
 
 - `synthpi.arms`: What a study compares: one name for one way of getting features
+- `synthpi.batch_views`: The same recipes on a whole batch, where the network is
+- `synthpi.batchnorm`: The statistics of the whole batch, whichever process holds its rows
+- `synthpi.checkpoints`: Files that a run can be taken up from, or that are not there at all
 - `synthpi.cli`: The study from a terminal: on simulated tiles, and on your own
 - `synthpi.core`: Seeds, pictures and files: the small things that every other notebook uses
 - `synthpi.data`: Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
@@ -12,11 +15,15 @@ Modules:
 - `synthpi.explain`: Where in the image an encoder looks, and how it arranges a data set
 - `synthpi.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
 - `synthpi.generators`: One calling convention for everything that supplies a privileged image
-- `synthpi.losses`: VICReg for two or more branches: embeddings of one tissue agree, and nothing collapses
+- `synthpi.losses`: VICReg, Barlow Twins and SimCLR for two or more branches, on one device or on many
+- `synthpi.memory`: What a training step will hold, before there is a device to hold it
 - `synthpi.models`: Encoders, projectors, branch layouts, and encoder files
 - `synthpi.pairs`: The synthesised privileged column: made once, checked, and with a history
 - `synthpi.phantoms`: Simulated H&E tissue: nine classes, exact nuclear masks, patients, and a second set that looks different
+- `synthpi.pretrain`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
+- `synthpi.recipes`: What a view may differ in: the augmentations that teach an encoder what to ignore
 - `synthpi.report`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
+- `synthpi.steps`: What one training step does, and a large batch on a small GPU
 - `synthpi.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
 - `synthpi.tissue_report`: What a study found, as one page that a person likes to read
 - `synthpi.trainer`: One small loop: resumable, watched, with a history to plot

@@ -1,4 +1,4 @@
-"Every benchmark runs, at its quick size, and measures the same thing on both sides. Speed is read from stored results, never asserted."
+"The benchmarks run, at their quick size, and do the same on both sides (that of the losses: test_losses.py). Speed is read from stored results, never asserted."
 import importlib.util
 import json
 from pathlib import Path
@@ -12,12 +12,6 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-def test_losses_compute_what_the_textbook_computes():
-    r = load("losses").run(quick=True)
-    for name, x in r["results"].items():
-        assert x["relative_gradient_difference"] < 1e-4, name               # float32 on either side
-        assert all(s["median"] > 0 for s in x["seconds"].values())
 
 def test_the_trainer_takes_the_steps_of_the_loop():
     r = load("trainer").run(quick=True)
