@@ -55,16 +55,16 @@ class JoinedBatchNorm(_BatchNorm):
         if self.affine: y = y*self.weight.view(shape) + self.bias.view(shape)
         return y.to(x.dtype)
 
-# %% ../nbs/08_batchnorm.ipynb #d823473f
+# %% ../nbs/08_batchnorm.ipynb #4797f8ec
 def synchronise_batchnorm(
     model:nn.Module, # Any model; before it is wrapped for several processes
     device_type:str="cuda", # Where it will run, for example `accelerator.device.type`
 )->nn.Module: # The model, with the same parameters, buffers and names
     "Let every BatchNorm of a model use the statistics of all processes: `nn.SyncBatchNorm` on CUDA, `JoinedBatchNorm` elsewhere."
-    if device_type == "cuda": return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for name, m in model.named_modules():
-        if not isinstance(m, _BatchNorm) or isinstance(m, (JoinedBatchNorm, nn.SyncBatchNorm)): continue
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and not isinstance(m, (JoinedBatchNorm, nn.SyncBatchNorm))]
+    for name, m in norms:       # a subclass may do more than normalise, timm's BatchNormAct2d for example; a conversion would drop that in silence
         if type(m) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             raise TypeError(f"{name or 'the model'} is a {type(m).__name__}, whose statistics cannot be joined; expected nn.BatchNorm1d, 2d or 3d.")
-        m.__class__ = JoinedBatchNorm      # same state, another forward: optimisers, hooks and shared layers keep their object
+    if device_type == "cuda": return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for _, m in norms: m.__class__ = JoinedBatchNorm      # same state, another forward: optimisers, hooks and shared layers keep their object
     return model

@@ -10,13 +10,12 @@ Docs: https://synthpi.github.io/synthpi/nbs/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'demo', 'tissue', 'pretrain', 'main']
 
-# %% ../nbs/15_cli.ipynb #f45d2c68
+# %% ../nbs/15_cli.ipynb #328868ef
 import contextlib
 import gc
 import os
 import re
 import shlex
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/15_cli.ipynb #1e8fa016
+# %% ../nbs/15_cli.ipynb #e23c40f8
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train medical-image encoders with synthetic privileged information, and see whether it helped.")
 
@@ -34,7 +33,11 @@ def _told():
     warnings.formatwarning = lambda message, category, *a, **k: f"Note: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
     try: yield
     except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
-        typer.echo(f"synthpi: {error}", err=True)
+        if os.environ.get("RANK", "0") == "0": typer.echo(f"synthpi: {error}", err=True)
+        raise typer.Exit(2) from error
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower(): raise
+        typer.echo(f"synthpi: the device is out of memory ({str(error).splitlines()[0]}). Use a smaller batch, or for pretrain --micro-batch 32, which keeps the batch, and --precision bf16.", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         typer.echo("\nsynthpi: stopped. What was finished is kept; the same command goes on from there.", err=True)
@@ -123,7 +126,7 @@ def pretrain(
     epochs: Annotated[Optional[float], typer.Option(min=.01, help="Budget in passes over the tiles; 100 if no budget is given.")] = None,
     minutes: Annotated[Optional[float], typer.Option(min=.01, help="Budget in time.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[Optional[str], typer.Option(help="fp32, bf16 or fp16; default: what accelerate launch was told, or fp32.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     augment_on: Annotated[str, typer.Option(help="workers, device, or auto: the GPU if there is one.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Weights, order, augmentation.")] = 0,
@@ -144,8 +147,10 @@ def pretrain(
                  same_geometry=same_geometry, batch_size=batch_size, micro_batch=micro_batch, steps=steps, epochs=epochs, minutes=minutes, lr=lr, precision=precision, compile=compile,
                  augment_on=augment_on, seed=seed, on_bad=on_bad, save_every=save_every, track=track, resume=resume, overwrite=overwrite, device=device, workers=_share_cores(workers), command=_command())
     _leave_group()
-    if result.interrupted: typer.echo(f"\nsynthpi: stopped after step {len(result.history)}. The same command with --resume goes on from there.", err=True); raise typer.Exit(130)
-    if os.environ.get("RANK", "0") == "0":
+    first = os.environ.get("RANK", "0") == "0"
+    if result.interrupted and first: typer.echo(f"\nsynthpi: stopped after step {len(result.history)}. The same command with --resume goes on from there.", err=True)
+    if result.interrupted: raise typer.Exit(130)
+    if first:
         typer.echo(f"{len(result.history)} steps; loss {result.history.loss.iloc[0]:.4g} at first, {result.history.loss.iloc[-1]:.4g} at last.\nEncoder: {out/'encoder.safetensors'}\nHistory: {out/'history.csv'}")
 
 def _start_the_others():
@@ -161,7 +166,8 @@ def _start_the_others():
                          "`torchrun --nproc_per_node N -m synthpi pretrain ...`, or give accelerate an MPI host file.")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", asked[1], "-m", "synthpi", *sys.argv[1:]]
     typer.echo(f"accelerate starts one process on a processor; starting {asked[1]} with torchrun.", err=True)
-    raise typer.Exit(subprocess.run(command).returncode)
+    sys.stdout.flush(); sys.stderr.flush()
+    os.execv(sys.executable, command)               # in the place of this process, so that signals reach it
 
 def _leave_group():
     "A process group that is still open, or whose wrapped model is still alive, when Python ends can abort it"

@@ -15,7 +15,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/pretrain.html.md"""
 # %% auto #0
 __all__ = ['LOSSES', 'RECIPES', 'layout_of', 'Run', 'tiles_to_train', 'pretrain']
 
-# %% ../nbs/14_pretrain.ipynb #fc130bf3
+# %% ../nbs/14_pretrain.ipynb #32e9c497
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 
@@ -57,7 +58,7 @@ def layout_of(
     primary = 1 if method == "siamese" and sources else 2
     return (0,)*primary + tuple(range(1, sources + 1)), ("primary",)*primary + extra
 
-# %% ../nbs/14_pretrain.ipynb #c4513d19
+# %% ../nbs/14_pretrain.ipynb #f3dd3ef9
 class Run(NamedTuple):
     "What a training leaves behind."
     folder:Path # With encoder.safetensors, history.csv, history.png, run.json, checkpoints
@@ -103,7 +104,7 @@ def pretrain(
     lr:float=1e-3, # Peak learning rate of AdamW
     weight_decay:float=1e-4, # Of AdamW
     clip:float|None=1., # Largest global gradient norm
-    precision:str="fp32", # "fp32", "bf16" or "fp16"
+    precision:str|None=None, # "fp32", "bf16" or "fp16"; None: what `accelerate launch` was told, or float32
     compile:bool=False, # `torch.compile` the network
     augment_on:str="auto", # "workers": in worker processes; "device": on the GPU (`BatchViews`); "auto": the GPU if there is one
     workers:int=0, # Worker processes for decoding, and for augmenting if it is done there
@@ -125,51 +126,68 @@ def pretrain(
         if value not in known: raise ValueError(f"{name} {value!r} arrived; expected one of {', '.join(known)}.")
     if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device 'cuda' arrived and no CUDA device was found; use 'auto' or 'cpu'.")
     if resume and overwrite: raise ValueError("both resume and overwrite arrived; give resume to go on with what is in the folder, or overwrite to replace it.")
+    if steps is not None and epochs is not None: raise ValueError(f"steps={steps} and epochs={epochs} arrived; give one of them.")
     if steps is None and epochs is None and minutes is None: epochs = 100
+    if batch_size < 2: raise ValueError(f"batch_size={batch_size} arrived; expected two tiles or more: they are compared with each other.")
+    if micro_batch == 1 and norm == "batch": raise ValueError("micro_batch=1 arrived with BatchNorm, which has no statistics of one row: use 2 or more.")
+    step = large_batch_step(micro_batch) if micro_batch is not None else paired_step
     ds, content = tiles_to_train(tiles, pairs_cache, on_bad)
     if batch_size > len(ds): raise ValueError(f"batch_size={batch_size} arrived for {len(ds)} tiles: a batch would hold a tile twice. Use {len(ds)} or less.")
     epoch = len(ds)/batch_size
     if epochs is not None and steps is None: steps = epoch_steps(len(ds), batch_size, epochs)
     accelerator = make_accelerator(precision, cpu=device == "cpu", **(dict(log_with=track, project_dir=str(out)) if track else {}))
-    here = accelerator.device.type
+    if track and not accelerator.log_with: raise ValueError(f"tracker {track!r} arrived, and its package is not installed here: pip install {track}.")
+    here, processes = accelerator.device.type, accelerator.num_processes
     if augment_on == "auto": augment_on = "device" if here == "cuda" else "workers"
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
-    arguments = dict(method=method, loss=loss, encoder=encoder, widths=list(widths), norm=norm, size=size, augmentation=augmentation, privileged_augmentation=privileged_augmentation,
-                     same_geometry=same_geometry, batch_size=batch_size, micro_batch=micro_batch, steps=steps, minutes=minutes, lr=lr, weight_decay=weight_decay, clip=clip, precision=precision,
-                     augment_on=augment_on, seed=seed)
-    identity = {"synthpi": synthpi.__version__, "tiles": content, "pairs": len(pairs_cache), **arguments}
     set_seed(seed_for(seed, "weights"))
     model = make_branches(layout, encoder, widths=widths, norm=norm)
-    share = -(-batch_size//accelerator.num_processes)
-    memory = memory_estimate(model, [(min(micro_batch or share, share), 3, size, size)]*len(layout), precision)
-    if accelerator.is_main_process: _claim(out, identity, resume, overwrite, [p for p in (tiles, *pairs_cache) if Path(p).is_dir()])
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(out/"run.json", {"command": command, "arguments": arguments, "tiles": {"path": Path(tiles).name, "n": len(ds), "fingerprint": content}, "layout": layout, "columns": columns,
-                                    "processes": accelerator.num_processes, "memory_bytes": vars(memory), "environment": environment()})
-        if progress: print(f"{len(ds)} tiles, layout {layout}, {steps or f'{minutes:g} minutes of'} steps of {batch_size}; memory for a step: about {memory} in each of {accelerator.num_processes} process(es).")
-    if here == "cuda" and not memory.fits(gb := torch.cuda.get_device_properties(accelerator.device).total_memory/1e9):
-        warnings.warn(f"a step needs about {memory.total/1e9:.1f} GB and this device has {gb:.0f}: give a smaller micro_batch (--micro-batch), precision bf16, or narrower projectors.")
-    if accelerator.num_processes > 1:
+    share = max(2, -(-batch_size//processes))
+    memory = memory_estimate(model, [(max(2, min(micro_batch or share, share)), 3, size, size)]*len(layout), precision)
+    if processes > 1:
         model = synchronise_batchnorm(model, here)
         torch.manual_seed(seed_for(seed, "dropout", accelerator.process_index))
-
     branches = [Branch(c, RECIPES[augmentation if c == "primary" else privileged_augmentation], geometry=0 if same_geometry and c != "primary" else None) for c in columns]
     views = (BatchViews if augment_on == "device" else Views)(ds.select_columns([*dict.fromkeys(columns)]), branches, size, seed=seed)
     trainer = Trainer(model, LOSSES[loss](), torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay),
                       lambda start: batches(views, batch_size, steps or 10**9, start, workers), steps, minutes=minutes, epoch_steps=epoch, run_dir=out, clip=clip, compile=compile,
-                      step=large_batch_step(micro_batch) if micro_batch else paired_step, transform=views if augment_on == "device" else None, channels_last=here == "cuda",
+                      step=step, transform=views if augment_on == "device" else None, channels_last=here == "cuda",
                       save_every=save_every, accelerator=accelerator, progress="pretrain" if progress else None)
-    history = trainer.fit()
+    arguments = dict(method=method, loss=loss, encoder=encoder, widths=list(widths), norm=norm, size=size, augmentation=augmentation, privileged_augmentation=privileged_augmentation,
+                     same_geometry=same_geometry, batch_size=batch_size, micro_batch=micro_batch, steps=steps, lr=lr, weight_decay=weight_decay, clip=clip, precision=precision, augment_on=augment_on, seed=seed)
+    if steps is None: arguments["minutes"] = minutes                    # beside steps, more time may be given to a run that goes on
+    identity = {"synthpi": synthpi.__version__, "tiles": content, "pairs": len(pairs_cache), **arguments}
+    _together(accelerator, lambda: _claim(out, identity, resume, overwrite, [p for p in (tiles, *pairs_cache) if Path(p).is_dir()]))
+    if accelerator.is_main_process:
+        write_json(out/"run.json", {"command": command, "arguments": arguments | {"minutes": minutes}, "tiles": {"path": Path(tiles).name, "n": len(ds), "fingerprint": content}, "layout": layout,
+                                    "columns": columns, "processes": processes, "memory_bytes": vars(memory), "environment": environment()})
+        if progress: print(f"{len(ds)} tiles, layout {layout}, {f'{steps} steps' if steps else f'{minutes:g} minutes'} with batches of {batch_size}; memory for a step, in each process: about {memory}.")
+        if here == "cuda" and not memory.fits(gb := torch.cuda.get_device_properties(accelerator.device).total_memory/1e9):
+            warnings.warn(f"a step needs about {memory.total/1e9:.1f} GB and this device has {gb:.0f}: give a smaller micro_batch (--micro-batch), precision bf16, or narrower projectors.")
+    keep = lambda: save_encoder(accelerator.unwrap_model(trainer.model).encoders[0], out/"encoder.safetensors", tiles=content, n_tiles=len(ds), synthpi=synthpi.__version__, done=trainer.done,
+                                **{k: v for k, v in arguments.items() if k != "encoder"})
+    try: history = trainer.fit()
+    except OSError:
+        if trainer.done == steps and accelerator.is_main_process: keep()       # no room for the last checkpoint: the encoder is a fraction of it
+        raise
     if trainer.interrupted: return Run(out, None, history, True)
     if accelerator.is_main_process:
-        save_encoder(accelerator.unwrap_model(trainer.model).encoders[0], out/"encoder.safetensors", tiles=content, n_tiles=len(ds), synthpi=synthpi.__version__, done=trainer.done,
-                     **{k: v for k, v in arguments.items() if k != "encoder"})
+        keep()
         with atomic_path(out/"history.png") as tmp: plot_history(history).savefig(tmp, dpi=120)
     accelerator.wait_for_everyone()
     return Run(out, load_encoder(out/"encoder.safetensors"), history, False)
 
-_FILES = ("encoder.safetensors", "history.csv", "history.png", "run.json", "checkpoints")
+_FILES = ("encoder.safetensors", "history.csv", "history.png", "run.json", "checkpoints", "pretrain", "train")      # the last two: what trackers write
+
+def _together(accelerator, f):
+    "`f` in the first process; what it raises, all raise"
+    said, mine = [None], None
+    if accelerator.is_main_process:
+        try: f()
+        except Exception as error: said, mine = [str(error)], error
+    if accelerator.num_processes > 1: broadcast_object_list(said)
+    if said[0] is not None: raise mine or ValueError(said[0])
 
 def _claim(out, identity, resume, overwrite, inputs):
     "Take the folder, go on in it, or say why not"

@@ -10,10 +10,12 @@ Docs: https://synthpi.github.io/synthpi/nbs/steps.html.md"""
 # %% auto #0
 __all__ = ['paired_step', 'large_batch_step']
 
-# %% ../nbs/11_steps.ipynb #de23796f
+# %% ../nbs/11_steps.ipynb #78970117
+import random
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ def paired_step(
     "The step of every joint-embedding objective: one forward pass per view, one loss over all embeddings."
     return loss(*model(*batch["views"]))
 
-# %% ../nbs/11_steps.ipynb #2e57ea18
+# %% ../nbs/11_steps.ipynb #b6925258
 class _Deferred(torch.autograd.Function):
     "A scalar whose backward pass is `work(factor)`, where `factor` is what the scalar was multiplied by on the way to the end."
     @staticmethod
@@ -56,11 +58,12 @@ def _parts(views, micro_batch):
     if dist.is_available() and dist.is_initialized(): dist.all_reduce(n, op=dist.ReduceOp.MAX)
     return list(zip(*(v.tensor_split(int(n)) for v in views)))
 
-def _random_state(device): return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def _random_state(device):
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 def _set_random_state(state, device):
-    torch.set_rng_state(state[0])
-    if state[1] is not None: torch.cuda.set_rng_state(state[1], device)
+    random.setstate(state[0]); np.random.set_state(state[1]); torch.set_rng_state(state[2])
+    if state[3] is not None: torch.cuda.set_rng_state(state[3], device)
 
 # %% ../nbs/11_steps.ipynb #d27624b7
 def large_batch_step(

@@ -11,14 +11,15 @@ Docs: https://synthpi.github.io/synthpi/nbs/trainer.html.md"""
 # %% auto #0
 __all__ = ['warmup_cosine', 'embedding_health', 'make_accelerator', 'Trainer', 'plot_history']
 
-# %% ../nbs/11_trainer.ipynb #a6dc2ae5
+# %% ../nbs/11_trainer.ipynb #f4c4960c
 import math
+import os
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -59,23 +60,23 @@ def embedding_health(
     p = sigma/sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny) + 1e-7
     return {"std": z.std(dim=0).mean().item(), "spread": spread.item(), "rankme": torch.exp(-(p*p.log()).sum()).item()}
 
-# %% ../nbs/11_trainer.ipynb #890046e5
+# %% ../nbs/11_trainer.ipynb #d4b0db81
 def make_accelerator(
     precision:str|None=None, # "fp32", "bf16" or "fp16" (GPU only); None: what `accelerate launch` was told, or float32
     cpu:bool=False, # Use the processor although there is a GPU
     **options, # Other arguments of `accelerate.Accelerator`, for example `log_with`
 )->Accelerator: # Device, precision and processes
-    "An `Accelerator`, also a second one of another precision in the same notebook."
+    "An `Accelerator`, also a second one of another precision in the same notebook. `ValueError` when this process already works on another kind of device."
     if precision not in (None, "fp32", "bf16", "fp16"): raise ValueError(f"precision {precision!r} arrived; expected 'fp32', 'bf16' or 'fp16'.")
-    if precision == "fp16" and (cpu or PartialState().device.type == "cpu"): raise ValueError("precision 'fp16' arrived and there is no GPU: use 'bf16' or 'fp32' on a processor.")
-    wanted = dict(mixed_precision={None: None, "fp32": "no"}.get(precision, precision), cpu=cpu, **options)
-    try: return Accelerator(**wanted)
-    except ValueError as error:         # accelerate allows one precision for each process; in a notebook the next training may well have another
-        if "already been initialized" not in str(error): raise
-        AcceleratorState._reset_state()
-        return Accelerator(**wanted)
+    mixed = {None: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "fp32": "no"}.get(precision, precision)
+    there = PartialState(cpu=cpu)
+    if mixed == "fp16" and there.device.type == "cpu": raise ValueError("precision 'fp16' arrived and there is no GPU: use 'bf16' or 'fp32' on a processor.")
+    if AcceleratorState._shared_state: AcceleratorState._shared_state["_mixed_precision"] = mixed        # accelerate keeps one precision for the process; a Trainer keeps its own, see `fit`
+    if cpu and there.device.type != "cpu" or not cpu and there.device.type == "cpu" and torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU"):
+        raise ValueError(f"this process already works on {there.device.type}, and accelerate keeps to the first device of a process: restart the kernel to use {'the processor' if cpu else 'the GPU'}.")
+    return Accelerator(mixed_precision=mixed, cpu=cpu, **options)
 
-# %% ../nbs/11_trainer.ipynb #2377ab37
+# %% ../nbs/11_trainer.ipynb #a8c1d352
 class Trainer:
     "Runs `step` until the budget is spent; `fit()` returns the history, and called again goes on after an interrupt."
     def __init__(self,
@@ -91,14 +92,14 @@ class Trainer:
         step:Callable=paired_step, # `step(model, loss, batch) -> (scalar, terms)`
         transform:Callable|None=None, # Applied to each batch on the device, for example a `BatchViews`
         run_dir:str|Path|None=None, # Where history and checkpoints go; None keeps them in memory
-        schedule:Callable[[int], float]|None=None, # Step to learning-rate factor; default `warmup_cosine(steps)`
-        clip:float|None=1., # Largest global gradient norm; None does not clip
+        schedule:Callable[[int], float]|None=None, # Step to learning-rate factor, in a run by the clock thousandths of the time; default `warmup_cosine`
+        clip:float|None=1., # Largest global gradient norm, above 0; None does not clip
         accumulate:int=1, # Batches whose gradients are averaged for one step; not a large batch, for which see `large_batch_step`
         precision:str|None=None, # "fp32", "bf16" or "fp16" (GPU only); default: the accelerator's, or fp32
         channels_last:bool=False, # Memory format of model and images; faster convolutions on GPUs in half precision
         compile:bool|str=False, # `torch.compile` the model; a string names the back end
         save_every:float=60., # Seconds between checkpoints
-        watch_every:int=50, # Steps between looks at the embeddings, which warn of a collapse; 0 for none
+        watch_every:int=50, # Steps between looks at the embeddings that a loss (an `nn.Module`) is given, which warn of a collapse; 0 for none
         on_step:Callable|None=None, # Called as `on_step(trainer)` after every step
         on_epoch:Callable|None=None, # Called as `on_epoch(trainer)` after every `epoch_steps` steps
         accelerator:Accelerator|None=None, # Device and processes, and trackers (`log_with=`); default: what the machine offers
@@ -106,19 +107,26 @@ class Trainer:
     ):
         self.steps, self.minutes, self.epoch_steps = _budget(steps, epochs, epoch_steps, minutes), minutes, epoch_steps
         if accumulate < 1: raise ValueError(f"accumulate={accumulate} arrived; expected at least 1 batch for a step.")
-        self.accelerator = accelerator or make_accelerator(precision)
-        if accelerator and precision and accelerator.mixed_precision != precision.replace("fp32", "no"):
-            raise ValueError(f"precision {precision!r} arrived beside an accelerator of precision {accelerator.mixed_precision!r}: give one of them.")
+        if clip is not None and not clip > 0: raise ValueError(f"clip={clip} arrived; expected a norm above 0, or None not to clip.")
+        self.accelerator = a = accelerator or make_accelerator(precision)
+        if accelerator and precision and a.mixed_precision != precision.replace("fp32", "no"):
+            raise ValueError(f"precision {precision!r} arrived beside an accelerator of precision {a.mixed_precision!r}: give one of them.")
+        if a.gradient_accumulation_steps != 1: raise ValueError(f"an accelerator with gradient_accumulation_steps={a.gradient_accumulation_steps} arrived: give accumulate to the Trainer in its place.")
+        if isinstance(loss, nn.Module):
+            loss.to(a.device)
+            if a.num_processes > 1 and any(p.requires_grad for p in loss.parameters()): raise ValueError(f"{type(loss).__name__} has parameters of its own, which would differ between processes: make them a part of the model.")
         if channels_last: model.to(memory_format=torch.channels_last)
         if compile: model.compile(backend="inductor" if compile is True else compile)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = a.prepare(model, optimizer)
+        a.unwrap_model(self.model, keep_fp32_wrapper=False)            # `prepare` would leave the user's model in half precision for good; here only steps are, see `_one`
+        self.mixed = a.mixed_precision
         self.loss, self.train_dl, self.step, self.transform, self.clip, self.accumulate = loss, train_dl, step, transform, clip, accumulate
         self.schedule = schedule or warmup_cosine(self.steps or 1000)
-        for group in self.optimizer.param_groups: group.setdefault("initial_lr", group["lr"])
         self.run_dir, self.channels_last, self.save_every, self.watch_every = Path(run_dir) if run_dir else None, channels_last, save_every, watch_every
         self.on_step, self.on_epoch, self.progress = on_step, on_epoch, progress
         self.checkpoints = Checkpoints(self.run_dir/"checkpoints") if run_dir else None
         self.rows, self.seconds, self.interrupted, self.out_of_time, self.skipped = [], 0., False, False, 0
+        self._lr, self._modes, self._busy, self._torn = [g["lr"] for g in self.optimizer.param_groups], None, False, False
 
     @property
     def done(self)->int: return len(self.rows)
@@ -130,10 +138,13 @@ class Trainer:
 
     def state(self)->dict:
         "Everything that the next step depends on; in several processes, all of them have to ask."
-        a = self.accelerator
-        columns = {c: torch.tensor(v.to_numpy(float)) for c, v in self.history.items()}
+        a, names = self.accelerator, dict.fromkeys(k for row in self.rows for k in row)
+        history = {n: [torch.tensor([row.get(n, math.nan) for row in self.rows], dtype=torch.float64), torch.tensor([n in row for row in self.rows])] for n in names}
         return {"model": a.unwrap_model(self.model).state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": a.scaler.state_dict() if a.scaler else None,
-                "random": gather_object([random_states()]), "history": columns, "seconds": self.seconds, "steps": self.steps, "accumulate": self.accumulate}
+                "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else None, "random": gather_object([random_states()]), "history": history, "seconds": self.seconds,
+                "lr": self._lr, "run": self._run_of()}
+
+    def _run_of(self): return {"steps": self.steps, "accumulate": self.accumulate, "loss": _name(self.loss), "optimizer": type(self.optimizer.optimizer).__name__}
 
     def save(self)->None:
         "Write a checkpoint and history.csv; `OSError`, and the last good checkpoint as it was, when there is no room."
@@ -146,17 +157,22 @@ class Trainer:
     def load(self)->bool: # Whether there was one
         "Take up the newest intact checkpoint of the run folder; `ValueError` when it belongs to another run."
         state = self.checkpoints.load() if self.checkpoints else None
+        if self.accelerator.num_processes > 1 and len(found := set(gather_object([len(state["history"]["step"][0]) if state and state["history"] else 0]))) > 1:
+            raise ValueError(f"the processes find checkpoints of different steps in {self.run_dir} ({', '.join(map(str, sorted(found)))}): give a run folder that all of them see.")
         if state is None: return False
-        for name, what in (("steps", "its learning rates would not fit"), ("accumulate", "its batches would not fit")):
-            if state[name] != getattr(self, name):
-                raise ValueError(f"the checkpoint in {self.run_dir} is of a run with {name}={state[name]} and this one has {name}={getattr(self, name)}: {what}. "
-                                 "Use another run folder, or the same number.")
+        differs = [f"{k} was {v} and is {self._run_of()[k]}" for k, v in state["run"].items() if v != self._run_of()[k]]
+        if differs: raise ValueError(f"the checkpoint in {self.run_dir} is of another run: {'; '.join(differs)}. Use another run folder, or the same arguments.")
         try: self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
         except RuntimeError as error: raise ValueError(f"the checkpoint in {self.run_dir} is of another model ({str(error).splitlines()[1].strip()}): use another run folder.") from error
+        if state["loss"]: self.loss.load_state_dict(state["loss"])
+        mine, theirs = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups], state["optimizer"]["param_groups"]
+        changed = [f"lr was {b:g} and is {a:g}" for a, b in zip(self._lr, state["lr"]) if a != b] + [f"{k} was {t.get(k)} and is {v}" for m, t in zip(mine, theirs) for k, v in m.items() if t.get(k) != v]
+        if changed: warnings.warn(f"{'; '.join(changed)}: going on with the new values.", stacklevel=3)
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, options, lr in zip(self.optimizer.param_groups, mine, self._lr): group.update(options, lr=lr)
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
-        names, columns = list(state["history"]), [v.tolist() for v in state["history"].values()]
-        self.rows = [{k: int(v) if k == "step" else v for k, v in zip(names, row) if v == v} for row in zip(*columns)]
+        columns = {n: (values.tolist(), there.tolist()) for n, (values, there) in state["history"].items()}
+        self.rows = [{n: int(v[i]) if n == "step" else v[i] for n, (v, there) in columns.items() if there[i]} for i in range(len(columns["step"][0]) if columns else 0)]
         self.seconds = state["seconds"]
         if len(state["random"]) == self.accelerator.num_processes: set_random_states(state["random"][self.accelerator.process_index])
         return True
@@ -165,24 +181,37 @@ class Trainer:
 
     def fit(self)->pd.DataFrame: # One row per step: `loss`, the step's terms, `lr`, `grad_norm`, and at first and every `watch_every` steps `std`, `spread`, `rankme`
         "Train to the end of the budget, from the checkpoint if the run folder holds one. Ctrl-C saves and returns, with `interrupted` set."
-        if not self.done: self.load()
+        if self._torn or not self.done: self._torn = not self.load() and self._torn
+        if self._torn: raise RuntimeError("an error in the middle of an optimiser step has left the weights between two steps, and there is no checkpoint: build model and Trainer again.")
         self.interrupted = self.out_of_time = False
-        self.model.train()
+        self.accelerator.state._mixed_precision = self.mixed           # of this Trainer, whatever another one in this process has
+        if self._modes is None and not self.model.training: self.model.train()
+        self._modes = self._modes or [(m, m.training) for m in self.model.modules()]            # a part that was set to eval mode before stays there
         if self._ended(): return self.history
         bar = tqdm(total=self.steps or round(60*self.minutes), initial=self.done if self.steps else round(self.seconds), desc=self.progress, leave=False,
                    disable=self.progress is None or not self.accelerator.is_main_process)
         with self._trackers(), self._signals() as asked, self._health():
-            try:
-                self._run(bar, asked)
-                self.save()
-            except KeyboardInterrupt:
-                self.interrupted = True
-                self.save()
-            finally: bar.close()
+            self._set_modes()
+            try: self._run(bar, asked)
+            except KeyboardInterrupt: self.interrupted = True
+            except Exception:
+                if self.accelerator.num_processes == 1 and not self._torn:
+                    with suppress(OSError): self.save()                # what was good before the error
+                raise
+            finally:
+                bar.close()
+                for group, lr in zip(self.optimizer.param_groups, self._lr): group["lr"] = lr
+            if not self._torn: self.save()
         return self.history
+
+    def _set_modes(self):
+        for m, training in self._modes: m.training = training
 
     def _run(self, bar, asked):
         begin, before, saved = time.monotonic(), self.seconds, time.monotonic()
+        self._lr = [g["lr"] for g in self.optimizer.param_groups]
+        self._buffers = [b for b in self.model.buffers()]
+        self._copies = [b.clone() for b in self._buffers]
         states = random_states()
         stream = iter(self.train_dl(self.done*self.accumulate))
         set_random_states(states)                           # a DataLoader draws a number when it is opened, which a resumed run does once more
@@ -194,8 +223,9 @@ class Trainer:
             bar.set_postfix(loss=f"{self.rows[-1]['loss']:.4g}", refresh=False)
             bar.update(1 if self.steps else max(0, min(round(self.seconds), bar.total) - bar.n))
             if self.accelerator.trackers: self.accelerator.log({k: v for k, v in self.rows[-1].items() if k != "step"}, step=self.done)
-            if self.on_step: self.on_step(self)
-            if self.on_epoch and self.epoch_steps and self.done // self.epoch_steps > (self.done - 1)//self.epoch_steps: self.on_epoch(self)
+            ends = self.epoch_steps and math.floor(self.done/self.epoch_steps + 1e-9) > math.floor((self.done - 1)/self.epoch_steps + 1e-9)
+            for call in (self.on_step, self.on_epoch if ends else None):
+                if call: call(self); self._set_modes()
             due, stop, self.seconds = self._agree(time.monotonic() - saved > self.save_every, bool(asked), self.seconds)
             if stop: raise KeyboardInterrupt
             if due:
@@ -204,27 +234,42 @@ class Trainer:
                 saved = time.monotonic()
 
     def _one(self, batches):
-        lr, parts = [], []
+        "One step, or none: until the optimiser moves, an error or a second Ctrl-C leaves everything as it was"
+        self._busy, states = True, random_states()
+        _copy(self._copies, self._buffers)
+        try: row = self._gradient(batches)
+        except BaseException:
+            _copy(self._buffers, self._copies)
+            set_random_states(states)
+            self.optimizer.zero_grad()
+            if self.accelerator.scaler: self.accelerator.scaler._per_optimizer_states.clear()       # or it would believe that these gradients were unscaled already
+            self._busy, self._seen = False, []
+            raise
+        self._torn = True
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.rows.append(row)
+        self._torn = self._busy = False
+
+    def _gradient(self, batches):
         progress = self.done if self.steps else int(1000*self.seconds/(60*self.minutes))
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"]*self.schedule(progress)
-            lr.append(group["lr"])
+        for group, lr in zip(self.optimizer.param_groups, self._lr): group["lr"] = lr*self.schedule(progress)
+        kind, parts = self.accelerator.device.type, []
+        cast = torch.autocast(kind, enabled=self.mixed != "no", dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed, torch.bfloat16))
         for i, batch in enumerate(batches):
             batch = self._place(batch)
             with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.model):
-                loss, terms = self.step(self.model, self.loss, batch)          # `prepare` has wrapped the model's forward pass in autocast
+                with cast: loss, terms = self.step(self.model, self.loss, batch)
                 self.accelerator.backward(loss/len(batches))
+            if taken := sorted(_COLUMNS & set(terms)): raise ValueError(f"the step gives terms called {', '.join(taken)}, which are columns of the history already: rename them.")
             parts.append((batch, {"loss": loss.detach(), **terms}))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip if self.clip is not None else math.inf)
         numbers = _numbers([p for _, p in parts], norm)                       # the only place where the processor waits for the device
         self._check_finite(numbers, [b for b, _ in parts])
-        self._busy = True                                                      # from here to the row's end, Ctrl-C waits: weights and history belong together
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        row = {"step": self.done + 1, **{k: sum(n[k] for n in numbers)/len(numbers) for k in numbers[0] if k != "grad_norm"}, "lr": lr[0], "grad_norm": numbers[0]["grad_norm"]}
-        if self._seen: row |= self._look()
-        self.rows.append(row)
-        self._busy = False
+        names = dict.fromkeys(k for n in numbers for k in n if k != "grad_norm")
+        means = {k: sum(v)/len(v) for k in names if (v := [n[k] for n in numbers if k in n])}
+        row = {"step": self.done + 1, **means, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": numbers[0]["grad_norm"]}
+        return row | (self._look() if self._seen else {})
 
     def _check_finite(self, numbers, batches):
         "Stop before the optimiser takes a step with numbers that are none; half precision may skip a few"
@@ -232,9 +277,7 @@ class Trainer:
         if bad is None and math.isfinite(numbers[0]["grad_norm"]): self.skipped = 0; return
         if bad is None and self.accelerator.scaler and self.skipped < 20: self.skipped += 1; return      # the gradient scaler leaves this step out and halves its factor
         what, index = ("loss" if bad is not None else "grad_norm"), batches[bad or 0].get("index", "unknown")
-        self.optimizer.zero_grad()
         kept = self.run_dir is not None and self.accelerator.num_processes == 1
-        if kept: self.save()
         raise FloatingPointError(f"{'the loss' if what == 'loss' else 'the norm of the gradient'} is {numbers[bad or 0][what]} at step {self.done} (terms: {numbers[bad or 0]}; records "
             f"{index.tolist() if isinstance(index, Tensor) else index}). Lower the learning rate, clip harder, or look at these records." + (f" The state before this step is in {self.run_dir}." if kept else ""))
 
@@ -259,11 +302,11 @@ class Trainer:
 
     @contextmanager
     def _signals(self):
-        "Ctrl-C in the middle of an optimiser step is noted and acted upon when the step has ended; with several processes always, so that all stop at the same step"
-        asked, self._busy = [], False
+        "Ctrl-C in the middle of a step is noted and acted upon when the step has ended, a second one at once; with several processes always, so that all stop at the same step"
+        asked = []
         if threading.current_thread() is not threading.main_thread(): yield asked; return
         def note(*_):
-            if asked or not self._busy and self.accelerator.num_processes == 1: raise KeyboardInterrupt
+            if not self._torn and (asked or not self._busy and self.accelerator.num_processes == 1): raise KeyboardInterrupt
             asked.append(True)
         old = signal.signal(signal.SIGINT, note)
         try: yield asked
@@ -284,7 +327,7 @@ class Trainer:
 
     @contextmanager
     def _health(self):
-        self._seen = []
+        self._seen = []                            # a step that ended early must not leave any
         if not self.watch_every or not isinstance(self.loss, nn.Module): yield; return
         def see(_, zs):
             if not self.done or (self.done + 1) % self.watch_every == 0: self._seen = [z.detach() for z in zs if isinstance(z, Tensor) and z.ndim == 2 and len(z) > 1]
@@ -293,12 +336,13 @@ class Trainer:
         finally: hook.remove(); self._seen = []
 
     def _look(self):
-        branches = [embedding_health(z) for z in self._seen]
-        health, most = {k: min(b[k] for b in branches) for k in branches[0]}, min(self._seen[0].shape)
-        self._seen = []
+        zs, self._seen = self._seen, []
+        if self.accelerator.num_processes > 1: zs = [torch.cat(parts) for parts in zip(*gather_object([[z.cpu() for z in zs]]))]       # the joined batch
+        branches = [embedding_health(z) for z in zs]
+        health, most = {k: min(b[k] for b in branches) for k in branches[0]}, min(zs[0].shape)
         first = next((r["std"] for r in self.rows if "std" in r), health["std"])
         if (health["spread"] < .05 or health["std"] < .05*first or health["rankme"] < min(1.5, most/2)) and (not self.steps or self.done >= self.steps//10):
-            warnings.warn(f"step {self.done + 1}: the embeddings have nearly collapsed (standard deviation {health['std']:.2g}, {first:.2g} at first; spread {health['spread']:.2g} of 1; RankMe "
+            if self.accelerator.is_main_process: warnings.warn(f"step {self.done + 1}: the embeddings have nearly collapsed (standard deviation {health['std']:.2g}, {first:.2g} at first; spread {health['spread']:.2g} of 1; RankMe "
                           f"{health['rankme']:.1f} of {most}). Try a smaller learning rate, a larger batch, a larger weight on variance (VICReg), or augmentations that leave more to tell images apart.")
         return health
 
@@ -310,6 +354,13 @@ def _budget(steps, epochs, epoch_steps, minutes):
     for name, x in (("steps", steps), ("minutes", minutes), ("epoch_steps", epoch_steps)):
         if x is not None and not x > 0: raise ValueError(f"{name}={x} arrived; expected more than 0.")
     return steps
+
+_COLUMNS = {"step", "loss", "lr", "grad_norm", "std", "spread", "rankme"}
+
+def _copy(into, out_of):
+    if into: torch._foreach_copy_(into, out_of)
+
+def _name(loss): return repr(loss) if isinstance(loss, nn.Module) else getattr(loss, "__qualname__", type(loss).__name__)
 
 def _numbers(parts, norm):
     "All terms as floats, with one transfer from the device"

@@ -14,7 +14,7 @@ def load(name):
     return module
 
 def test_the_trainer_takes_the_steps_of_the_loop():
-    r = load("trainer").run(quick=True)
+    r, = load("trainer").run(quick=True)["results"]
     assert r["largest_relative_difference_of_losses"] < 1e-4 and r["ratio"]["min"] > 0
 
 def test_the_loader_is_compared_with_the_same_pixels():

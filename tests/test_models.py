@@ -417,3 +417,9 @@ def test_only_batchnorm_is_replaced():
     with pytest.raises(TypeError, match="1 is a Mine"): synchronise_batchnorm(nn.Sequential(nn.ReLU(), Mine(3)), "cpu")
     cuda = synchronise_batchnorm(trident("resnet10_narrow", (4, 2)), "cuda")
     assert not [m for m in cuda.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))] and [m for m in cuda.modules() if isinstance(m, nn.SyncBatchNorm)]
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_batchnorm_that_does_more_is_not_converted(device):
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x): return super().forward(x).relu()
+    with pytest.raises(TypeError, match="0 is a Activated"): synchronise_batchnorm(nn.Sequential(Activated(3)), device)

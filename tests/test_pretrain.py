@@ -132,11 +132,36 @@ def test_resume_with_nothing_there_begins_and_overwrite_replaces(folder, tmp_pat
 @pytest.mark.parametrize("flags, message", [
     (["--method", "trident"], "without a cache of pairs"), (["--method", "tripod"], "method 'tripod'"), (["--loss", "hinge"], "expected one of vicreg, barlow"), (["--batch-size", "99"], "99 arrived for 24 tiles"),
     (["--encoder", "resnet99"], "resnet99"), (["--augmentation", "none"], "augmentation 'none'"), (["--widths", "a,b"], "whole numbers"), (["--device", "tpu"], "device 'tpu'"), (["--precision", "fp8"], "fp8"),
-    (["--resume", "--overwrite"], "give resume"), (["--pairs-cache", "nowhere"], "manifest.csv"), (["--norm", "spectral"], "spectral")])
+    (["--resume", "--overwrite"], "give resume"), (["--lr", "-1"], "learning rate"), (["--epochs", "2"], "give one of them"), (["--micro-batch", "1"], "BatchNorm"), (["--track", "nothing"], "nothing"),
+    (["--widths", "0"], "width"), (["--pairs-cache", "nowhere"], "manifest.csv"), (["--norm", "spectral"], "spectral")])
 def test_what_cannot_work_is_told_before_anything_is_written(flags, message, folder, tmp_path):
     result = synthpi("--tiles", folder/"tiles", "--steps", 2, "--out", tmp_path/"run", *FLAGS, *flags)
     assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
     assert not (tmp_path/"run").exists()
+
+def test_a_tracker_that_is_not_installed_is_told(folder, tmp_path):
+    pytest.importorskip("accelerate")
+    try: import wandb
+    except ImportError: pass
+    else: pytest.skip("wandb is installed here")
+    with pytest.raises(ValueError, match="pip install wandb"): pretrain(folder/"tiles", tmp_path/"run", steps=1, track="wandb", **SMALL)
+    assert not (tmp_path/"run").exists()
+
+def test_more_time_may_be_given_to_a_run_in_steps_and_overwrite_takes_the_trackers_files_along(folder, tmp_path):
+    out, args = tmp_path/"run", SMALL | dict(steps=400)
+    first = pretrain(folder/"tiles", out, minutes=.5/60, track="tensorboard", **args)
+    second = pretrain(folder/"tiles", out, minutes=1./60, resume=True, **args)
+    assert 1 <= len(first.history) < len(second.history) < 400
+    assert list(out.glob("*/events*"))
+    pretrain(folder/"tiles", out, overwrite=True, **SMALL | dict(steps=1))
+    assert not list(out.glob("*/events*"))
+
+def test_a_disk_that_is_full_at_the_end_still_gets_the_encoder(folder, tmp_path, monkeypatch):
+    import errno
+    def full(*a, **k): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="could not be written"): pretrain(folder/"tiles", tmp_path/"run", steps=2, **SMALL)
+    assert load_encoder(tmp_path/"run"/"encoder.safetensors").about["done"] == 2
 
 def test_a_missing_synthetic_image_is_told(folder, tmp_path):
     import shutil

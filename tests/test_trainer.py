@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from synthpi.checkpoints import Checkpoints
-from synthpi.losses import VICReg
+from synthpi.losses import BarlowTwins, VICReg
 from synthpi.trainer import Trainer, plot_history
 
 STEPS = 30
@@ -47,7 +47,7 @@ def build(run_dir, steps=%d, workers=2, **kw):
                    steps, step=step, run_dir=run_dir, progress=None, **kw)
 ''' % STEPS
 MAIN = '''
-trainer = build(sys.argv[1], save_every=.3, on_step=lambda t: print(t.done, flush=True))
+trainer = build(sys.argv[1], save_every=.05, on_step=lambda t: print(t.done, flush=True))
 trainer.fit()
 save_encoder(trainer.accelerator.unwrap_model(trainer.model).encoders[0], Path(sys.argv[1])/"encoder.safetensors", steps=trainer.done)
 '''
@@ -88,7 +88,7 @@ def leave_out(name):
         fresh = build(None, workers=0).state()
         if name in ("torch", "numpy"): state["random"][0][name] = fresh["random"][0][name]
         elif name == "running statistics": state["model"] |= {k: v for k, v in fresh["model"].items() if "running" in k}
-        elif name == "history": state["history"] = {k: v[:-1] for k, v in state["history"].items()}
+        elif name == "history": state["history"] = {k: [values[:-1], there[:-1]] for k, (values, there) in state["history"].items()}
         elif name == "moments": state["optimizer"]["state"] = {}
         elif name: state[name] = fresh[name]
         return state
@@ -125,7 +125,8 @@ def stream(start, n=16, views=2):
 def trainer(run_dir=None, steps=20, **kw):
     torch.manual_seed(0)
     model = Two()
-    return Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 1e-2), kw.pop("train_dl", stream), steps, run_dir=run_dir, progress=kw.pop("progress", None), **kw)
+    return Trainer(model, kw.pop("loss", VICReg()), torch.optim.AdamW(model.parameters(), kw.pop("lr", 1e-2)), kw.pop("train_dl", stream), steps, run_dir=run_dir,
+                   progress=kw.pop("progress", None), **kw)
 
 def at(step, do):
     def on_step(t):
@@ -188,7 +189,8 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(Exception, match="(?i)weights.only|unsupported"): checkpoints.load()
     assert not (tmp_path/"exploded").exists()
 
-@pytest.mark.parametrize("change, message", [(dict(steps=30), "steps=20"), (dict(accumulate=2), "accumulate=1")])
+@pytest.mark.parametrize("change, message", [(dict(steps=30), "steps was 20 and is 30"), (dict(accumulate=2), "accumulate was 1 and is 2"),
+                                             (dict(loss=BarlowTwins()), "loss was VICReg.* and is BarlowTwins"), (dict(loss=VICReg(covariance=2.)), "covariance=2.0")])
 def test_a_checkpoint_of_another_run_is_refused(change, message, tmp_path):
     trainer(tmp_path).fit()
     with pytest.raises(ValueError, match=message): trainer(tmp_path, **change).fit()
@@ -196,7 +198,8 @@ def test_a_checkpoint_of_another_run_is_refused(change, message, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     trainer(tmp_path).fit()
     model = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="another model"): Trainer(model, None, torch.optim.SGD(model.parameters(), .1), stream, 20, run_dir=tmp_path).load()
+    with pytest.raises(ValueError, match="another model"): Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), .1), stream, 20, run_dir=tmp_path).load()
+    with pytest.raises(ValueError, match="optimizer was AdamW and is SGD"): Trainer(model, VICReg(), torch.optim.SGD(model.parameters(), .1), stream, 20, run_dir=tmp_path).load()
 
 def test_ctrl_c_keeps_the_work_and_returns(tmp_path):
     t = trainer(tmp_path, on_step=at(7, lambda t: os.kill(os.getpid(), signal.SIGINT)))
@@ -217,6 +220,126 @@ def test_ctrl_c_in_the_middle_of_an_optimiser_step_waits_for_its_end(tmp_path):
     assert t.interrupted and t.done == 5
     assert trainer(tmp_path).fit().equals(trainer().fit())                  # no step was taken twice
     assert signal.getsignal(signal.SIGINT) is before
+
+class Normed(nn.Module):
+    "With BatchNorm and dropout: a step that is broken off could leave traces in both"
+    def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(.2))
+    def forward(self, *views): return tuple(self.net(v) for v in views)
+
+def normed(run_dir=None, **kw):
+    torch.manual_seed(0)
+    model = Normed()
+    return Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 1e-2), stream, 12, run_dir=run_dir, progress=None, **kw)
+
+def same(a, b): return a.history.equals(b.history) and all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+@pytest.mark.parametrize("where", ["forward", "backward", "clip"])
+@pytest.mark.parametrize("how", ["ctrl-c", "twice", "error"])
+def test_a_step_that_is_broken_off_leaves_no_trace(where, how, tmp_path, monkeypatch):
+    whole = normed(); whole.fit()
+    for fresh in (False, True):                                             # the same trainer goes on, or another process would
+        folder, count = tmp_path/str(fresh), []
+        t = normed(folder)
+        def trouble():
+            count.append(1)
+            if len(count) != 5: return
+            if how == "error": raise RuntimeError("out of memory")
+            for _ in range(1 + (how == "twice")): os.kill(os.getpid(), signal.SIGINT)
+        if where == "forward": hook = t.model.register_forward_hook(lambda *_: trouble())
+        elif where == "backward": hook = t.model.net[0].weight.register_post_accumulate_grad_hook(lambda *_: trouble())
+        else:
+            clip = t.accelerator.clip_grad_norm_
+            monkeypatch.setattr(t.accelerator, "clip_grad_norm_", lambda *a: (trouble(), clip(*a))[1])
+        if how == "error":
+            with pytest.raises(RuntimeError, match="out of memory"): t.fit()
+        else: t.fit(); assert t.interrupted
+        assert t.done == (5 if how == "ctrl-c" else 4)                      # one Ctrl-C waits for the end of the step, two do not
+        if fresh: t = normed(folder)
+        t.fit()
+        assert same(t, whole)
+
+def test_a_batch_that_spoils_the_loss_does_not_spoil_batchnorm(tmp_path):
+    bad = lambda start: (b if 64 not in b["index"] else b | {"views": (b["views"][0]*float("nan"), b["views"][1])} for b in stream(start))
+    t = normed(tmp_path)
+    t.train_dl = bad
+    with pytest.raises(FloatingPointError): t.fit()
+    resumed = normed(tmp_path); resumed.fit()
+    assert resumed.model.net[1].running_mean.isfinite().all()
+    whole = normed(); whole.fit()
+    assert same(resumed, whole)
+
+def test_another_learning_rate_is_taken_and_told(tmp_path):
+    trainer(tmp_path, on_step=at(8, lambda t: (_ for _ in ()).throw(KeyboardInterrupt))).fit()
+    second = trainer(tmp_path, lr=1e-3)
+    with pytest.warns(UserWarning, match="lr was 0.01 and is 0.001"): h = second.fit()
+    usual = trainer().fit()
+    np.testing.assert_allclose(h.lr[8:], usual.lr[8:]/10); np.testing.assert_allclose(h.lr[:8], usual.lr[:8])
+
+def test_an_optimiser_keeps_its_own_learning_rate():
+    t = trainer()
+    t.fit()
+    assert t.optimizer.param_groups[0]["lr"] == 1e-2                        # not the last value of the schedule
+
+def test_parts_that_were_frozen_stay_frozen_and_callbacks_may_evaluate():
+    torch.manual_seed(0)
+    model = nn.Sequential(Normed(), nn.Identity())
+    model[0].net[1].eval()
+    step = lambda m, l, b: l(*m[0](*b["views"]))
+    seen = []
+    t = Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 1e-2), stream, 3, step=lambda m, l, b: (seen.append((m[0].net[2].training, m[0].net[1].training)), step(m, l, b))[1],
+                on_step=lambda t: t.model.eval(), progress=None)
+    t.fit()
+    assert seen == [(True, False)]*3 and torch.equal(model[0].net[1].running_mean, torch.zeros(8))
+
+def test_a_loss_with_state_is_a_part_of_the_run(tmp_path):
+    class Learnt(nn.Module):
+        def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.zeros(()))
+        def forward(self, a, b): return ((a - b).square().mean()*self.scale.exp() - self.scale), {}
+    def build(folder=None, **kw):
+        torch.manual_seed(0)
+        model, loss = Two(), Learnt()
+        return Trainer(model, loss, torch.optim.AdamW([*model.parameters(), *loss.parameters()], 1e-2), stream, 10, run_dir=folder, progress=None, **kw)
+    whole = build(); whole.fit()
+    build(tmp_path, on_step=at(5, lambda t: (_ for _ in ()).throw(KeyboardInterrupt))).fit()
+    resumed = build(tmp_path); resumed.fit()
+    assert resumed.history.equals(whole.history) and torch.equal(resumed.loss.scale, whole.loss.scale) and whole.loss.scale != 0
+
+def test_terms_with_the_names_of_columns_are_refused():
+    def step(model, loss, batch):
+        scalar, terms = loss(*model(*batch["views"]))
+        return scalar, terms | {"loss": scalar*2}
+    with pytest.raises(ValueError, match="terms called loss"): trainer(step=step).fit()
+
+def test_terms_that_come_and_go_are_kept_as_they_were(tmp_path):
+    def step(model, loss, batch):
+        scalar, terms = loss(*model(*batch["views"]))
+        k = int(batch["index"][0])//16
+        return scalar, terms | ({"sometimes": float("nan") if k == 2 else k} if k % 2 == 0 else {})
+    whole = trainer(step=step).fit()
+    trainer(tmp_path, step=step, on_step=at(7, lambda t: (_ for _ in ()).throw(KeyboardInterrupt))).fit()
+    assert trainer(tmp_path, step=step).fit().equals(whole)
+    assert trainer(step=step, accumulate=2, steps=3).fit().sometimes.notna().sum() == 2
+
+def test_a_loader_that_fails_leaves_a_checkpoint(tmp_path):
+    def failing(start):
+        for k, b in enumerate(stream(start)):
+            if k == 6: raise OSError("a file is gone")
+            yield b
+    with pytest.raises(OSError, match="a file is gone"): trainer(tmp_path, train_dl=failing).fit()
+    assert trainer(tmp_path).fit().equals(trainer().fit())
+
+def test_two_precisions_do_not_leak_into_each_other(tmp_path):
+    torch.manual_seed(0)
+    model = Two()
+    def fit(precision):
+        t = Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 0.), stream, 2, precision=precision, progress=None)
+        return t, lambda: t.fit().loss[0]
+    (first, low), (second, high), (third, usual) = fit("bf16"), fit("fp32"), fit(None)
+    a, b, c = high(), low(), usual()
+    assert a == c != b and b == pytest.approx(a, rel=.02)                   # built in one order, run in another
+    assert model(*next(stream(0))["views"])[0].dtype == torch.float32
+    import pickle
+    pickle.loads(pickle.dumps(model))
 
 def test_accumulated_batches_average_their_gradients():
     one = trainer(steps=1, accumulate=3, clip=None)
@@ -266,7 +389,7 @@ def test_batches_that_end_too_early_are_told():
     with pytest.raises(ValueError, match="ended after step 3 of 20"): trainer(train_dl=lambda start: (b for _, b in zip(range(3 - start), stream(start)))).fit()
 
 @pytest.mark.parametrize("kw, message", [(dict(steps=None), "no budget"), (dict(steps=0), "steps=0"), (dict(steps=3, epochs=2, epoch_steps=4), "give one"), (dict(steps=None, epochs=2), "epoch_steps"),
-    (dict(steps=None, minutes=-1), "minutes=-1"), (dict(accumulate=0), "accumulate=0"), (dict(precision="fp8"), "fp8"), (dict(precision="fp16"), "no GPU")])
+    (dict(steps=None, minutes=-1), "minutes=-1"), (dict(accumulate=0), "accumulate=0"), (dict(clip=0), "clip=0"), (dict(clip=-1.), "clip=-1"), (dict(precision="fp8"), "fp8"), (dict(precision="fp16"), "no GPU")])
 def test_arguments_that_make_no_sense(kw, message):
     if kw.get("precision") == "fp16" and torch.cuda.is_available(): pytest.skip("there is a GPU, which can")
     with pytest.raises(ValueError, match=message): trainer(**kw)

@@ -29,10 +29,14 @@ def losses(r):
                    f"{x['relative_gradient_difference']:.1e} |")
 
 def trainer(r):
-    s = r["setup"]
-    yield (f"{s['encoder']}, {s['size']} px, batch {s['batch']}, 2 branches, {s['rounds']} rounds of {s['steps']} steps. Beside {r['baseline']}, the Trainer runs at **{_range(r['ratio'], 3)}** of its steps per second "
-           f"({r['steps_per_second']['trainer']:.2f} and {r['steps_per_second']['loop']:.2f}); a step takes {r['milliseconds_more_per_step']:+.2f} ms more. "
-           f"Largest relative difference of the losses: {r['largest_relative_difference_of_losses']:.1e}.")
+    yield f"Two branches. Beside {r['baseline']}:"
+    yield ""
+    yield "| model | ratio of steps per second (range over rounds) | steps per second, ours and the loop's | more per step, ms | largest relative difference of the losses |"
+    yield "|---|---|---|---|---|"
+    for x in r["results"]:
+        s = x["setup"]
+        yield (f"| {s['encoder']}, {s['size']} px, batch {s['batch']}, {s['rounds']} rounds of {s['steps']} steps | {_range(x['ratio'], 3)} | {x['steps_per_second']['trainer']:.2f}, "
+               f"{x['steps_per_second']['loop']:.2f} | {x['milliseconds_more_per_step']:+.2f} | {x['largest_relative_difference_of_losses']:.1e} |")
 
 def startup(r):
     yield f"New interpreters, {r['rounds']} rounds. Beside {r['baseline']}:"
