@@ -76,7 +76,7 @@ def make_accelerator(
         raise ValueError(f"this process already works on {there.device.type}, and accelerate keeps to the first device of a process: restart the kernel to use {'the processor' if cpu else 'the GPU'}.")
     return Accelerator(mixed_precision=mixed, cpu=cpu, **options)
 
-# %% ../nbs/11_trainer.ipynb #a8c1d352
+# %% ../nbs/11_trainer.ipynb #8f9a7a41
 class Trainer:
     "Runs `step` until the budget is spent; `fit()` returns the history, and called again goes on after an interrupt."
     def __init__(self,
@@ -205,13 +205,15 @@ class Trainer:
         return self.history
 
     def _set_modes(self):
-        for m, training in self._modes: m.training = training
+        for m, training in self._modes:
+            if m.training != training: m.training = training
 
     def _run(self, bar, asked):
         begin, before, saved = time.monotonic(), self.seconds, time.monotonic()
         self._lr = [g["lr"] for g in self.optimizer.param_groups]
         self._buffers = [b for b in self.model.buffers()]
         self._copies = [b.clone() for b in self._buffers]
+        self._parameters = list(self.model.parameters())
         states = random_states()
         stream = iter(self.train_dl(self.done*self.accumulate))
         set_random_states(states)                           # a DataLoader draws a number when it is opened, which a resumed run does once more
@@ -263,7 +265,7 @@ class Trainer:
                 self.accelerator.backward(loss/len(batches))
             if taken := sorted(_COLUMNS & set(terms)): raise ValueError(f"the step gives terms called {', '.join(taken)}, which are columns of the history already: rename them.")
             parts.append((batch, {"loss": loss.detach(), **terms}))
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip if self.clip is not None else math.inf)
+        norm = self.accelerator.clip_grad_norm_(self._parameters, self.clip if self.clip is not None else math.inf)
         numbers = _numbers([p for _, p in parts], norm)                       # the only place where the processor waits for the device
         self._check_finite(numbers, [b for b, _ in parts])
         names = dict.fromkeys(k for n in numbers for k in n if k != "grad_norm")
