@@ -20,7 +20,7 @@ setup(
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "diffusion")},
     packages=find_packages(include=["synthpi", "synthpi.*"]),
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["synthpi = synthpi._modidx:d"]},
 )

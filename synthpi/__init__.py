@@ -14,6 +14,7 @@ Modules:
 - `synthpi.evaluate`: Frozen features, a linear probe, intervals over patients, and the rank of a representation
 - `synthpi.explain`: Where in the image an encoder looks, and how it arranges a data set
 - `synthpi.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
+- `synthpi.foreign`: Which published network a file of weights belongs to, read from its names and shapes
 - `synthpi.generators`: One calling convention for everything that supplies a privileged image
 - `synthpi.losses`: VICReg, Barlow Twins and SimCLR for two or more branches, on one device or on many
 - `synthpi.memory`: What a training step will hold, before there is a device to hold it
@@ -21,14 +22,19 @@ Modules:
 - `synthpi.pairs`: The synthesised privileged column: made once, checked, and with a history
 - `synthpi.phantoms`: Simulated H&E tissue: nine classes, exact nuclear masks, patients, and a second set that looks different
 - `synthpi.pretrain`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
+- `synthpi.quality`: Is the synthetic image the second image of *this* tissue? Measures with and without true pairs, each shown to fall on damage
 - `synthpi.recipes`: What a view may differ in: the augmentations that teach an encoder what to ignore
 - `synthpi.report`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
+- `synthpi.runtimes`: PyTorch files, TorchScript, ONNX, diffusion pipelines and callables, opened without running a pickle
+- `synthpi.stains`: Privileged images that no network has learnt: a slide's own stains, and what a synthetic image has to be better than
 - `synthpi.steps`: What one training step does, and a large batch on a small GPU
 - `synthpi.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
+- `synthpi.tiling`: Overlapping tiles, blended: the same image in whatever order the tiles come, with seams weaker than the generator's own noise
 - `synthpi.tissue_report`: What a study found, as one page that a person likes to read
 - `synthpi.trainer`: One small loop: resumable, watched, with a history to plot
 - `synthpi.translation`: Training a generator on a small set of pairs
-- `synthpi.views`: From a record to the augmented images that enter the branches"""
+- `synthpi.views`: From a record to the augmented images that enter the branches
+- `synthpi.watch`: What a run looks like while it learns: collapse, and the history"""
 
 from importlib.metadata import PackageNotFoundError, version as _version
 

@@ -15,7 +15,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/pretrain.html.md"""
 # %% auto #0
 __all__ = ['LOSSES', 'RECIPES', 'layout_of', 'Run', 'tiles_to_train', 'pretrain']
 
-# %% ../nbs/14_pretrain.ipynb #32e9c497
+# %% ../nbs/14_pretrain.ipynb #23532dad
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -40,8 +40,9 @@ from .models import load_encoder, make_branches, save_encoder
 from .pairs import cached_privileged
 from .recipes import farndale, histology, strong, weak
 from .steps import large_batch_step, paired_step
-from .trainer import Trainer, make_accelerator, plot_history
+from .trainer import Trainer, make_accelerator
 from .views import Branch, Views, batches, epoch_steps
+from .watch import plot_history
 
 # %% ../nbs/14_pretrain.ipynb #b7b36762
 LOSSES = {"vicreg": VICReg, "barlow": BarlowTwins, "simclr": SimCLR, "infonce": lambda: SimCLR(variant="infonce")}     # objectives by their names on the command line

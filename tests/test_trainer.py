@@ -18,7 +18,8 @@ from torch import nn
 
 from synthpi.checkpoints import Checkpoints
 from synthpi.losses import BarlowTwins, VICReg
-from synthpi.trainer import Trainer, plot_history
+from synthpi.trainer import Trainer
+from synthpi.watch import plot_history
 
 STEPS = 30
 RUN = '''
