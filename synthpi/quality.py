@@ -342,7 +342,7 @@ def damage(
         return np.uint8(np.round(v).clip(0, 255))
     return [one(x) for x in images]
 
-# %% ../nbs/05_quality.ipynb #6478b92a
+# %% ../nbs/05_quality.ipynb #f20d08f3
 def worst_pairs(
     quality:Quality, # From `pair_quality`
     pairs, # The pairs that it judged
@@ -362,7 +362,7 @@ def worst_pairs(
         for ax, side in zip(column, rows):
             ax.imshow(to_rgb(pairs[i][true if side == "true" else side] if side != "true" or isinstance(true, str) else true[i]))
             ax.set(xticks=[], yticks=[])
-        column[0].set_title(f"pair {i}, {score['group']}\n{measure} {score[measure]:.3f}", fontsize=8)
+        column[0].set_title(f"pair {i}, {score['group']}\n{score[measure]:.3f}", fontsize=8)
     for ax, side in zip(axes[:, 0], rows): ax.set_ylabel({"privileged": "synthetic"}.get(side, side), fontsize=8)
     fig.suptitle(f"worst {measure} ({'higher' if MEASURES[measure][0] > 0 else 'lower'} is better)\nSynthetic images are training aids, not findings.", fontsize=7)
     fig.tight_layout(pad=.3, rect=(0, 0, 1, .95)); plt.close(fig)

@@ -66,7 +66,7 @@ def as_range(
         return tuple(map(float, given[0])), given[1] if given[1] == "logits" else tuple(map(float, given[1]))
     raise ValueError(f"range={given!r} arrived; expected (low, high), ((low, high), (low, high)), or ((low, high), 'logits').")
 
-# %% ../nbs/03_runtimes.ipynb #4bbb9abc
+# %% ../nbs/03_runtimes.ipynb #d13e9fca
 _CONVERT = ("Convert it where the program that wrote it is installed: load it there, then write the weights alone by torch.save(network.state_dict(), 'generator.pth'), or the network as "
             "TorchScript by torch.jit.trace(network.eval(), example).save('generator.pt').")
 
@@ -97,7 +97,7 @@ def read_weights(
     except pickle.UnpicklingError as e:
         reason = next((line.strip() for line in str(e).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(e).strip().splitlines()[0])
         raise ValueError(f"{path} holds more than weights and is not opened, because a pickle can run code ({reason[:160]}). {_CONVERT}") from None
-    except (RuntimeError, EOFError, OSError, KeyError, UnicodeDecodeError, ValueError) as e:
+    except Exception as e:              # the reader for weights alone stops at damage with whatever its bytes lead it to
         raise ValueError(f"{path} is not a whole PyTorch file ({str(e).strip().splitlines()[0][:160] if str(e) else type(e).__name__}): copy or download it again.") from e
     if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}; expected the weights of a network by name (`network.state_dict()`).")
     return found

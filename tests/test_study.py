@@ -1,6 +1,7 @@
 "The main job through the command line: results as promised, bad input told and nothing lost, a stopped study that goes on."
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -166,9 +167,13 @@ def test_bad_flags_are_told(source, tmp_path, flags, words):
     assert result.exit_code == 2 and words in result.output and not (tmp_path/"out").exists()
 
 def test_a_pickle_for_a_generator_is_refused(source, tmp_path):
-    (tmp_path/"old.pth").write_bytes(b"\x80\x04.")
-    result = tissue(source/"tiles", tmp_path/"out", "--generator", tmp_path/"old.pth")
-    assert result.exit_code == 2 and "not a safetensors file" in result.output
+    class Bomb:
+        def __reduce__(self): return os.system, (f"touch {tmp_path/'exploded'}",)
+    for content, message in ((b"\x80\x04.", "not a whole PyTorch file"), (pickle.dumps({"netG": Bomb()}), "a pickle can run code")):
+        (tmp_path/"old.pth").write_bytes(content)
+        result = tissue(source/"tiles", tmp_path/"out", "--generator", tmp_path/"old.pth")
+        assert result.exit_code == 2 and message in result.output
+    assert not (tmp_path/"exploded").exists()
 
 def test_a_generator_or_pairs_of_evaluated_patients_are_refused(study, data, tmp_path):
     generator = study/"generator.safetensors"
