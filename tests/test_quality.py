@@ -105,7 +105,7 @@ def test_dataset_and_records_give_the_same(tissue, synthetic):
     assert a.kind == "mask" and len(pair_quality(ds, most=7, n_boot=10).scores) == 7
     figure = worst_pairs(a, ds, "dice", 3, true="real")
     worst = a.scores.nsmallest(3, "dice")
-    assert [ax.get_title() for ax in figure.axes[:3]] == [f"pair {i}, {g}\ndice {d:.3f}" for i, g, d in zip(worst["pair"], worst["group"], worst["dice"])]
+    assert [ax.get_title() for ax in figure.axes[:3]] == [f"pair {i}, {g}\n{d:.3f}" for i, g, d in zip(worst["pair"], worst["group"], worst["dice"])]
     assert np.array_equal(figure.axes[0].images[0].get_array(), tissue.image[worst["pair"].iloc[0]])
 
 def test_what_cannot_be_judged_is_refused(tissue, synthetic):
