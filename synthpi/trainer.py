@@ -64,7 +64,7 @@ def make_accelerator(
         raise ValueError(f"this process already works on {there.device.type}, and accelerate keeps to the first device of a process: restart the kernel to use {'the processor' if cpu else 'the GPU'}.")
     return Accelerator(mixed_precision=mixed, cpu=cpu, **options)
 
-# %% ../nbs/11_trainer.ipynb #8f9a7a41
+# %% ../nbs/11_trainer.ipynb #f78ba771
 class Trainer:
     "Runs `step` until the budget is spent; `fit()` returns the history, and called again goes on after an interrupt."
     def __init__(self,
@@ -173,8 +173,7 @@ class Trainer:
         if self._torn: raise RuntimeError("an error in the middle of an optimiser step has left the weights between two steps, and there is no checkpoint: build model and Trainer again.")
         self.interrupted = self.out_of_time = False
         self.accelerator.state._mixed_precision = self.mixed           # of this Trainer, whatever another one in this process has
-        if self._modes is None and not self.model.training: self.model.train()
-        self._modes = self._modes or [(m, m.training) for m in self.model.modules()]            # a part that was set to eval mode before stays there
+        if self._modes is None: self._modes = self._choose_modes()
         if self._ended(): return self.history
         bar = tqdm(total=self.steps or round(60*self.minutes), initial=self.done if self.steps else round(self.seconds), desc=self.progress, leave=False,
                    disable=self.progress is None or not self.accelerator.is_main_process)
@@ -191,6 +190,13 @@ class Trainer:
                 for group, lr in zip(self.optimizer.param_groups, self._lr): group["lr"] = lr
             if not self._torn: self.save()
         return self.history
+
+    def _choose_modes(self):
+        "All in training mode; but a part that was set to eval mode, in a model that is in training mode, stays there"
+        if not self.model.training: self.model.train()
+        frozen = [name for name, m in self.model.named_modules() if not m.training]
+        if frozen: warnings.warn(f"{len(frozen)} parts of the model are in eval mode and stay so ({', '.join(frozen[:3])}): call model.train() before if that is not meant.", stacklevel=3)
+        return [(m, m.training) for m in self.model.modules()]
 
     def _set_modes(self):
         for m, training in self._modes:

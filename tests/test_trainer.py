@@ -289,7 +289,7 @@ def test_parts_that_were_frozen_stay_frozen_and_callbacks_may_evaluate():
     seen = []
     t = Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 1e-2), stream, 3, step=lambda m, l, b: (seen.append((m[0].net[2].training, m[0].net[1].training)), step(m, l, b))[1],
                 on_step=lambda t: t.model.eval(), progress=None)
-    t.fit()
+    with pytest.warns(UserWarning, match="1 parts of the model are in eval mode"): t.fit()
     assert seen == [(True, False)]*3 and torch.equal(model[0].net[1].running_mean, torch.zeros(8))
 
 def test_a_loss_with_state_is_a_part_of_the_run(tmp_path):
