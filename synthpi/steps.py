@@ -10,16 +10,16 @@ Docs: https://synthpi.github.io/synthpi/nbs/steps.html.md"""
 # %% auto #0
 __all__ = ['paired_step', 'large_batch_step']
 
-# %% ../nbs/11_steps.ipynb #78970117
-import random
+# %% ../nbs/11_steps.ipynb #6d63ec3d
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .core import random_states, set_random_states
 
 # %% ../nbs/11_steps.ipynb #4808f18b
 def paired_step(
@@ -30,7 +30,7 @@ def paired_step(
     "The step of every joint-embedding objective: one forward pass per view, one loss over all embeddings."
     return loss(*model(*batch["views"]))
 
-# %% ../nbs/11_steps.ipynb #b6925258
+# %% ../nbs/11_steps.ipynb #553a2d54
 class _Deferred(torch.autograd.Function):
     "A scalar whose backward pass is `work(factor)`, where `factor` is what the scalar was multiplied by on the way to the end."
     @staticmethod
@@ -58,14 +58,7 @@ def _parts(views, micro_batch):
     if dist.is_available() and dist.is_initialized(): dist.all_reduce(n, op=dist.ReduceOp.MAX)
     return list(zip(*(v.tensor_split(int(n)) for v in views)))
 
-def _random_state(device):
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-def _set_random_state(state, device):
-    random.setstate(state[0]); np.random.set_state(state[1]); torch.set_rng_state(state[2])
-    if state[3] is not None: torch.cuda.set_rng_state(state[3], device)
-
-# %% ../nbs/11_steps.ipynb #d27624b7
+# %% ../nbs/11_steps.ipynb #35477f93
 def large_batch_step(
     micro_batch:int, # Largest number of rows whose activations are in memory at once
 )->Callable: # A step with the loss and the gradient of `paired_step`
@@ -80,7 +73,7 @@ def large_batch_step(
         with torch.no_grad(), _batchnorm_untouched(model):
             zs = []
             for part in parts:
-                states.append(_random_state(device))
+                states.append(random_states())
                 zs.append(model(*part))
         zs = [torch.cat(z).float() if z[0].dtype != torch.float64 else torch.cat(z) for z in zip(*zs)]
         zs = [z.detach().requires_grad_() for z in zs]
@@ -93,7 +86,7 @@ def large_batch_step(
             for i, part in enumerate(parts):
                 alone = model.no_sync() if i < len(parts) - 1 and hasattr(model, "no_sync") else nullcontext()
                 with alone:
-                    _set_random_state(states[i], device)
+                    set_random_states(states[i])
                     with torch.autocast(device.type, enabled=cast[0], dtype=cast[1]): out = model(*part)
                     torch.autograd.backward([out[k].to(g[i].dtype) for k, g in taught], [g[i]*factor for _, g in taught])
         return _Deferred.apply(torch.zeros((), device=device, requires_grad=True), scalar.detach(), second_pass), terms

@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/trainer.html.md"""
 # %% auto #0
 __all__ = ['warmup_cosine', 'make_accelerator', 'Trainer']
 
-# %% ../nbs/11_trainer.ipynb #1de7e3a7
+# %% ../nbs/11_trainer.ipynb #9c31228e
 import math
 import os
 import signal
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from .checkpoints import Checkpoints, random_states, set_random_states
-from .core import atomic_path
+from .checkpoints import Checkpoints
+from .core import atomic_path, random_states, set_random_states
 from .steps import paired_step
 from .watch import embedding_health
 
