@@ -13,7 +13,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/stains.html.md"""
 # %% auto #0
 __all__ = ['macenko_stains', 'Macenko', 'Blank', 'Shuffled', 'RandomWeights']
 
-# %% ../nbs/03_stains.ipynb #cbaaf680
+# %% ../nbs/03_stains.ipynb #d1eac8b1
 import copy
 import hashlib
 from collections.abc import Sequence
@@ -23,12 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import seed_for
-from .generators import ModuleGenerator, StainGenerator, fingerprint, make_unet
+from .generators import ModuleGenerator, StainGenerator, _check, fingerprint, make_unet
 
-# %% ../nbs/03_stains.ipynb #1c493722
+# %% ../nbs/03_stains.ipynb #26498415
 _COLOURS = dict(zip(("haematoxylin", "eosin", "dab"), F.normalize(StainGenerator._rgb_of, dim=1)))
 
 def _density(images): return -images.clamp(min=1/255).log10()
+
+def _check_pair(pair):
+    if len(pair) != 2 or len({*pair}) != 2 or not {*pair} <= _COLOURS.keys(): raise ValueError(f"pair={pair!r} arrived; expected two of {', '.join(_COLOURS)}.")
 
 def macenko_stains(
     images:Tensor, # `(B, 3, H, W)` in [0, 1], of one slide or one laboratory
@@ -38,7 +41,7 @@ def macenko_stains(
     max_pixels:int=1_000_000, # Evenly spaced pixels that are looked at
 )->Tensor: # `(2, 3)`: optical density of each stain in red, green and blue, of length 1
     "The two stain colours of a set of images, in the order of `pair`. `ValueError` when they hold too little tissue or one stain only."
-    if len(pair) != 2 or len({*pair}) != 2 or not {*pair} <= _COLOURS.keys(): raise ValueError(f"pair={pair!r} arrived; expected two of {', '.join(_COLOURS)}.")
+    _check_pair(pair)
     od = _density(images.cpu().double()).permute(0, 2, 3, 1).reshape(-1, 3)
     od = od[::max(1, len(od)//max_pixels)]
     od = od[(od >= background).all(1)]
@@ -66,7 +69,7 @@ class Macenko:
         background:float=.15, # As for `macenko_stains`
     ):
         if stain not in pair: raise ValueError(f"stain {stain!r} arrived; expected one of {', '.join(pair)}.")
-        if len({*pair}) != 2 or not {*pair} <= _COLOURS.keys(): raise ValueError(f"pair={pair!r} arrived; expected two of {', '.join(_COLOURS)}.")
+        _check_pair(pair)
         if stains is not None and (tuple(stains.shape) != (2, 3) or torch.linalg.matrix_rank(stains) < 2):
             raise ValueError(f"stains of shape {tuple(stains.shape)} arrived; expected the (2, 3) of macenko_stains, two different colours.")
         self.stain, self.pair, self.stains, self.full, self.percentile, self.background = stain, tuple(pair), stains, full, percentile, background
@@ -82,7 +85,7 @@ class Macenko:
         um_per_px:float|None=None, # Not used: a pixel's colour has no scale
     )->Tensor: # `(B, 3, H, W)` in [0, 1], three equal channels
         "The amount of one stain in every pixel, inverted. A tile whose own colours cannot be found is separated by the published ones."
-        StainGenerator(self.stain).translate(images)                           # for its demands on images
+        _check(images)
         out = [self._amount(image, self.stains if self.stains is not None else self._own(image)) for image in images]
         return (1 - torch.stack(out)/self.full).clamp(0, 1)[:, None].repeat(1, 3, 1, 1).to(images)
 
