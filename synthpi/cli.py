@@ -23,9 +23,11 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/15_cli.ipynb #e23c40f8
+# %% ../nbs/15_cli.ipynb #afaa9058
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train medical-image encoders with synthetic privileged information, and see whether it helped.")
+
+def _first(): return os.environ.get("RANK", "0") == "0"        # of several training processes, one speaks
 
 @contextlib.contextmanager
 def _told():
@@ -33,7 +35,7 @@ def _told():
     warnings.formatwarning = lambda message, category, *a, **k: f"Note: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
     try: yield
     except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
-        if os.environ.get("RANK", "0") == "0": typer.echo(f"synthpi: {error}", err=True)
+        if _first(): typer.echo(f"synthpi: {error}", err=True)
         raise typer.Exit(2) from error
     except RuntimeError as error:
         if "out of memory" not in str(error).lower(): raise
@@ -147,10 +149,9 @@ def pretrain(
                  same_geometry=same_geometry, batch_size=batch_size, micro_batch=micro_batch, steps=steps, epochs=epochs, minutes=minutes, lr=lr, precision=precision, compile=compile,
                  augment_on=augment_on, seed=seed, on_bad=on_bad, save_every=save_every, track=track, resume=resume, overwrite=overwrite, device=device, workers=_share_cores(workers), command=_command())
     _leave_group()
-    first = os.environ.get("RANK", "0") == "0"
-    if result.interrupted and first: typer.echo(f"\nsynthpi: stopped after step {len(result.history)}. The same command with --resume goes on from there.", err=True)
+    if result.interrupted and _first(): typer.echo(f"\nsynthpi: stopped after step {len(result.history)}. The same command with --resume goes on from there.", err=True)
     if result.interrupted: raise typer.Exit(130)
-    if first:
+    if _first():
         typer.echo(f"{len(result.history)} steps; loss {result.history.loss.iloc[0]:.4g} at first, {result.history.loss.iloc[-1]:.4g} at last.\nEncoder: {out/'encoder.safetensors'}\nHistory: {out/'history.csv'}")
 
 def _start_the_others():

@@ -44,9 +44,11 @@ from .trainer import Trainer, make_accelerator
 from .views import Branch, Views, batches, epoch_steps
 from .watch import plot_history
 
-# %% ../nbs/14_pretrain.ipynb #b7b36762
+# %% ../nbs/14_pretrain.ipynb #0789d165
 LOSSES = {"vicreg": VICReg, "barlow": BarlowTwins, "simclr": SimCLR, "infonce": lambda: SimCLR(variant="infonce")}     # objectives by their names on the command line
 RECIPES = {"weak": weak, "strong": strong, "histology": histology, "farndale": farndale}                               # augmentations, likewise
+
+def _column(k): return "privileged" if k == 1 else f"privileged_{k}"
 
 def layout_of(
     method:str, # "siamese" or "trident"
@@ -55,11 +57,11 @@ def layout_of(
     "The branches of a method: Siamese on one image, Siamese with the privileged images, TriDeNT."
     if method not in ("siamese", "trident"): raise ValueError(f"method {method!r} arrived; expected 'siamese' or 'trident'.")
     if method == "trident" and not sources: raise ValueError("method 'trident' arrived without a cache of pairs; it compares two views of a tile with a privileged image: give --pairs-cache, or use 'siamese'.")
-    extra = tuple("privileged" if k == 1 else f"privileged_{k}" for k in range(1, sources + 1))
+    extra = tuple(map(_column, range(1, sources + 1)))
     primary = 1 if method == "siamese" and sources else 2
     return (0,)*primary + tuple(range(1, sources + 1)), ("primary",)*primary + extra
 
-# %% ../nbs/14_pretrain.ipynb #f3dd3ef9
+# %% ../nbs/14_pretrain.ipynb #ccc5ddc4
 class Run(NamedTuple):
     "What a training leaves behind."
     folder:Path # With encoder.safetensors, history.csv, history.png, run.json, checkpoints
@@ -79,7 +81,7 @@ def tiles_to_train(
     if any(ds["split"][:]): ds = ds.select([i for i, s in enumerate(ds["split"]) if s == "train"])
     if not len(ds): raise ValueError(f"{tiles} has splits, and no tile in 'train'; expected some to train on.")
     ds, checked = check_images(ds, on_bad=on_bad)
-    for k, cache in enumerate(pairs_cache, 1): ds = cached_privileged(ds, cache, "privileged" if k == 1 else f"privileged_{k}")
+    for k, cache in enumerate(pairs_cache, 1): ds = cached_privileged(ds, cache, _column(k))
     made_by = [sorted({Path(p["path"]).name for p in ds.cast_column(c, ds.features[c].__class__(decode=False))[c]}) for c in ds.column_names if c.startswith("privileged")]
     return ds, fingerprint(sorted(ds["path"][:]), [checked["bytes"], made_by])
 
