@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .core import seed_for
 from .generators import ModuleGenerator, StainGenerator, _check, fingerprint, make_unet
 
-# %% ../nbs/03_stains.ipynb #26498415
+# %% ../nbs/03_stains.ipynb #4fece977
 _COLOURS = dict(zip(("haematoxylin", "eosin", "dab"), F.normalize(StainGenerator._rgb_of, dim=1)))
 
 def _density(images): return -images.clamp(min=1/255).log10()
@@ -59,7 +59,7 @@ def macenko_stains(
 
 class Macenko:
     "One stain of a slide by the slide's own colours, as a gray image: dark where there is much of it."
-    um_per_px, training_ids = None, []
+    um_per_px, training_ids, scale_free, licence = None, [], True, None
     def __init__(self,
         stain:str="haematoxylin", # One of `pair`
         stains:Tensor|None=None, # `(2, 3)` of `macenko_stains`, for a whole set; None: found in every tile by itself
@@ -97,10 +97,10 @@ class Macenko:
         unmix = torch.linalg.pinv(stains.to(image).float())                    # least squares: two stains in three channels
         return torch.einsum("chw,cs->shw", _density(image.float()), unmix)[self.pair.index(self.stain)]
 
-# %% ../nbs/03_stains.ipynb #f6591ee5
+# %% ../nbs/03_stains.ipynb #832c4e72
 class Blank:
     "An empty second image: every tile gets the same gray."
-    um_per_px, training_ids = None, []
+    um_per_px, training_ids, scale_free, licence = None, [], True, None
     def __init__(self,
         value:float=0., # In [0, 1]; 0 black, 1 white
     ):
@@ -127,7 +127,7 @@ class Shuffled:
         seed:int=0, # Decides the draws
     ):
         self.generator, self.pool, self.seed, self.name = generator, list(pool), seed, f"shuffled {generator.name}"
-        self.um_per_px, self.training_ids = generator.um_per_px, list(generator.training_ids)
+        self.um_per_px, self.training_ids, self.licence, self.scale_free = generator.um_per_px, list(generator.training_ids), getattr(generator, "licence", None), getattr(generator, "scale_free", False)
         self._contents = [_content(image) for image in self.pool]
 
     @property

@@ -64,7 +64,7 @@ def make_accelerator(
         raise ValueError(f"this process already works on {there.device.type}, and accelerate keeps to the first device of a process: restart the kernel to use {'the processor' if cpu else 'the GPU'}.")
     return Accelerator(mixed_precision=mixed, cpu=cpu, **options)
 
-# %% ../nbs/11_trainer.ipynb #f78ba771
+# %% ../nbs/11_trainer.ipynb #e937e3b2
 class Trainer:
     "Runs `step` until the budget is spent; `fit()` returns the history, and called again goes on after an interrupt."
     def __init__(self,
@@ -113,7 +113,7 @@ class Trainer:
         self.run_dir, self.channels_last, self.save_every, self.watch_every = Path(run_dir) if run_dir else None, channels_last, save_every, watch_every
         self.on_step, self.on_epoch, self.progress = on_step, on_epoch, progress
         self.checkpoints = Checkpoints(self.run_dir/"checkpoints") if run_dir else None
-        self.rows, self.seconds, self.interrupted, self.out_of_time, self.skipped = [], 0., False, False, 0
+        self.rows, self.seconds, self.interrupted, self.out_of_time, self.stopped, self.skipped = [], 0., False, False, False, 0
         self._lr, self._modes, self._busy, self._torn = [g["lr"] for g in self.optimizer.param_groups], None, False, False
 
     @property
@@ -171,7 +171,7 @@ class Trainer:
         "Train to the end of the budget, from the checkpoint if the run folder holds one. Ctrl-C saves and returns, with `interrupted` set."
         if self._torn or not self.done: self._torn = not self.load() and self._torn
         if self._torn: raise RuntimeError("an error in the middle of an optimiser step has left the weights between two steps, and there is no checkpoint: build model and Trainer again.")
-        self.interrupted = self.out_of_time = False
+        self.interrupted = self.out_of_time = self.stopped = False
         self.accelerator.state._mixed_precision = self.mixed           # of this Trainer, whatever another one in this process has
         if self._modes is None: self._modes = self._choose_modes()
         if self._ended(): return self.history
@@ -285,9 +285,13 @@ class Trainer:
 
     # Several processes: what one of them decides, all of them do
 
+    def stop(self)->None:
+        "End the run after this step, as if the budget were spent; for `on_step` and `on_epoch`, and in several processes for all of them."
+        self.stopped = True
+
     def _ended(self):
         self.out_of_time = bool(self.minutes) and self.seconds >= 60*self.minutes
-        return self.out_of_time or bool(self.steps) and self.done >= self.steps
+        return self.stopped or self.out_of_time or bool(self.steps) and self.done >= self.steps
 
     def _agree(self, due, stop, seconds):
         if self.accelerator.num_processes == 1: return due, stop, seconds
