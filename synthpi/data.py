@@ -70,7 +70,7 @@ def _each(f, items, desc):
     try: return list(tqdm(pool.map(f, items), total=len(items), desc=desc, delay=2, leave=False))
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/02_data.ipynb #b7bba1e2
+# %% ../nbs/02_data.ipynb #71119e2a
 def _as_splits(names, where):
     "Split names in our spelling: `validation` and `valid` are `val`."
     if unknown := sorted({n for n in names if n.lower() not in SPLITS}):
@@ -80,8 +80,12 @@ def _as_splits(names, where):
     if renamed: warnings.warn(f"{where}: {', '.join(renamed)}", stacklevel=4)
     return [SPLITS[n.lower()] for n in names]
 
-def _to_dataset(folder, table, note, **images):
+def _to_dataset(folder, table, note, um_per_px=None, **images):
     "A `Dataset` of the lists in `table`, with an `Image` column for each list of relative paths in `images`."
+    if um_per_px is not None:
+        if not um_per_px > 0: raise ValueError(f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x.")
+        if odd := set(table.get("um_per_px", ())) - {um_per_px}: raise ValueError(f"um_per_px={um_per_px} arrived, but the table in {folder} says {_some(sorted(odd))}: give none, or correct it.")
+        table["um_per_px"] = [um_per_px]*len(table["path"])
     table = {name: [os.path.abspath(folder/p) for p in paths] for name, paths in images.items()} | table
     if "group" not in table:
         table["group"], note = table["path"], note + "; each image its own group"
@@ -89,21 +93,19 @@ def _to_dataset(folder, table, note, **images):
                       f"{', '.join(GROUPS)} in a manifest to exclude that.", stacklevel=3)
     features = {name: Value("string") for name in table} | {name: Image() for name in images}
     if "label" in table: features["label"] = ClassLabel(names=sorted(set(table["label"])))
-    if "um_per_px" in table: features["um_per_px"] = Value("float32")
+    if "um_per_px" in table: features["um_per_px"] = Value("float64")
     return Dataset.from_dict(table, info=DatasetInfo(description=f"{len(table['path'])} images: {note}", features=Features(features)))
 
-# %% ../nbs/02_data.ipynb #7e446f77
+# %% ../nbs/02_data.ipynb #c4f6eb2f
 def _read_folders(folder, paths):
     "The table that a folder without a manifest means."
     parts = [PurePosixPath(p).parts for p in paths]
     tops = {p[0] for p in parts if len(p) > 1}
-    if {"image", "privileged"} <= tops:
-        raise ValueError(f"{folder} holds image/ and privileged/, so it is a folder of pairs; expected tiles: read it with pair_folders.")
+    if {"image", "privileged"} <= tops: raise ValueError(f"{folder} holds image/ and privileged/, so it is a folder of pairs; expected tiles: read it with pair_folders.")
     has_splits = any(t.lower() in SPLITS for t in tops)
     strangers = [p for p, q in zip(paths, parts) if has_splits and (len(q) == 1 or q[0].lower() not in SPLITS)]
-    if strangers:
-        raise ValueError(f"{folder} has split folders and, beside them, {_some(strangers, 3)}; expected every image below train, val or test: "
-                         "move them there, or list them in a manifest tiles.csv.")
+    if strangers: raise ValueError(f"{folder} has split folders and, beside them, {_some(strangers, 3)}; expected every image below train, val or test: "
+                                   "move them there, or list them in a manifest tiles.csv.")
     depth = int(has_splits)     # of the class folder
     labelled, loose = [p for p, q in zip(paths, parts) if len(q) > depth + 1], [p for p, q in zip(paths, parts) if len(q) == depth + 1]
     if labelled and loose:
@@ -113,7 +115,7 @@ def _read_folders(folder, paths):
     if labelled: table["label"] = [q[depth] for q in parts]
     return table, "layout " + "<split>/"*has_splits + "<class>/"*bool(labelled) + "*"
 
-# %% ../nbs/02_data.ipynb #b78c7d8f
+# %% ../nbs/02_data.ipynb #071dd007
 def _read_csv(csv, required):
     "A CSV table as strings, its column names in lower case."
     try: table = pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
@@ -136,7 +138,22 @@ def _choose(table, asked, known, what, csv):
                          f"expected a {what} in every row: fill it in, drop the rows, or drop the column.")
     return name
 
-# %% ../nbs/02_data.ipynb #a51f8952
+def _columns(rows, csv, group_column=None, label_column=None):
+    "What the columns of a table say about split, group, label and scale; and a note of that."
+    table, note = {}, ""
+    if "split" in rows and (rows["split"] != "").any():
+        _choose(rows, "split", (), "split", csv)
+        table["split"] = _as_splits(rows["split"], csv)
+    if group := _choose(rows, group_column, GROUPS, "group", csv):
+        table["group"], note = list(rows[group]), f"; group from column {group}, {rows[group].nunique()} groups"
+    if label := _choose(rows, label_column, ("label", "class"), "label", csv):
+        table["label"], note = list(rows[label]), f"{note}; label from column {label}"
+    if scale := _choose(rows, None, ("um_per_px",), "scale", csv):
+        table["um_per_px"] = pd.to_numeric(rows[scale], errors="coerce").to_list()
+        if not all(s > 0 for s in table["um_per_px"]): raise ValueError(f"{csv} has an 'um_per_px' that is no number above 0; expected micrometres per pixel: correct it.")
+    return table, note
+
+# %% ../nbs/02_data.ipynb #f1900cb3
 def _read_manifest(csv, group_column, label_column):
     "The table that a manifest means."
     rows = _read_csv(csv, "path")
@@ -152,18 +169,10 @@ def _read_manifest(csv, group_column, label_column):
     if all(p.split("/")[0].lower() in SPLITS for p in rows["path"]):
         table, layout = _read_folders(csv.parent, list(rows["path"]))
         note += f" over {layout}"
-    if "split" in rows and (rows["split"] != "").any():
-        _choose(rows, "split", (), "split", csv)
-        table["split"] = _as_splits(rows["split"], csv)
-    if group := _choose(rows, group_column, GROUPS, "group", csv):
-        table["group"] = list(rows[group])
-        note += f"; group from column {group}, {rows[group].nunique()} groups"
-    if label := _choose(rows, label_column, ("label", "class"), "label", csv):
-        table["label"] = list(rows[label])
-        note += f"; label from column {label}"
-    return table, note
+    said, more = _columns(rows, csv, group_column, label_column)
+    return table | said, note + more
 
-# %% ../nbs/02_data.ipynb #848667a0
+# %% ../nbs/02_data.ipynb #27dbf1bc
 def image_folder(
     path:str|Path, # Folder of tiles, or a manifest `.csv`
     um_per_px:float|None=None, # Micrometres per pixel, kept as a column if given
@@ -178,28 +187,23 @@ def image_folder(
     if len(manifests) > 1: raise ValueError(f"{folder} has both tiles.csv and manifest.csv; expected one: pass the path of the one that is meant.")
     if manifests: table, note = _read_manifest(manifests[0], group_column, label_column)
     else:
-        if group_column or label_column:
-            raise ValueError(f"group_column={group_column!r} and label_column={label_column!r} arrived; expected a manifest to find them in: "
-                             f"write {folder/'tiles.csv'}.")
+        if group_column or label_column: raise ValueError(f"group_column={group_column!r} and label_column={label_column!r} arrived; expected a manifest to find them in: "
+                                                          f"write {folder/'tiles.csv'}.")
         paths = _find_images(folder)
         if not paths:
             others = Counter(p.suffix for p in folder.rglob("*") if p.is_file())
             raise ValueError(f"{folder} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}, or a manifest tiles.csv. "
                              f"Found: {', '.join(f'{n} {suffix}' for suffix, n in others.items()) or 'nothing'}.")
         table, note = _read_folders(folder, paths)
-    if um_per_px is not None:
-        if not um_per_px > 0: raise ValueError(f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x.")
-        table["um_per_px"] = [um_per_px]*len(table["path"])
-    return _to_dataset(folder, table, note, primary=table["path"])
+    return _to_dataset(folder, table, note, um_per_px, primary=table["path"])
 
-# %% ../nbs/02_data.ipynb #27fa2600
+# %% ../nbs/02_data.ipynb #1f372015
 def _by_stem(folder):
     "Images below `folder` by their path without suffix."
     paths = _find_images(folder)
     stems = [PurePosixPath(p).with_suffix("").as_posix() for p in paths]
     count = Counter(stems)
-    if twice := [p for p, s in zip(paths, stems) if count[s] > 1]:
-        raise ValueError(f"{folder} has several files of one name: {_some(twice)}; expected one image per name: remove or rename the others.")
+    if twice := [p for p, s in zip(paths, stems) if count[s] > 1]: raise ValueError(f"{folder} has several files of one name: {_some(twice)}; expected one image per name: remove or rename the others.")
     return dict(zip(stems, paths))
 
 def _header_size(path):
@@ -208,35 +212,37 @@ def _header_size(path):
         with PILImage.open(path) as image: return image.size
     except Exception: return None
 
-# %% ../nbs/02_data.ipynb #a73a9d7a
+def _pair_up(folder, sides, compare=True):
+    "Names, and for either side the paths below `folder` in that order; `sides` are two `{name: path}`. Sizes are compared unless told not to."
+    lonely = [p for a, b in (sides, sides[::-1]) for n, p in a.items() if n not in b]
+    if lonely: raise ValueError(f"{folder}: {len(lonely)} of {len(sides[0])} + {len(sides[1])} files have no partner: {_some(lonely)}; expected each name on both sides: "
+                                "add the missing ones, or remove these.")
+    if not (names := sorted(sides[0])): raise ValueError(f"{folder} holds no pairs; expected images on both sides.")
+    paths = [[side[n] for n in names] for side in sides]
+    sizes = [_each(lambda p: _header_size(folder/p), files, "Comparing sizes") if compare else [] for files in paths]
+    differ = [f"{n} ({a[0]}x{a[1]} and {b[0]}x{b[1]})" for n, a, b in zip(names, *sizes) if a and b and a != b]
+    if differ: raise ValueError(f"{folder}: {len(differ)} of {len(names)} pairs differ in width x height: {_some(differ)}; expected registered pairs of one size: resample one side.")
+    return names, paths
+
+# %% ../nbs/02_data.ipynb #c9356335
 def pair_folders(
     path:str|Path, # Folder with `image/` and `privileged/`
     group_column:str|None=None, # Column of `pairs.csv` that names the group; None takes the first of `GROUPS`
-)->Dataset: # Columns `primary`, `privileged`, `path` (of the primary image), `group`
+    um_per_px:float|None=None, # Micrometres per pixel, kept as a column if given
+)->Dataset: # Columns `primary`, `privileged`, `path` (of the primary image), `group`; `split`, `label`, `um_per_px` if `pairs.csv` has them
     "Pairs of images as a `Dataset`; headers are compared, nothing is decoded yet."
     folder = _existing_folder(path, "a folder with image/ and privileged/")
-    sides = [_by_stem(_existing_folder(folder/side, f"{side}/NAME.* in a folder of pairs")) for side in ("image", "privileged")]
-    lonely = [f"image/{sides[0][n]}" for n in sides[0] if n not in sides[1]] + [f"privileged/{sides[1][n]}" for n in sides[1] if n not in sides[0]]
-    if lonely:
-        raise ValueError(f"{folder}: {len(lonely)} of {len(sides[0])} + {len(sides[1])} files have no partner: {_some(lonely)}; "
-                         "expected image/NAME.* and privileged/NAME.*: add the missing ones, or remove these.")
-    if not (names := sorted(sides[0])): raise ValueError(f"{folder} holds no pairs; expected images in image/ and in privileged/.")
-    paths = {side: [f"{side}/{files[n]}" for n in names] for side, files in zip(("image", "privileged"), sides)}
-    sizes = [_each(lambda p: _header_size(folder/p), files, "Comparing sizes") for files in paths.values()]
-    differ = [f"{n} ({a[0]}x{a[1]} and {b[0]}x{b[1]})" for n, a, b in zip(names, *sizes) if a and b and a != b]
-    if differ:
-        raise ValueError(f"{folder}: {len(differ)} of {len(names)} pairs differ in width x height: {_some(differ)}; "
-                         "expected registered pairs of one size: resample one side.")
-    table, note = {"path": paths["image"]}, "pairs"
+    sides = [{n: f"{side}/{p}" for n, p in _by_stem(_existing_folder(folder/side, f"{side}/NAME.* in a folder of pairs")).items()} for side in ("image", "privileged")]
+    names, (primary, privileged) = _pair_up(folder, sides)
+    table, note = {"path": primary}, "pairs"
     if (folder/"pairs.csv").exists():
         rows = _read_csv(folder/"pairs.csv", "name")
         odd = sorted(set(rows["name"]) ^ set(names)) + sorted(set(rows["name"][rows["name"].duplicated()]))
         if odd: raise ValueError(f"{folder}/pairs.csv and the files do not match: {_some(odd)}; expected one row for each name, without suffix.")
-        if group := _choose(rows, group_column, GROUPS, "group", folder/"pairs.csv"):
-            table["group"] = list(rows.set_index("name")[group][names])
-            note = f"pairs; group from column {group}, {rows[group].nunique()} groups"
+        said, more = _columns(rows, folder/"pairs.csv", group_column)
+        table, note = table | {k: pd.Series(v, index=rows["name"])[names].to_list() for k, v in said.items()}, note + more
     elif group_column: raise ValueError(f"group_column={group_column!r} arrived; expected a table to find it in: write {folder/'pairs.csv'}.")
-    return _to_dataset(folder, table, note, primary=paths["image"], privileged=paths["privileged"])
+    return _to_dataset(folder, table, note, um_per_px, primary=primary, privileged=privileged)
 
 # %% ../nbs/02_data.ipynb #52a3abcd
 def _inspect(value, min_px):
@@ -280,19 +286,17 @@ def check_images(
         report["bytes"] += sum(results[i]["bytes"] for i in keep)
     return (ds.select(keep) if bad else ds), report
 
-# %% ../nbs/02_data.ipynb #5dfad9b4
+# %% ../nbs/02_data.ipynb #3a388a62
 def check_labels(
     ds:Dataset, # With or without a column `label`
 )->list[str]: # The class names, in the order of the label numbers
     "The classes of a data set, or an error if a probe could not learn them."
-    if "label" not in ds.column_names:
-        raise ValueError("the images have no label; a probe needs two classes: use class folders, or a manifest with a column 'label'.")
+    if "label" not in ds.column_names: raise ValueError("the images have no label; a probe needs two classes: use class folders, or a manifest with a column 'label'.")
     names = ds.features["label"].names
     splits = ds["split"][:] if "split" in ds.column_names else [""]*len(ds)
     has = {s: {names[l] for l, t in zip(ds["label"], splits) if t == s} for s in dict.fromkeys(splits)}
     found = set().union(*has.values())
-    if len(found) < 2:
-        raise ValueError(f"all {len(ds)} images have the label {_some(found)}; a probe needs two classes: add one, or pass a deeper folder.")
+    if len(found) < 2: raise ValueError(f"all {len(ds)} images have the label {_some(found)}; a probe needs two classes: add one, or pass a deeper folder.")
     for split, classes in has.items():
         if "train" in has and (new := sorted(classes - has["train"])):
             raise ValueError(f"split '{split}' has the classes {_some(new)}, 'train' does not; expected all there: add images or drop it.")

@@ -208,6 +208,28 @@ def test_pairs_table(pairs, rows, message):
     else:
         with pytest.raises(ValueError, match=message): pair_folders(pairs)
 
+@pytest.mark.filterwarnings("ignore:.*is read as 'val'")
+def test_pairs_table_says_split_label_and_scale(pairs):
+    rows = pd.DataFrame({"name": list("cab"), "patient": ["R", "P", "Q"], "split": ["test", "train", "valid"], "class": ["z", "x", "y"], "um_per_px": [.3, .1, .2]})
+    rows.to_csv(pairs/"pairs.csv", index=False)
+    with pytest.warns(UserWarning, match="split 'valid' is read as 'val'"): ds = pair_folders(pairs)
+    assert [(r["path"], r["group"], r["split"], r["um_per_px"]) for r in ds] == [("image/a.png", "P", "train", .1), ("image/b.png", "Q", "val", .2), ("image/c.png", "R", "test", .3)]
+    assert ds.features["label"].int2str(ds["label"][:]) == ["x", "y", "z"] and "group from column patient, 3 groups; label from column class" in ds.info.description
+    with pytest.raises(ValueError, match="um_per_px=0.2 arrived, but the table in .* says 0.1, 0.3"): pair_folders(pairs, um_per_px=.2)
+    for wrong, message in ((0, "no number above 0"), ("half", "no number above 0"), ("", "empty 'um_per_px', first in line 3")):
+        rows.assign(um_per_px=["1", wrong, "1"]).to_csv(pairs/"pairs.csv", index=False)
+        with pytest.raises(ValueError, match=message): pair_folders(pairs)
+
+@no_group
+def test_pairs_have_a_scale_if_it_is_given(pairs):
+    assert pair_folders(pairs, um_per_px=.972)["um_per_px"][:] == [.972]*3 and "um_per_px" not in pair_folders(pairs).column_names
+    with pytest.raises(ValueError, match="um_per_px=0"): pair_folders(pairs, um_per_px=0)
+
+def test_a_manifest_may_say_the_scale(tiles):
+    edit(tiles, lambda t: t.assign(um_per_px=.25))
+    assert set(image_folder(tiles)["um_per_px"]) == set(image_folder(tiles, um_per_px=.25)["um_per_px"]) == {.25}
+    with pytest.raises(ValueError, match="um_per_px=0.5 arrived, but the table in .* says 0.25"): image_folder(tiles, um_per_px=.5)
+
 # ---- every image, once
 
 @no_group
