@@ -168,7 +168,7 @@ class _Pix2Pix(nn.Module):
         critic = self.adversary.tell(self.critic, torch.cat([x, y], 1), torch.cat([x, fake], 1))
         return self.l1*l1 + convince + critic, {"l1": l1.detach(), "convince": convince.detach(), "critic": critic.detach()}
 
-# %% ../nbs/04_objectives.ipynb #a94d2334
+# %% ../nbs/04_objectives.ipynb #1d0fdfb4
 class ImagePool(nn.Module):
     "Earlier answers: half of the time one of them is given in place of the new one (Shrivastava et al., 2017)."
     def __init__(self,
@@ -199,6 +199,19 @@ class ImagePool(nn.Module):
             out.append(image)
         return torch.stack(out)
 
+class _Shown(nn.Module):
+    "Masks as images that a network takes, and with soft rims, so that a critic cannot tell a mask by its being exactly 0 or 1"
+    def __init__(self, objective):
+        super().__init__()
+        self.mask, self.dark, self.soft = objective.kind == "mask", objective.dark, objective.soft
+
+    def forward(self, image): return _rgb(1 - image if self.mask and self.dark else image)
+
+    def soften(self, image):
+        if not self.mask or not self.soft: return image
+        blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        return self.soft + (1 - 2*self.soft)*blurred
+
 class CycleGAN(Objective):
     "The cycle-consistent adversarial objective of Zhu et al. (2017), for two sets that are not paired."
     paired, recolour = False, .15           # strong recolouring would have to be undone on the way back
@@ -209,12 +222,14 @@ class CycleGAN(Objective):
         cycle:float=10., # Weight of there and back
         identity:float=5., # Weight of leaving alone what is of the other set already
         pool:int=50, # Earlier answers that the critics are shown, too
+        dark:bool=True, # Where networks take a mask as an image: its foreground is dark, as nuclei are in bright field; False for fluorescence
+        soft:float=.1, # A mask's 0 and 1 are shown to the critic as this and one minus this, blurred by a pixel
         criterion:str="least_squares", # Of the critics: "least_squares" as published, "bce" or "hinge"
         critic_width:int|None=None, # Channels of the critics' first convolution; None: twice the generator's, at most 64
         **options, # Other arguments of the network's builder: `blocks`
     ):
         super().__init__(kind, width, network, **options)
-        self.cycle, self.identity, self.pool, self.criterion, self.critic_width = cycle, identity, pool, criterion, critic_width or min(64, 2*width)
+        self.cycle, self.identity, self.pool, self.dark, self.soft, self.criterion, self.critic_width = cycle, identity, pool, dark, soft, criterion, critic_width or min(64, 2*width)
 
     def model(self, crop:int=64)->nn.Module: return _CycleGAN(self, crop)
 
@@ -225,21 +240,21 @@ class _CycleGAN(nn.Module):
         self.generator, self.back = objective.generator(), NETWORKS[objective.network](objective.width, out_channels=3, **objective.options)
         self.critic_y, self.critic_x = make_critic(c, objective.critic_width), make_critic(3, objective.critic_width)
         self.pool_y, self.pool_x = ImagePool(objective.pool, (c, crop, crop)), ImagePool(objective.pool, (3, crop, crop))
-        self.adversary = _Adversary(objective.criterion)
+        self.adversary, self.shown = _Adversary(objective.criterion), _Shown(objective)
 
     def forward(self, primary, privileged):
+        privileged = self.shown.soften(privileged)
         x, y, there, back = _signed(primary), _signed(privileged), lambda v: _answer(self.generator(v)), lambda v: _answer(self.back(v))
-        unsigned = lambda v: _rgb((v + 1)/2)              # the generators take [0, 1] and three channels
-        fake_y, fake_x = there(primary), back(_rgb(privileged))
+        fake_y, fake_x = there(primary), back(self.shown(privileged))
         l1 = lambda a, b: (a - b).abs().mean()
-        cycle = l1(back(unsigned(fake_y)), x) + l1(there(unsigned(fake_x)), y)
-        same = l1(there(_rgb(privileged)), y) + l1(back(primary), x) if self.weights[1] else x.new_zeros(())
+        cycle = l1(back(self.shown((fake_y + 1)/2)), x) + l1(there((fake_x + 1)/2), y)
+        same = l1(there(self.shown(privileged)), y) + l1(back(primary), x) if self.weights[1] else x.new_zeros(())
         convince = self.adversary.convince(self.critic_y, fake_y) + self.adversary.convince(self.critic_x, fake_x)
         critic = self.adversary.tell(self.critic_y, y, self.pool_y(fake_y)) + self.adversary.tell(self.critic_x, x, self.pool_x(fake_x))
         terms = {"cycle": cycle, "identity": same, "convince": convince, "critic": critic}
         return self.weights[0]*cycle + self.weights[1]*same + convince + critic, {k: v.detach() for k, v in terms.items()}
 
-# %% ../nbs/04_objectives.ipynb #e396682e
+# %% ../nbs/04_objectives.ipynb #6f541ed4
 def patch_nce(
     q:Tensor, # Features of patches of the answer, `(B, P, D)`, of length 1
     k:Tensor, # Of the same patches of the input, `(B, P, D)`, of length 1; not taught
@@ -260,12 +275,15 @@ class CUT(Objective):
         identity:bool=True, # Also for images of the other set, which shall stay as they are
         patches:int=256, # Of an image, in each layer
         temperature:float=.07, # Of the patchwise softmax
+        dark:bool=True, # As for `CycleGAN`
+        soft:float=.1, # As for `CycleGAN`
         criterion:str="least_squares", # Of the critic: "least_squares" as published, "bce" or "hinge"
         critic_width:int|None=None, # Channels of the critic's first convolution; None: twice the generator's, at most 64
         **options, # Other arguments of `make_resnet`: `blocks`, `antialias` (default: yes, as published)
     ):
         super().__init__(kind, width, "resnet", **{"antialias": True, **options})
-        self.nce, self.identity, self.patches, self.temperature, self.criterion, self.critic_width = nce, identity, patches, temperature, criterion, critic_width or min(64, 2*width)
+        self.nce, self.identity, self.patches, self.temperature, self.dark, self.soft = nce, identity, patches, temperature, dark, soft
+        self.criterion, self.critic_width = criterion, critic_width or min(64, 2*width)
 
     def model(self, crop:int=64)->nn.Module: return _CUT(self)
 
@@ -273,7 +291,7 @@ class _CUT(nn.Module):
     def __init__(self, objective):
         super().__init__()
         self.generator, self.critic, self.adversary = objective.generator(), make_critic(objective.channels, objective.critic_width), _Adversary(objective.criterion)
-        self.nce, self.identity, self.patches, self.temperature = objective.nce, objective.identity, objective.patches, objective.temperature
+        self.nce, self.identity, self.patches, self.temperature, self.shown = objective.nce, objective.identity, objective.patches, objective.temperature, _Shown(objective)
         blocks = [i for i, m in enumerate(self.generator.model) if hasattr(m, "conv_block")]
         halving = [i for i, m in enumerate(self.generator.model) if isinstance(m, nn.Conv2d) and 1 < i < blocks[0]]
         self.layers = sorted({0, *halving, blocks[0], blocks[len(blocks)//2]})                 # published, with nine blocks: 0, 4, 8, 12, 16
@@ -293,7 +311,7 @@ class _CUT(nn.Module):
 
     def _contrast(self, primary, answer):
         losses = []
-        for k, q, projector in zip(self._encode(primary), self._encode(_rgb((answer + 1)/2)), self.projectors):
+        for k, q, projector in zip(self._encode(primary), self._encode(self.shown((answer + 1)/2)), self.projectors):
             b, c, h, w = k.shape
             place = torch.randperm(h*w)[:self.patches].to(k.device)
             k, q = (F.normalize(projector(f.flatten(2)[..., place].transpose(1, 2)).float(), dim=2) for f in (k, q))
@@ -301,8 +319,8 @@ class _CUT(nn.Module):
         return torch.stack(losses).mean()
 
     def forward(self, primary, privileged):
-        fake = _answer(self.generator(primary))
+        privileged, fake = self.shown.soften(privileged), _answer(self.generator(primary))
         nce = self._contrast(primary, fake)
-        if self.identity: nce = .5*(nce + self._contrast(_rgb(privileged), _answer(self.generator(_rgb(privileged)))))
+        if self.identity: nce = .5*(nce + self._contrast(self.shown(privileged), _answer(self.generator(self.shown(privileged)))))
         convince, critic = self.adversary.convince(self.critic, fake), self.adversary.tell(self.critic, _signed(privileged), fake)
         return self.nce*nce + convince + critic, {"nce": nce.detach(), "convince": convince.detach(), "critic": critic.detach()}

@@ -1,0 +1,97 @@
+"A generator from folders, as a user trains it: from the command line, stopped and taken up again, without pairs, with bad input."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from synthpi.cli import app
+from synthpi.generator_run import train_generator
+from synthpi.generators import load_generator
+from synthpi.phantoms import write_tissue
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SMALL = dict(um_per_px=.5, width=4, steps=4, crop=32, batch_size=2, evaluate_every=2, device="cpu", progress=False)
+FLAGS = ["--um-per-px", "0.5", "--width", "4", "--crop", "32", "--batch-size", "2", "--device", "cpu"]
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("generator")
+    write_tissue(root, {"train": 1}, {"train": 1}, n_pairs=24, n_pair_patients=8)
+    return root
+
+def synthpi(*arguments): return CliRunner().invoke(app, [*map(str, arguments)])
+
+def test_the_command_leaves_generator_report_and_numbers_and_its_images_can_be_made(folder, tmp_path):
+    ran = synthpi("generator", "--pairs", folder/"pairs", "--out", tmp_path/"g", *FLAGS, "--steps", 4, "--evaluate-every", 2, "--objective", "pix2pix", "--option", "l1=50", "--licence", "CC0")
+    assert ran.exit_code == 0, ran.output
+    results = json.loads((tmp_path/"g"/"results.json").read_text())
+    assert results["generator"]["objective_settings"]["l1"] == 50 and {"dice", "kid", "ssim"} <= set(results["quality"]["measures"])
+    generator = load_generator(tmp_path/"g"/"generator.safetensors")
+    three = [set(results["test_groups"]), set(generator.about["validation_groups"]), set(generator.training_ids)]
+    assert all(three) and not three[0] & three[1] and not three[0] & three[2] and not three[1] & three[2] and sum(map(len, three)) == 8
+    page = (tmp_path/"g"/"report.html").read_text(encoding="utf-8")
+    assert "training aids, not findings" in page and "worst" in page and (tmp_path/"g"/"figures"/"test.png").exists()
+    assert [p.name for p in sorted((tmp_path/"g"/"samples").iterdir())] == ["step-000002.png", "step-000004.png"]
+    made = synthpi("pairs", "--tiles", folder/"tiles", "--generator", tmp_path/"g"/"generator.safetensors", "--out", tmp_path/"p", "--um-per-px", "0.75", "--device", "cpu")
+    assert made.exit_code == 0 and (tmp_path/"p"/"preview.png").exists() and "CC0" in (tmp_path/"p"/"manifest.csv").read_text(), made.output
+    again = synthpi("pairs", "--tiles", folder/"tiles", "--generator", tmp_path/"g"/"generator.safetensors", "--out", tmp_path/"p", "--um-per-px", "0.75", "--device", "cpu")
+    assert again.exit_code == 0 and ": 0 images made" in again.output
+
+@pytest.mark.parametrize("flags, words", [
+    (["--um-per-px", "half"], "expected micrometres per pixel"), (["--um-per-px", "-1"], "um_per_px=-1"), ([], "give um_per_px"), (["--um-per-px", "1", "--objective", "gan"], "regression, pix2pix, cyclegan, cut"),
+    (["--um-per-px", "1", "--option", "l1"], "expected NAME=VALUE"), (["--um-per-px", "1", "--option", "lambda=3", "--objective", "pix2pix"], "lambda"), (["--um-per-px", "1", "--test", "1.5"], "test=1.5"),
+    (["--um-per-px", "1", "--privileged", "PAIRS/privileged"], "learns from pairs")], ids=lambda x: "-" if isinstance(x, str) else " ".join(x[-2:]) or "none")
+def test_bad_input_is_told_in_a_line_and_nothing_is_written(folder, tmp_path, flags, words):
+    source = folder/"pairs"/"image" if "--privileged" in flags else folder/"pairs"
+    ran = synthpi("generator", "--pairs", source, "--out", tmp_path/"g", *[f.replace("PAIRS", str(folder/"pairs")) for f in flags], "--width", 4, "--steps", 1)
+    assert ran.exit_code == 2 and words in ran.output and not (tmp_path/"g"/"generator.safetensors").exists(), ran.output
+
+def test_two_folders_without_pairs(folder, tmp_path):
+    made = train_generator(folder/"pairs"/"image", tmp_path/"g", "cut", privileged=folder/"pairs"/"privileged", **SMALL, options={"blocks": 1, "patches": 16})
+    assert made.quality is None and "kid_validation" in made.generator.about and made.generator.about["unpaired"]
+    assert "without pairs" in (tmp_path/"g"/"report.html").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="files are in both folders"): train_generator(folder/"pairs"/"image", tmp_path/"h", "cut", privileged=folder/"pairs"/"image", **SMALL)
+
+def test_the_split_of_the_set_goes_before_a_split_of_ours(folder, tmp_path):
+    pairs = tmp_path/"pairs"
+    for side in ("image", "privileged"): (pairs/side).mkdir(parents=True)
+    rows = ["name,patient,split"]
+    for i, f in enumerate(sorted((folder/"pairs"/"image").iterdir())):
+        for side in ("image", "privileged"): Image.open(next((folder/"pairs"/side).glob(f"{f.stem}.*"))).save(pairs/side/f"{f.stem}.png")
+        rows.append(f"{f.stem},p{i//4},{['train', 'train', 'train', 'val', 'test', 'test'][i//4]}")
+    (pairs/"pairs.csv").write_text("\n".join(rows))
+    made = train_generator(pairs, tmp_path/"g", **SMALL)
+    assert (made.generator.training_ids, made.generator.about["validation_groups"], sorted(set(made.quality.scores["group"]))) == (["p0", "p1", "p2"], ["p3"], ["p4", "p5"])
+
+def test_another_training_does_not_overwrite(folder, tmp_path):
+    first = train_generator(folder/"pairs", tmp_path/"g", **SMALL)
+    with pytest.raises(ValueError, match="another study.*steps was 4, is 5"): train_generator(folder/"pairs", tmp_path/"g", **SMALL | {"steps": 5})
+    assert train_generator(folder/"pairs", tmp_path/"g", **SMALL).generator.key == first.generator.key
+    assert train_generator(folder/"pairs", tmp_path/"g", overwrite=True, **SMALL | {"steps": 5}).generator.about["steps"] == 5
+
+def test_an_unknown_scale_stays_unknown(folder, tmp_path):
+    assert train_generator(folder/"pairs", tmp_path/"g", **SMALL | {"um_per_px": "unknown"}).generator.um_per_px is None
+    ran = synthpi("pairs", "--tiles", folder/"tiles", "--generator", tmp_path/"g"/"generator.safetensors", "--out", tmp_path/"p", "--um-per-px", "0.75", "--device", "cpu")
+    assert ran.exit_code == 2 and "is not known" in ran.output
+    ran = synthpi("pairs", "--tiles", folder/"tiles", "--generator", tmp_path/"g"/"generator.safetensors", "--out", tmp_path/"p", "--um-per-px", "same", "--device", "cpu")
+    assert ran.exit_code == 0, ran.output
+
+def test_killed_and_interrupted_trainings_end_alike(folder, tmp_path):
+    "SIGINT, then kill -9, then to the end: the file is that of a training which was left alone"
+    command = [sys.executable, "-m", "synthpi", "generator", "--pairs", str(folder/"pairs"), *FLAGS, "--steps", "40", "--evaluate-every", "5", "--objective", "cyclegan", "--option", "blocks=1", "--test", "0"]
+    for how in (signal.SIGINT, signal.SIGKILL):
+        running = subprocess.Popen([*command, "--out", str(tmp_path/"cut")], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        seen = len(list((tmp_path/"cut"/"samples").glob("*"))) if (tmp_path/"cut"/"samples").exists() else 0
+        while running.poll() is None and (not (tmp_path/"cut"/"samples").exists() or len(list((tmp_path/"cut"/"samples").glob("step*"))) <= seen): time.sleep(.05)
+        if running.poll() is None: running.send_signal(how)
+        running.communicate()
+        assert running.returncode in ({signal.SIGINT: 130, signal.SIGKILL: -9}[how], 0)
+    for name in ("cut", "whole"): subprocess.run([*command, "--out", str(tmp_path/name)], env=ENV, check=True, capture_output=True)
+    keys = [load_generator(tmp_path/name/"generator.safetensors").key for name in ("cut", "whole")]
+    assert keys[0] == keys[1]
