@@ -4,11 +4,15 @@ import gc
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from synthpi.batch_views import BatchViews
+from synthpi.data import image_folder
+from synthpi.generators import ModuleGenerator, make_unet
 from synthpi.losses import BarlowTwins, SimCLR, VICReg
 from synthpi.memory import memory_estimate
 from synthpi.models import make_branches, siamese
+from synthpi.pairs import add_privileged
 from synthpi.recipes import farndale, histology, strong, weak
 from synthpi.steps import large_batch_step, paired_step
 from synthpi.trainer import Trainer, make_accelerator
@@ -112,3 +116,16 @@ def test_the_memory_estimate_is_near_what_is_taken(encoder, precision):
         optimizer.step(); optimizer.zero_grad()
     taken = torch.cuda.max_memory_allocated()
     assert .75 < estimate.total/taken < 1.25, (estimate, taken)
+
+def test_pairs_do_not_depend_on_the_device(tmp_path):
+    (tmp_path/"tiles").mkdir()
+    for k, tile in enumerate(tiles()): Image.fromarray(tile["primary"]).save(tmp_path/"tiles"/f"{k:02}.png")
+    torch.manual_seed(0)
+    generator = ModuleGenerator(make_unet(8, out_channels=3), um_per_px=.5)
+    found = {}
+    for device in ("cpu", "cuda"):
+        pairs, stats = add_privileged(image_folder(tmp_path/"tiles"), generator.to(device), tmp_path/device, .5, batch_size=8)
+        found[device] = np.stack([np.asarray(r["privileged"], int) for r in pairs])
+        assert stats["made"] == 24
+    assert abs(found["cpu"] - found["cuda"]).max() <= 1 and found["cpu"].std() > 1                          # float32 sums in another order, then rounded
+    assert add_privileged(image_folder(tmp_path/"tiles"), generator, tmp_path/"cpu", .5)[1]["cache_hits"] == 24      # the key is that of the weights, wherever they are

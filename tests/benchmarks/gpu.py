@@ -4,10 +4,11 @@
 
 For each layout: images per second and peak memory of the Trainer with augmentation in worker processes (`Views`) and on the device (`BatchViews`), compiled or not, beside a loop written by
 hand over the same loader (eager, no log), and beside the ceiling, forward and backward passes over one batch that is already on the device. A sample is a tile; an image is a view of it. ViT-S/16 stands beside
-the 870.9 samples/s that stable-pretraining publishes for Barlow Twins at batch 256 on one H200. `--quick --device cpu` runs every path at a tiny size, to see that it works.
+the 870.9 samples/s that stable-pretraining publishes for Barlow Twins at batch 256 on one H200. A last table, of pairs.py, is the making of pairs. `--quick --device cpu` runs every path at a tiny size, to see that it works.
 """
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import tempfile
@@ -106,6 +107,14 @@ def measure(ds, build, loss, layout, s, device):
     top = median([r["samples_per_second"] for r in found["ceiling (forward and backward on one batch)"]])
     return {name: {k: median([r[k] for r in runs]) if runs[0][k] is not None else None for k in runs[0]} | {"of_ceiling": median([r["samples_per_second"] for r in runs])/top} for name, runs in found.items()}
 
+def pairs(quick, device):
+    "Results of the benchmark beside this one"
+    spec = importlib.util.spec_from_file_location("benchmark_pairs", Path(__file__).parent/"pairs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fresh(device)
+    return module.run(quick, device)["results"]
+
 def run(
     quick:bool=False, # Every path at a tiny size
     device:str="cuda", # cuda, or cpu to see that it works
@@ -119,7 +128,7 @@ def run(
         for layout in ((0, 0), (0, 0, 1))[quick:]:
             results[f"{s['encoder']}, {len(layout)} branches, VICReg"] = measure(ds, lambda: make_branches(layout, s["encoder"], widths=s["widths"]), VICReg(), layout, s, device)
         results["ViT-S/16, 2 branches, Barlow Twins"] = measure(ds, lambda: make_branches((0, 0), lambda: vit_small(s["size"], s["vit_layers"]), widths=s["widths"]), BarlowTwins(), (0, 0), s, device)
-    return {"benchmark": "gpu", "setup": s, "precision": "bf16", "published": {"stable-pretraining, Barlow Twins, ViT-S/16, batch 256, one H200": "870.9 samples/s"}, "results": results,
+    return {"benchmark": "gpu", "setup": s, "precision": "bf16", "published": {"stable-pretraining, Barlow Twins, ViT-S/16, batch 256, one H200": "870.9 samples/s"}, "results": results, "pairs": pairs(quick, device),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": device, "environment": environment()}
 
 def main():

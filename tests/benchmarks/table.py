@@ -4,16 +4,17 @@
 
 Each benchmark is a script that measures beside a named baseline, interleaved in one run, and stores its numbers with the machine, the versions and the date:
 
-    for name in losses loader trainer startup; do OMP_NUM_THREADS=1 python tests/benchmarks/$name.py --out tests/benchmarks/results/$name.json; done
+    for name in losses loader trainer startup pairs; do OMP_NUM_THREADS=1 python tests/benchmarks/$name.py --out tests/benchmarks/results/$name.json; done
     python tests/benchmarks/losses.py --device cuda --out tests/benchmarks/results/losses-cuda.json
     python tests/benchmarks/trainer.py --device cuda --out tests/benchmarks/results/trainer-cuda.json
+    python tests/benchmarks/pairs.py --device cuda --out tests/benchmarks/results/pairs-cuda.json
     python tests/benchmarks/gpu.py --out tests/benchmarks/results/gpu.json
 """
 import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-GPU = ("losses-cuda", "trainer-cuda", "gpu")
+GPU = ("losses-cuda", "trainer-cuda", "pairs-cuda", "gpu")
 
 def _range(r, digits=2): return f"{r['median']:.{digits}f} ({r['min']:.{digits}f} to {r['max']:.{digits}f})"
 
@@ -51,6 +52,7 @@ def gpu(r):
     for setup, rows in r["results"].items():
         yield from ("", f"**{setup}**", "", "| | samples/s | images/s | peak GB | of the ceiling |", "|---|---|---|---|---|")
         for name, x in rows.items(): yield f"| {name} | {x['samples_per_second']:.0f} | {x['images_per_second']:.0f} | {x['peak_GB'] or float('nan'):.1f} | {x['of_ceiling']:.2f} |"
+    yield from ("", "**Pairs**, beside forward passes of the generator's network", "", *_made(r["pairs"]))
 
 def loader(r):
     yield f"{r['what']}. Beside {r['baseline']}. Goal: a ratio of {r['goal']} or more."
@@ -61,12 +63,24 @@ def loader(r):
         low, high = x["ratio, 10 and 90 %"]
         yield f"| {x['recipe']} | {x['decoded images']} | {x['ratio']:.3f} ({low:.2f} to {high:.2f}) | {x['Views, images per core-second']:.0f}, {x['bare loop, images per core-second']:.0f} |"
 
+def pairs(r):
+    s = r["setup"]
+    yield f"{s['tiles']} tiles of {s['size']} px, batches of {s['batch']}, {s['rounds']} rounds, {r['cores']} cores with a load of {r['load']:.1f}, wall time. Beside {r['baseline']}. Goal: a ratio of {r['goal']} or more."
+    yield ""
+    yield from _made(r["results"])
+
+def _made(rows):
+    yield "| network | ratio (range over rounds) | images per second, pairs and forward alone |"
+    yield "|---|---|---|"
+    for x in rows:
+        yield f"| {x['network']}, {x['precision']}{', compiled' if x['compiled'] else ''} | {_range(x['ratio'], 3)} | {x['images_per_second']['pairs']:.1f}, {x['images_per_second']['forward']:.1f} |"
+
 def main():
     lines = ["<!-- Made from results/*.json by table.py. -->", "", "# Benchmarks", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
     for path in sorted((HERE/"results").glob("*.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
         e = r["environment"]
-        lines += [f"## {path.stem}", "", *{"losses": losses, "trainer": trainer, "startup": startup, "gpu": gpu, "loader": loader}[r["benchmark"]](r), "",
+        lines += [f"## {path.stem}", "", *{"losses": losses, "trainer": trainer, "startup": startup, "gpu": gpu, "loader": loader, "pairs": pairs}[r["benchmark"]](r), "",
                   f"Measured {r['date'][:10]} on {', '.join(e['gpus']) or e['cpu']}, {r.get('threads', e['threads'])} thread(s), Python {e['python']}, torch {e['packages']['torch']}.", ""]
     missing = [name for name in GPU if not (HERE/"results"/f"{name}.json").exists()]
     if missing: lines += [f"Not measured yet, for want of a GPU: {', '.join(missing)}. The commands are above.", ""]
