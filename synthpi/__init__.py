@@ -7,32 +7,41 @@ Modules:
 - `synthpi.arms`: What a study compares: one name for one way of getting features
 - `synthpi.batch_views`: The same recipes on a whole batch, where the network is
 - `synthpi.batchnorm`: The statistics of the whole batch, whichever process holds its rows
+- `synthpi.cache`: Files named by what they were made from, each with its own checksum, and a table that says where they come from
 - `synthpi.checkpoints`: Files that a run can be taken up from, or that are not there at all
 - `synthpi.cli`: The study from a terminal: on simulated tiles, and on your own
+- `synthpi.containers`: Arrays and outlines become, once, a plain folder of images that every command reads
 - `synthpi.core`: Seeds, pictures and files: the small things that every other notebook uses
 - `synthpi.data`: Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
 - `synthpi.evaluate`: Frozen features, a linear probe, intervals over patients, and the rank of a representation
 - `synthpi.explain`: Where in the image an encoder looks, and how it arranges a data set
 - `synthpi.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
 - `synthpi.foreign`: Which published network a file of weights belongs to, read from its names and shapes
+- `synthpi.generator_run`: Pairs, or two unpaired folders, to a generator that was judged on patients it has not seen
 - `synthpi.generators`: One calling convention for everything that supplies a privileged image
+- `synthpi.kid`: How far a set of synthetic images is from the set of true ones, and what looks at them
 - `synthpi.losses`: VICReg, Barlow Twins and SimCLR for two or more branches, on one device or on many
 - `synthpi.memory`: What a training step will hold, before there is a device to hold it
 - `synthpi.models`: Encoders, projectors, branch layouts, and encoder files
+- `synthpi.objectives`: What a generator learns from: pairs, or two sets that are not paired
 - `synthpi.pairs`: The synthesised privileged column: made once, checked, and with a history
 - `synthpi.phantoms`: Simulated H&E tissue: nine classes, exact nuclear masks, patients, and a second set that looks different
+- `synthpi.presets`: PanNuke, MoNuSeg, BCI, immunofluorescence pairs, NCT-CRC-HE and PatchCamelyon, each read in its published layout
 - `synthpi.pretrain`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
 - `synthpi.quality`: Is the synthetic image the second image of *this* tissue? Measures with and without true pairs, each shown to fall on damage
 - `synthpi.recipes`: What a view may differ in: the augmentations that teach an encoder what to ignore
 - `synthpi.report`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
 - `synthpi.runtimes`: PyTorch files, TorchScript, ONNX, diffusion pipelines and callables, opened without running a pickle
+- `synthpi.stacks`: H&E beside immunofluorescence: TIFF of 16 bits and any number of channels becomes pairs of pictures
 - `synthpi.stains`: Privileged images that no network has learnt: a slide's own stains, and what a synthetic image has to be better than
 - `synthpi.steps`: What one training step does, and a large batch on a small GPU
 - `synthpi.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
+- `synthpi.synthesise`: A folder of tiles and a generator to a cache of pairs, with a look at the first ones before the rest is made
+- `synthpi.tileset`: The tiles of a study: read, split, guarded, and scored by one probe
 - `synthpi.tiling`: Overlapping tiles, blended: the same image in whatever order the tiles come, with seams weaker than the generator's own noise
 - `synthpi.tissue_report`: What a study found, as one page that a person likes to read
 - `synthpi.trainer`: One small loop: resumable, watched, with a history to plot
-- `synthpi.translation`: Training a generator on a small set of pairs
+- `synthpi.translation`: Training a generator on a small set of images, paired or not
 - `synthpi.views`: From a record to the augmented images that enter the branches
 - `synthpi.watch`: What a run looks like while it learns: collapse, and the history"""
 

@@ -25,7 +25,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/15_cli.ipynb #f984f59a
+# %% ../nbs/15_cli.ipynb #cf03cb3a
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train medical-image encoders with synthetic privileged information, and see whether it helped.")
 
@@ -96,7 +96,7 @@ def tissue(
     um_per_px_tiles: Annotated[Optional[float], typer.Option(help="Micrometres per pixel of the tile files; asked for where they matter.")] = None,
     um_per_px_pairs: Annotated[Optional[float], typer.Option(help="Micrometres per pixel of the pair files, likewise.")] = None,
     same_scale: Annotated[bool, typer.Option("--same-scale", help="In place of the two: nuclei have as many pixels in tiles as in pairs.")] = False,
-    um_per_px_generator: Annotated[Optional[float], typer.Option(help="Micrometres per pixel that --generator was trained at, where its file does not say.")] = None,
+    generator_um_per_px: Annotated[Optional[float], typer.Option(help="Micrometres per pixel that --generator was trained at, where its file does not say.")] = None,
     group_column: Annotated[Optional[str], typer.Option(help="Column of the manifest that names the patient or group.")] = None,
     hard_pair: Annotated[Optional[str], typer.Option(help="Two classes, separated by a comma, to report on their own.")] = None,
     on_bad: Annotated[str, typer.Option(help="Unreadable images: raise, or skip and count.")] = "raise",
@@ -108,7 +108,7 @@ def tissue(
     from synthpi.study import tissue_study
     names = lambda text: [n.strip() for n in text.split(",") if n.strip()] if text else None
     _finish(tissue_study(tiles, out, pairs=pairs, generator=generator, arms=names(arms), controls=controls, seeds=range(seeds), steps=steps, epochs=epochs, size=size,
-            encoder=encoder, batch_size=batch_size, generator_steps=generator_steps, generator_crop=generator_crop, um_per_px_tiles=um_per_px_tiles, um_per_px_pairs=um_per_px_pairs, same_scale=same_scale, generator_um_per_px=um_per_px_generator,
+            encoder=encoder, batch_size=batch_size, generator_steps=generator_steps, generator_crop=generator_crop, um_per_px_tiles=um_per_px_tiles, um_per_px_pairs=um_per_px_pairs, same_scale=same_scale, generator_um_per_px=generator_um_per_px,
             group_column=group_column, hard_pair=names(hard_pair), on_bad=on_bad, device=device, workers=_share_cores(workers), overwrite=overwrite, command=_command()), out)
 
 @app.command()
@@ -205,7 +205,7 @@ def pairs(
     generator: Annotated[str, typer.Option(help="A file of synthpi generator, or of others; or haematoxylin, eosin, dab, macenko, which need no training.")],
     out: Annotated[Path, typer.Option(help="Folder of the pairs, for pretrain --pairs-cache; what is there is not made again.")],
     um_per_px: Annotated[Optional[str], typer.Option(help="Micrometres per pixel of the tiles, or same: a nucleus has as many pixels as where the generator was trained. It is asked for.")] = None,
-    um_per_px_generator: Annotated[Optional[float], typer.Option(help="Micrometres per pixel that the generator was trained at, where its file does not say.")] = None,
+    generator_um_per_px: Annotated[Optional[float], typer.Option(help="Micrometres per pixel that the generator was trained at, where its file does not say.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Tiles per call of the generator.")] = 32,
     licence: Annotated[Optional[str], typer.Option(help="Of the tiles; goes into the manifest.")] = None,
     generator_licence: Annotated[Optional[str], typer.Option(help="Of the generator, where its file does not say.")] = None,
@@ -220,7 +220,7 @@ def pairs(
     _share_cores(0)
     try: scale = float(um_per_px) if um_per_px not in (None, "same") else um_per_px
     except ValueError: raise ValueError(f"--um-per-px {um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x, or same.") from None
-    made = synthesise(tiles, generator, out, um_per_px=scale, generator_um_per_px=um_per_px_generator, batch_size=batch_size, device=device, on_bad=on_bad, preview=preview, licence=licence,
+    made = synthesise(tiles, generator, out, um_per_px=scale, generator_um_per_px=generator_um_per_px, batch_size=batch_size, device=device, on_bad=on_bad, preview=preview, licence=licence,
                       generator_licence=generator_licence, overwrite=overwrite, command=_command())
     _leave_group()
     if made.interrupted: raise KeyboardInterrupt

@@ -16,8 +16,9 @@ Docs: https://synthpi.github.io/synthpi/nbs/generator_run.html.md"""
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Made', 'read_training_images', 'train_generator']
 
-# %% ../nbs/14_generator_run.ipynb #1863e869
+# %% ../nbs/14_generator_run.ipynb #42827bad
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def read_training_images(
     if same := sorted(files(pairs, x) & files(privileged, y)): raise ValueError(f"{len(same)} files are in both folders ({same[0].name}); expected primary images in one and privileged ones in the other.")
     return x, y.rename_column("primary", "privileged")
 
-# %% ../nbs/14_generator_run.ipynb #c72cf954
+# %% ../nbs/14_generator_run.ipynb #9cd51fa2
 _FILES = ("generator.safetensors", "results.json", "report.html", "figures", "samples", "history.csv", "run.json", "checkpoints", "test")
 
 def train_generator(
@@ -135,6 +136,7 @@ def train_generator(
                                  evaluate_every=evaluate_every, patience=patience, licence=licence)
         except KeyboardInterrupt: return Made(None, None, out, True)
         save_generator(made, path, **made.about)
+        shutil.rmtree(out/"checkpoints", ignore_errors=True)         # finished: the generator file holds what is kept
     generator = load_generator(path, device=str(accelerator.device))
     history, quality, records = pd.read_csv(out/"history.csv"), None, None
     if tested:

@@ -149,7 +149,7 @@ def _draw_nuclei(rng, nuclei, g:_Grid)->tuple[np.ndarray, np.ndarray]:
     chromatin = 1 + .18*_noise(rng, g, .9)
     return out[0].reshape(size, size)*chromatin, out[1].reshape(size, size) > .5
 
-# %% ../nbs/01_phantoms.ipynb #88765026
+# %% ../nbs/01_phantoms.ipynb #a01ea3a3
 def _fibres(rng, g, angle:float, wave:float, scale:float=18.)->tuple[np.ndarray, np.ndarray]:
     "Coordinate across wavy fibres, and the local direction of the fibres."
     across = g.y*np.cos(angle) - g.x*np.sin(angle) + wave*_noise(rng, g, scale)
@@ -164,7 +164,7 @@ def _bands(rng, across, width:float)->np.ndarray:
 def _adipose(rng, g, s):
     centres = _lattice(rng, g, *rng.uniform(28, 40, 2), jitter=.3)
     d = np.hypot(g.x[..., None] - centres[:, 0], g.y[..., None] - centres[:, 1])
-    near = np.sort(d, -1)[..., :2]
+    near = np.sort(np.concatenate([d, np.full((*d.shape[:2], 2), [1e3, 2e3])], -1), -1)[..., :2]       # a tile inside one cell has no wall
     wall = (near[..., 1] - near[..., 0])/2
     edge = np.argwhere(wall < .6)[:, ::-1]
     points = edge[rng.permutation(len(edge))[:rng.integers(1, 4)]]*g.um
@@ -210,6 +210,7 @@ def _glands(rng, g, s):
     radius, aspect = rng.uniform(15, 21), rng.uniform(1, 1.25)
     angle = rng.uniform(0, np.pi)
     centres = _lattice(rng, g, (2*radius + 5)*aspect, (2*radius + 5)*.9, angle, .06)
+    if not len(centres): centres = np.full((1, 2), -1e2)                    # a tile so small that it lies between glands
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     uv = (np.stack([g.x, g.y], -1)[..., None, :] - centres) @ turn/[aspect, 1]
     r = np.linalg.norm(uv, axis=-1).min(-1)

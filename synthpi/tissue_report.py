@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/tissue_report.html.md"""
 # %% auto #0
 __all__ = ['verdict', 'write_report']
 
-# %% ../nbs/14_tissue_report.ipynb #d515296a
+# %% ../nbs/14_tissue_report.ipynb #51dee998
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from .evaluate import compare, extract_features
 from .explain import embedding_map, guided_gradcam, plot_map, saliency_grid
 from .figures import pair_gallery, plot_accuracy, plot_augmentation, plot_confusion, plot_losses, plot_recall
 from .models import load_encoder
+from .quality import worst_pairs
 from .report import Report
 
 # %% ../nbs/14_tissue_report.ipynb #1a7d4af6
@@ -52,7 +53,7 @@ def verdict(
     if best not in ("trident", "siamese_privileged"): said += f" The highest accuracy of all arms is that of `{best}`, {_percent(arms[best]['accuracy'])}."
     return said
 
-# %% ../nbs/14_tissue_report.ipynb #eebef8a7
+# %% ../nbs/14_tissue_report.ipynb #0fdb6ed5
 _LIMITS = """- The tiles stand for the patients and laboratories that they come from, and for no other. Intervals resample the test groups (patients where they are known) and the training seeds; with few of either they are rough, and they do not cover a change of scanner, tissue or disease.
 - A synthetic image is computed from the tile. It adds what the generator learnt from its pairs, not a new measurement: **synthetic images are training aids, not findings**, and nothing here is for clinical use.
 - An arm's augmentation and the probe's regularisation were chosen on the validation split; the test split was predicted once per run.
@@ -68,6 +69,7 @@ def write_report(
     results:dict, # As in results.json
     data, # `study.TileSet`
     train, # The training tiles, with `privileged` if it was made
+    judged:dict|None=None, # "tiles", "pairs" to `(Quality, the pairs, None)`, or `(None, the pairs, why not)`: the synthetic training tiles, and the generator's validation groups with their `true` images
 )->Path: # `report.html`
     "Write report.html and figures/*.png."
     out, arms, classes = Path(out), results["arms"], data.classes
@@ -76,6 +78,7 @@ def write_report(
                     f"{len(results['seeds'])} training seed{'s' if len(results['seeds']) > 1 else ''}")
     _summary(report, results)
     if "privileged" in train.column_names: _pairs(report, results, train, classes)
+    if judged: _quality(report, judged)
     if data.labels is None:
         report.section("Arms", "The tiles have no labels, so no probe was fitted. RankMe measures how many dimensions the representations use.")
         report.table(pd.DataFrame.from_dict(arms, orient="index").rename_axis("arm"), "Trained arms. Seconds are of one training.")
@@ -122,6 +125,33 @@ def _pairs(report, results, train, classes):
     report.section("Tiles and their synthetic images", "Drawn at random from the training split. The second image is what the generator makes of the tile; look for nuclei that it missed or invented.")
     report.figure(pair_gallery([to_rgb(train[i]["primary"]) for i in rows], [to_rgb(train[i]["privileged"]) for i in rows], [classes[labels[i]] if classes else "" for i in rows], ncols=-(-len(rows)//-(-len(rows)//9))), "pairs",
                   "Training tiles (above) and their synthetic second images (below). Not selected for quality.", "Tiles with the synthetic image of each below it")
+
+_JUDGED = {"pairs": ("Pairs that the generator was not trained on, against their true second images", "patients of the pair set that were held out; the best checkpoint was chosen on them, so the figures are a little too good"),
+           "tiles": ("Tiles of the study, which have no true second image", "training tiles, drawn at random; nothing here can tell whether a synthetic nucleus is there")}
+_WORST = {"pairs": ("dice", "ssim"), "tiles": ("nuclear_stain", "edges")}      # what the galleries are sorted by: the first that has a value
+_SHOWS = {"dice": "overlap with the true mask", "ssim": "similarity to the true image", "nuclear_stain": "correlation with the haematoxylin of the tile", "edges": "agreement of edges with the tile"}
+
+def _quality(report, judged):
+    report.section("How good are the synthetic images?", "**Synthetic images are training aids, not findings.** The measures say how far the images resemble what was asked for, each with a 95 % interval over patients (groups) where they are known; none "
+                   "of them sees everything, so read them together. What lies behind a low number is shown by the worst pairs.")
+    for name, (quality, pairs, why) in judged.items():
+        title, what = _JUDGED[name]
+        if quality is None:
+            report.text(f"**{title}**: not judged, because {why}")
+            continue
+        if quality.collapsed: report.text(f"**COLLAPSED** ({title[0].lower() + title[1:]}): the synthetic images differ far less from each other than the images that they were made of. The generator draws nearly the same whatever it is given; "
+                                          "an encoder can learn nothing about the tile from it. Train it longer, on more pairs, or take another one.")
+        rows = [{"measure": m, "value": f"{r['mean']:.3f}" + (f" [{r['low']:.3f}, {r['high']:.3f}]" if np.isfinite(r["low"]) else ""), "n": int(r["n"]), "better": r["better"], "says": r["says"]}
+                for m, r in quality.table.iterrows() if np.isfinite(r["mean"])]
+        notes = " ".join(n for n in quality.notes if not n.startswith(("COLLAPSED", "Synthetic images are")))
+        report.table(pd.DataFrame(rows).set_index("measure"), f"{title}: {what}. {notes}")
+        measure = next((m for m in _WORST[name] if m in quality.scores and quality.scores[m].notna().any()), None)
+        if measure is None: continue
+        fig = worst_pairs(quality, pairs, measure, 8, true="true" if name == "pairs" else None)
+        report.figure(fig, f"worst_{name}", f"The worst of {len(quality.scores)} by {measure}, the {_SHOWS[measure]}: chosen *because* they are bad, they show how the generator errs, not how often. "
+                      + ("Nuclei in the second row that the third does not have were invented, those that only the third has were missed." if name == "pairs" else
+                         "Where a tile has next to no nuclei the number means little; look whether nuclei were drawn all the same. What is true is not known here."),
+                      f"{title}: the {min(8, len(quality.scores))} with the worst {measure}, tile above synthetic image" + (" above true image" if name == "pairs" else ""))
 
 def _results(report, results, classes):
     arms, hard = results["arms"], next((a["hard_pair"] for a in results["arms"].values() if "hard_pair" in a), None)

@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from synthpi.models import make_encoder
-from synthpi.phantoms import CLASSES, Lab, _patient, _tile, pair_phantoms, tissue_phantoms, write_tissue
+from synthpi.phantoms import CLASSES, Lab, _adipose, _grid, _patient, _tile, pair_phantoms, tissue_phantoms, write_tissue
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,3 +102,16 @@ def test_splits_and_pair_set(tmp_path):
     pairs = pair_phantoms(36, 12)
     assert set(np.unique(pairs.mask)) == {0, 255} and .1 < (pairs.mask > 0).mean() < .5
     with pytest.raises(ValueError, match="splits"): write_tissue(tmp_path, {"train": 4}, {"test": 2})
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size, um", [(64, .5), (32, .5), (16, .5), (48, .25)])
+def test_tiles_smaller_than_a_cell_or_a_gland_are_drawn(size, um):
+    pairs, tiles = pair_phantoms(24, 8, size=size, um_per_px=um), tissue_phantoms(3, 3, size, um)
+    assert pairs.image.shape == (24, size, size, 3) and tiles.image.shape == (27, size, size, 3)
+
+def test_a_tile_inside_one_fat_cell_has_no_wall():
+    "Of many tiles of 12 um, most lie inside one cell: flat and without nuclei; some hold a wall, which is dark"
+    sheets = [_adipose(np.random.default_rng(k), _grid(24, .5), 1.) for k in range(60)]
+    spread = np.array([s.eosin.max() - s.eosin.min() for s in sheets])
+    assert (spread < 1e-3).sum() > 15 and (spread > .2).sum() > 5
+    assert all(not len(s.nuclei) for s, flat in zip(sheets, spread < 1e-3) if flat)

@@ -11,7 +11,9 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from synthpi import figures, report
+from synthpi import figures, report, tissue_report
+from synthpi.phantoms import pair_phantoms
+from synthpi.quality import damage, pair_quality
 from synthpi.report import Report
 
 NASTY = "<img src=x onerror=alert(1)> & \"quoted\" 'single' {{ 7*7 }}"
@@ -185,3 +187,36 @@ def test_a_missing_setting_is_one_point():
     (lambda: figures.pair_gallery([], []), "0 primary and 0"), (lambda: figures.pair_gallery([1, 2], [1]), "2 primary and 1")])
 def test_figures_refuse(call, message):
     with pytest.raises(ValueError, match=re.escape(message)): call()
+
+
+# The section on synthetic images
+
+def judged_section(tmp_path, how):
+    pairs = pair_phantoms(24, 8)
+    second = damage([np.uint8(m > 0)*255 for m in pairs.mask], how)
+    records = [{"primary": x, "privileged": y, "true": m, "group": g} for x, y, m, g in zip(pairs.image, second, pairs.mask, pairs.patient_id)]
+    r = Report("t")
+    tissue_report._quality(r, {"tiles": (pair_quality(records, kind="mask", um_per_px=.5, n_boot=50), records, None), "pairs": (pair_quality(records, true="true", kind="mask", n_boot=50), records, None)})
+    return r, r.save(tmp_path).read_text(encoding="utf-8"), records
+
+
+def test_quality_is_told_in_two_tables_and_two_galleries(tmp_path):
+    r, page, records = judged_section(tmp_path, "shifted")
+    assert set(r.pngs) == {"worst_tiles", "worst_pairs"} and r.n_tables == 2 and "COLLAPSED" not in page and "training aids, not findings" in page
+    rows = Page(page).texts("th")
+    assert {"dice", "ssim", "kid", "edges", "nuclear_stain", "nuclei_rank"} <= set(rows)
+    found = pair_quality(records, true="true", kind="mask", n_boot=50).table.loc["dice"]
+    assert f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" in page and found["says"].split(";")[0].replace("|", "")[:20] in page.replace("|", "")
+    assert "simulated tissue only" in page and "Nuclei were not counted" in page          # what looked, and what was left out, stand below the table
+    assert "not how often" in page and "were invented" in page and "What is true is not known here" in page
+
+
+def test_collapse_is_said_aloud(tmp_path):
+    _, page, _ = judged_section(tmp_path, "collapsed")
+    assert page.count("COLLAPSED") == 2 and "draws nearly the same whatever it is given" in page
+
+
+def test_what_was_not_judged_is_said_with_its_reason():
+    r = Report("t")
+    tissue_report._quality(r, {"tiles": (None, [], "pair 0 has 24 pixels")})
+    assert "not judged, because pair 0 has 24 pixels" in str(r.sections) and not r.pngs

@@ -15,10 +15,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from synthpi import study as study_module
 from synthpi.cli import app
-from synthpi.generators import load_generator
+from synthpi.generators import ModuleGenerator, load_generator, make_unet, save_generator
 from synthpi.models import load_encoder
 from synthpi.phantoms import write_tissue
+from synthpi.quality import MEASURES
+from synthpi.study import tissue_study
 
 REAL = Path(__file__).parents[2]/"shared"/"data"
 SMALL = ["--steps", "2", "--batch-size", "8", "--size", "32", "--generator-steps", "2", "--generator-crop", "32", "--device", "cpu", "--workers", "0",
@@ -62,6 +65,18 @@ def test_results_hold_what_is_promised(study):
     assert r["generator"]["key"] == load_generator(study/"generator.safetensors").key and 0 <= r["generator"]["dice_validation"] <= 1
     assert r["pairs"]["n"] == 36 and r["pairs"]["cache_hits"] == 0
 
+def test_synthetic_images_are_judged_with_and_without_truth(study):
+    r = json.loads((study/"results.json").read_text())
+    tiles, pairs = (r["pairs"]["quality"][k] for k in ("tiles", "pairs"))
+    assert tiles["pairs"] == 36 and pairs["pairs"] == 2 and tiles["kind"] == pairs["kind"] == "mask"      # six pairs of three patients: one patient is held out
+    assert {"edges", "nuclear_stain", "nuclei_difference", "diversity", "undecided", "checkerboard"} <= set(tiles["measures"]) <= set(MEASURES) and not {"ssim", "dice", "kid"} & set(tiles["measures"])
+    assert {"ssim", "psnr", "l1", "dice"} <= set(pairs["measures"]) and "simulated tissue only" in pairs["features"] and tiles["features"] == "not computed"
+    for m in tiles["measures"].values(): assert m["mean"] is None or m["ci"][0] - 1e-9 <= m["mean"] <= m["ci"][1] + 1e-9, m
+    assert pairs["measures"]["dice"]["mean"] == pytest.approx(r["generator"]["dice_validation"], abs=.1)          # per pair here, per patient there
+    page = (study/"report.html").read_text()
+    assert "How good are the synthetic images?" in page and page.count("training aids, not findings") >= 2 and {"worst_tiles", "worst_pairs"} <= {p.stem for p in (study/"figures").glob("*.png")}
+    assert ("COLLAPSED" in page) == (tiles["collapsed"] or pairs["collapsed"])
+
 def test_chosen_augmentation_is_the_one_with_the_higher_validation_accuracy(study):
     for arm in json.loads((study/"results.json").read_text())["arms"].values():
         if by := arm.get("by_augmentation"): assert arm["val_accuracy"] == max(b["val_accuracy"] for b in by.values()) == by[arm["augmentation"]]["val_accuracy"]
@@ -73,7 +88,7 @@ def test_every_run_leaves_an_encoder_that_loads(study):
 
 def test_report_is_one_file(study):
     page = (study/"report.html").read_text()
-    assert "http://" not in page and "https://" not in page and "simulated" not in page
+    assert "http://" not in page and "https://" not in page and "tiles are simulated" not in page
     assert {"pairs", "accuracy", "losses", "recall", "confusion", "saliency", "map", "augmentation"} <= {p.stem for p in (study/"figures").glob("*.png")}
 
 def test_a_second_call_finds_everything(study, source):
@@ -205,6 +220,66 @@ def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(source, tmp_p
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and "going on with what is there" in done.stderr, done.stderr
     assert first.stat().st_mtime_ns == kept and set(json.loads((out/"results.json").read_text())["arms"]) == {"siamese_unprivileged", "trident_third_view"}
+
+def call(source, out, **more):
+    "The study in Python, without any scale"
+    return tissue_study(source/"tiles", out, **dict(dict(steps=2, batch_size=8, size=32, generator_steps=2, generator_crop=32, device="cpu", arms=["trident", "siamese_unprivileged"], all_settings=False, progress=False), **more))
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    def refuse(*a, **k): raise AssertionError("images were read before the scale was asked for")
+    monkeypatch.setattr(study_module, "load_tiles", refuse)
+
+def scaled(path, um): save_generator(ModuleGenerator(make_unet(8), um), path); return path
+
+@pytest.mark.parametrize("given, words", [
+    ({}, ["the tiles and of the pairs", "--um-per-px-tiles and --um-per-px-pairs", "--same-scale", "'trident'"]), ({"um_per_px_tiles": .75}, ["scale of the pairs", "--um-per-px-pairs"]),
+    ({"um_per_px_pairs": .5, "arms": ["trident_real_pairs"]}, ["scale of the tiles", "'trident_real_pairs'"]), ({"um_per_px_tiles": .75, "um_per_px_pairs": .5, "same_scale": True}, ["0.75", "0.5", "one or the other"]),
+    ({"um_per_px_tiles": -1., "um_per_px_pairs": .5}, ["--um-per-px-tiles -1.0", "expected micrometres"]), ({"generator_um_per_px": .5}, ["without a generator"])])
+def test_a_missing_or_contradictory_scale_is_asked_for_before_any_work(source, tmp_path, nothing_is_read, given, words):
+    with pytest.raises(ValueError) as error: call(source, tmp_path/"out", pairs=source/"pairs", **given)
+    for w in words: assert w in str(error.value), error.value
+    assert not (tmp_path/"out").exists()
+
+def test_a_generator_without_a_scale_is_asked_for_it(source, tmp_path, nothing_is_read):
+    unknown, known = scaled(tmp_path/"a.safetensors", None), scaled(tmp_path/"b.safetensors", .5)
+    for file, given, words in ((unknown, {"um_per_px_tiles": .75}, "scale of the generator.*--generator-um-per-px"), (known, {}, "scale of the tiles did not.*--um-per-px-tiles"),
+                               (unknown, {}, "--um-per-px-tiles and --generator-um-per-px"), (known, {"um_per_px_tiles": .75, "same_scale": True}, "--generator-um-per-px is 0.5"),
+                               (known, {"um_per_px_tiles": .75, "generator_um_per_px": .3}, "trained at 0.5")):
+        with pytest.raises(ValueError, match=words): call(source, tmp_path/"out", generator=file, **given)
+    assert not (tmp_path/"out").exists()
+
+def test_arms_without_a_second_image_need_no_scale(source, tmp_path):
+    assert set(call(source, tmp_path/"out", pairs=source/"pairs", arms=["mean_rgb", "colour_histogram"])["arms"]) == {"mean_rgb", "colour_histogram"}
+
+def test_the_same_scale_and_a_given_one_reach_the_generator(source, tmp_path, recwarn):
+    unknown = scaled(tmp_path/"a.safetensors", None)
+    same = call(source, tmp_path/"same", generator=unknown, same_scale=True, arms=["trident"])
+    assert same["generator"]["um_per_px"] is None and "nuclei_rank" not in same["pairs"]["quality"]["tiles"]["measures"] and "Nuclei were not counted" in str(same["pairs"]["quality"])
+    assert not [w for w in recwarn if "micrometres per pixel" in str(w.message)]
+    with pytest.warns(UserWarning, match="0.75 micrometres per pixel.*at 0.5"):
+        other = call(source, tmp_path/"other", generator=unknown, um_per_px_tiles=.75, generator_um_per_px=.5, arms=["trident"])
+    assert other["generator"]["um_per_px"] == .5 and "nuclei_rank" in other["pairs"]["quality"]["tiles"]["measures"] and "pairs" not in other["pairs"]["quality"]
+    cached = [sorted(p.read_bytes() for p in (tmp_path/k/"cache").rglob("*.png")) for k in ("same", "other")]
+    assert len(cached[0]) == len(cached[1]) == 36 and cached[0] != cached[1]
+
+def test_the_scale_of_the_tables_counts(data, tmp_path):
+    for table, um in ((data/"tiles"/"tiles.csv", .75), (data/"pairs"/"pairs.csv", .5)): pd.read_csv(table).assign(um_per_px=um).to_csv(table, index=False)
+    r = call(data, tmp_path/"out", pairs=data/"pairs", arms=["trident", "trident_real_pairs"])
+    assert r["generator"]["um_per_px"] == pytest.approx(.5) and "nuclei_rank" in r["pairs"]["quality"]["tiles"]["measures"]
+    assert r["pairs"]["real"] == 6                               # 64 pixels of .75 um are 96 of .5: the pairs are as large
+
+def test_tiles_that_cannot_be_judged_do_not_end_the_study(source, tmp_path):
+    shutil.copytree(source/"tiles", tmp_path/"tiles")
+    for p in (tmp_path/"tiles").rglob("*.png"): Image.open(p).resize((24, 24)).save(p)
+    r = tissue_study(tmp_path/"tiles", tmp_path/"out", pairs=source/"pairs", arms=["trident"], same_scale=True, steps=2, batch_size=8, size=32, generator_steps=2, generator_crop=32, device="cpu", progress=False)
+    assert "at least 32" in r["pairs"]["quality"]["tiles"]["not_judged"] and "dice" in r["pairs"]["quality"]["pairs"]["measures"]
+    assert "not judged, because" in (tmp_path/"out"/"report.html").read_text()
+
+def test_features_are_worked_out_once():
+    calls, images = [], [["a"], ["b"]]
+    features = study_module._once(lambda x: calls.append(x) or x*2)
+    assert [features(images[0]), features(images[1]), features(images[0])] == [["a", "a"], ["b", "b"], ["a", "a"]] and len(calls) == 2
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the example data are not beside the repository")
 def test_real_tiles_and_pairs(tmp_path):
