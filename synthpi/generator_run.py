@@ -16,13 +16,14 @@ Docs: https://synthpi.github.io/synthpi/nbs/generator_run.html.md"""
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Made', 'read_training_images', 'train_generator']
 
-# %% ../nbs/14_generator_run.ipynb #42827bad
+# %% ../nbs/14_generator_run.ipynb #6fd20e26
 import json
 import shutil
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -63,7 +64,7 @@ def read_training_images(
     if same := sorted(files(pairs, x) & files(privileged, y)): raise ValueError(f"{len(same)} files are in both folders ({same[0].name}); expected primary images in one and privileged ones in the other.")
     return x, y.rename_column("primary", "privileged")
 
-# %% ../nbs/14_generator_run.ipynb #9cd51fa2
+# %% ../nbs/14_generator_run.ipynb #025f5450
 _FILES = ("generator.safetensors", "results.json", "report.html", "figures", "samples", "history.csv", "run.json", "checkpoints", "test")
 
 def train_generator(
@@ -123,11 +124,12 @@ def train_generator(
         tested = sorted(hold_out(x["group"], test, seed_for(seed, "generator test")))
     kept = set(tested)
     if tested: rest = x.select([i for i, g in enumerate(x["group"]) if g not in kept])
+    accelerator = make_accelerator(precision, cpu=device == "cpu")
+    if accelerator.num_processes > 1: raise ValueError(f"{accelerator.num_processes} processes arrived; expected one: a generator is small, and fit_generator is what trains on several devices.")
     names = lambda ds: None if ds is None else fingerprint(sorted(zip((Path(p).name for p in ds["path"]), ds["group"])), [len(ds)])
     settings = dict(objective=aim.name, objective_settings=aim.settings, um_per_px=um_per_px, steps=steps, minutes=minutes, batch_size=batch_size, crop=crop, lr=lr, val=val, test=test, patience=patience,
                     evaluate_every=evaluate_every, licence=licence, seed=seed, precision=precision)
     claim_folder(out, {"synthpi": synthpi.__version__, "images": names(x), "privileged": names(y), **settings}, overwrite, [f for f in (pairs, privileged) if f and Path(f).is_dir()], writes=_FILES)
-    accelerator = make_accelerator(precision, cpu=device == "cpu")
     write_json(out/"run.json", {"command": command, "arguments": settings, "images": len(x), "test_groups": tested, "environment": environment()})
     path = out/"generator.safetensors"
     if not path.exists():
@@ -166,6 +168,11 @@ def _report(out, generator, history, quality, records, tested, command):
     report.numbers([(f"{about[name]:.3f}", name.replace("_", ", "), f"of step {about['best_step']}, {len(about['validation_groups'])} groups held out")]
                    + ([] if row is None else [(f"{row['mean']:.3f}", f"{row.name}, test", f"[{row['low']:.3f}, {row['high']:.3f}], {len(tested)} groups never used before")]) + [(f"{about['seconds']:.0f} s", "training", "")])
     report.section("Training").figure(plot_history(history), "history", "Every term of the objective, over the steps. Of adversarial terms neither a low nor a high value is good by itself.", "Curves of the loss and its terms")
+    fig, ax = plt.subplots(figsize=(4, 2.4), layout="constrained")
+    ax.plot(*zip(*about["evaluations"]), ".-"); ax.axvline(about["best_step"], color="0.7", zorder=0)
+    ax.set(xlabel="step", ylabel=name.replace("_", ", "))
+    plt.close(fig)
+    report.figure(fig, "validation", "The score that chose the checkpoint (line), on groups that were held out. `samples/` has a sheet for each point.", "Validation score over the steps")
     if quality is not None:
         first = list(dict.fromkeys(np.linspace(0, len(records) - 1, 6).round().astype(int).tolist()))
         fig = show_images([records[i][k] for k in ("primary", "privileged", "true") for i in first], ncols=len(first), size=1.2)

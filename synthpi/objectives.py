@@ -14,8 +14,9 @@ Docs: https://synthpi.github.io/synthpi/nbs/objectives.html.md"""
 # %% auto #0
 __all__ = ['Objective', 'dice_score', 'Regression', 'make_critic', 'Pix2Pix', 'ImagePool', 'CycleGAN', 'patch_nce', 'CUT']
 
-# %% ../nbs/04_objectives.ipynb #bc8c2ddc
+# %% ../nbs/04_objectives.ipynb #611706d4
 import contextlib
+import copy
 import inspect
 
 import numpy as np
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from .core import to_rgb
 from .generators import NETWORKS
 
-# %% ../nbs/04_objectives.ipynb #9bb31c11
+# %% ../nbs/04_objectives.ipynb #dd7715ff
 class Objective:
     "What all objectives share; `model()` gives the module to train, whose part `generator` is kept."
     paired, recolour = True, .5                                           # whether it needs pairs; how strongly its crops are recoloured
@@ -71,6 +72,17 @@ class Objective:
     )->torch.optim.Optimizer: # Over generator and critics
         "Adam, as the papers have it."
         return torch.optim.Adam(model.parameters(), lr or self.lr, betas=self.betas)
+
+    def finish(self,
+        generator:nn.Module, # Part `generator` of `model()`
+    )->nn.Module: # What is kept of it
+        "The generator as it is used: its soft masks, if it learnt such, are 0 and 1 again."
+        if self.kind != "mask" or not getattr(self, "soft", 0): return generator
+        made, gain = copy.deepcopy(generator), np.log(999)/np.log(1/self.soft - 1)       # takes a logit of 1 - soft to that of .999, and leaves the rim where it is
+        last = [m for m in made.modules() if isinstance(m, nn.Conv2d)][-1]
+        with torch.no_grad():
+            for p in last.parameters(): p.mul_(gain)
+        return made
 
 def dice_score(
     a:Tensor, # Probabilities or a mask in [0, 1], any shape
@@ -168,7 +180,7 @@ class _Pix2Pix(nn.Module):
         critic = self.adversary.tell(self.critic, torch.cat([x, y], 1), torch.cat([x, fake], 1))
         return self.l1*l1 + convince + critic, {"l1": l1.detach(), "convince": convince.detach(), "critic": critic.detach()}
 
-# %% ../nbs/04_objectives.ipynb #1d0fdfb4
+# %% ../nbs/04_objectives.ipynb #5075896a
 class ImagePool(nn.Module):
     "Earlier answers: half of the time one of them is given in place of the new one (Shrivastava et al., 2017)."
     def __init__(self,
@@ -203,6 +215,7 @@ class _Shown(nn.Module):
     "Masks as images that a network takes, and with soft rims, so that a critic cannot tell a mask by its being exactly 0 or 1"
     def __init__(self, objective):
         super().__init__()
+        if not 0 <= objective.soft < .5: raise ValueError(f"soft={objective.soft} arrived; expected 0 or more and below 0.5, for example 0.1.")
         self.mask, self.dark, self.soft = objective.kind == "mask", objective.dark, objective.soft
 
     def forward(self, image): return _rgb(1 - image if self.mask and self.dark else image)
@@ -223,7 +236,7 @@ class CycleGAN(Objective):
         identity:float=5., # Weight of leaving alone what is of the other set already
         pool:int=50, # Earlier answers that the critics are shown, too
         dark:bool=True, # Where networks take a mask as an image: its foreground is dark, as nuclei are in bright field; False for fluorescence
-        soft:float=.1, # A mask's 0 and 1 are shown to the critic as this and one minus this, blurred by a pixel
+        soft:float=.1, # A mask's 0 and 1 are shown to the critic as this and one minus this, blurred by a pixel; below 0.5. What is kept gives 0 and 1 again, see `finish`
         criterion:str="least_squares", # Of the critics: "least_squares" as published, "bce" or "hinge"
         critic_width:int|None=None, # Channels of the critics' first convolution; None: twice the generator's, at most 64
         **options, # Other arguments of the network's builder: `blocks`

@@ -93,7 +93,7 @@ def validate_unpaired(
     made = [see(generator.translate(i[None].float()/255)) for i in images]
     return -kid(torch.cat(made).double().numpy(), torch.cat([see(rgb(t).float()/255) for t in targets]).double().numpy())
 
-# %% ../nbs/04_translation.ipynb #d5f9243e
+# %% ../nbs/04_translation.ipynb #f567363f
 def fit_generator(
     pairs:Dataset, # Columns `primary`, `privileged`, `group`; with `other`, `primary` and `group`
     objective:Objective|None=None, # What to learn from: `Regression`, `Pix2Pix`, `CycleGAN`, `CUT`; default: `Regression` to a mask when the privileged images have one channel, else to an image
@@ -154,7 +154,7 @@ def fit_generator(
     choice = _Choice("kid" if other is not None else "dice" if objective.kind == "mask" else "l1", run_dir, patience, {"data": [len(images), len(targets), sorted(held["x"])], "objective": repr(objective), "every": every, "seed": seed})
 
     def score(trainer):
-        generator = ModuleGenerator(trainer.accelerator.unwrap_model(trainer.model).generator)
+        generator = ModuleGenerator(objective.finish(trainer.accelerator.unwrap_model(trainer.model).generator))
         if other is None: return generator, validate(generator, images, targets, groups["x"], held["x"], objective.kind)
         pick = lambda k, things: [t for t, g in zip(things, groups[k]) if g in held[k]]
         return generator, validate_unpaired(generator, pick("x", images), pick("y", targets))

@@ -139,6 +139,16 @@ def test_a_pool_is_part_of_the_state():
     assert torch.equal(a, b) and torch.equal(one.images, two.images) and not a.requires_grad
     with pytest.raises(ValueError, match="give the objective the crop"): one(torch.rand(1, 1, 3, 3))
 
+def test_soft_masks_become_hard_and_rims_stay():
+    x = torch.rand(2, 3, 48, 48)
+    for objective in (CycleGAN(width=4, blocks=1, soft=.2), CycleGAN(width=4, network="unet"), CUT(width=4, blocks=1)):
+        raw = objective.generator()
+        with torch.no_grad(): a, b = raw(x).sigmoid(), objective.finish(raw)(x).sigmoid()
+        torch.testing.assert_close(torch.logit(torch.tensor(.999))/torch.logit(torch.tensor(1 - objective.soft))*torch.logit(a), torch.logit(b), rtol=1e-3, atol=1e-3)
+        assert torch.equal(a > .5, b > .5)
+    for objective in (Pix2Pix(width=4), CUT("image", width=4, blocks=1), CUT(width=4, blocks=1, soft=0)): assert objective.finish(raw) is raw
+
 def test_what_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="below 0.5"): CUT(soft=.5).model()
     for make, words in ((lambda: Pix2Pix("stain"), "'mask' or 'image'"), (lambda: CycleGAN(network="vit"), "unet, resnet"), (lambda: Regression(width=0), "at least 1"), (lambda: Pix2Pix(blocks=3), "blocks arrived")):
         with pytest.raises(ValueError, match=words): make()

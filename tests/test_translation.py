@@ -1,9 +1,13 @@
 "A generator learns on a small set, paired or not; it is chosen on patients that it has not seen; it goes on where it was stopped."
-import warnings
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Image as ImageFeature
 
 from synthpi import translation
 from synthpi.data import pair_folders
@@ -107,6 +111,28 @@ def test_the_scale_comes_from_the_column_and_must_be_one(pairs):
     told = pairs.add_column("um_per_px", [.25]*len(pairs))
     assert fit_generator(told, Regression(width=4), steps=1, crop=48, batch_size=2, progress=None).um_per_px == .25
     with pytest.raises(ValueError, match="2 resolutions"): fit_generator(pairs.add_column("um_per_px", [.25, .5]*(len(pairs)//2)), Regression(width=4), steps=1, crop=48, progress=None)
+
+TWO = """
+import sys
+from accelerate import Accelerator
+from synthpi.data import pair_folders
+from synthpi.objectives import CycleGAN, Pix2Pix
+from synthpi.translation import fit_generator
+for objective in (Pix2Pix(width=4), CycleGAN(width=4, blocks=1, pool=3)):
+    g = fit_generator(pair_folders(sys.argv[1]), objective, .5, steps=4, crop=32, batch_size=3, evaluate_every=2, progress=None, accelerator=Accelerator(cpu=True), run_dir=f"{sys.argv[2]}/{objective.name}")
+    print(f"\\n{objective.name} {g.key} {g.history.loss[0]}\\n", end="", flush=True)
+"""
+
+def test_two_processes_train_one_generator(pairs, tmp_path):
+    "Each on crops of its own, with gradients averaged: the weights stay equal"
+    (tmp_path/"two.py").write_text(TWO)
+    folder = str(Path(pairs.cast_column("primary", ImageFeature(decode=False))[0]["primary"]["path"]).parents[1])
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path/"two.py"), folder, str(tmp_path/"out")], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                         capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for name in ("pix2pix", "cyclegan"):
+        said = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith(name)]
+        assert len(said) == 2 and said[0][0] == said[1][0] and said[0][1] != said[1][1], ran.stdout
 
 @pytest.mark.parametrize("change, words", [(dict(crop=16), "at least 32"), (dict(batch_size=0), "at least 1 crop"), (dict(patience=0), "patience=0"), (dict(val=0.), "between 0 and 1"), (dict(val=1.5), "between 0 and 1")])
 def test_what_cannot_work_is_refused(pairs, change, words):

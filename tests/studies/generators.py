@@ -5,7 +5,6 @@
 Settings are those that validation patients chose; the test patients are scored once. A training that was stopped goes on in --work. With --device cuda and --published the papers' widths are trained.
 """
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +39,10 @@ def main():
     args = parser.parse_args()
     rows, runs = {}, PUBLISHED if args.published else RUNS
     for name in args.only or runs:
-        start = time.process_time()
         made = train_generator(args.data, args.work/name, um_per_px=.5, test=TEST, seed=SEED, patience=None, device=args.device, crop=256 if args.published else 96,
                                evaluate_every=runs[name]["steps"]//16, licence="CC BY-NC-SA 4.0", command=f"tests/studies/generators.py, {name}", **runs[name])
         about = made.generator.about
-        rows[name] = row(made.quality, pairs=about["pairs"], unpaired=about["unpaired"], steps=about["steps"], seconds=about["seconds"], cpu_seconds=round(time.process_time() - start, 1),
+        rows[name] = row(made.quality, pairs=about["pairs"], unpaired=about["unpaired"], steps=about["steps"], seconds=about["seconds"],
                          dice_validation=about["dice_validation"], best_step=about["best_step"], settings=about["objective_settings"])
         tested = set(made.quality.scores["group"])
     records = [{"primary": r["primary"], "privileged": otsu(r["primary"]), "true": np.uint8(255*(to_rgb(r["privileged"]) > 0)), "group": r["group"]} for r in pair_folders(args.data) if r["group"] in tested]
