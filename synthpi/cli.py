@@ -25,7 +25,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/15_cli.ipynb #cf03cb3a
+# %% ../nbs/15_cli.ipynb #138edebc
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train medical-image encoders with synthetic privileged information, and see whether it helped.")
 
@@ -209,6 +209,7 @@ def pairs(
     batch_size: Annotated[int, typer.Option(min=1, help="Tiles per call of the generator.")] = 32,
     licence: Annotated[Optional[str], typer.Option(help="Of the tiles; goes into the manifest.")] = None,
     generator_licence: Annotated[Optional[str], typer.Option(help="Of the generator, where its file does not say.")] = None,
+    option: Annotated[Optional[list[str]], typer.Option(help="NAME=VALUE for a network of others, for example range=[-1,1] or entry=netG_A; may be given several times.")] = None,
     preview: Annotated[bool, typer.Option("--preview/--no-preview", help="Write preview.png of the first batch before the rest is made.")] = True,
     on_bad: Annotated[str, typer.Option(help="Unreadable tiles: raise, or skip and count.")] = "raise",
     overwrite: _Overwrite = False,
@@ -221,7 +222,7 @@ def pairs(
     try: scale = float(um_per_px) if um_per_px not in (None, "same") else um_per_px
     except ValueError: raise ValueError(f"--um-per-px {um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x, or same.") from None
     made = synthesise(tiles, generator, out, um_per_px=scale, generator_um_per_px=generator_um_per_px, batch_size=batch_size, device=device, on_bad=on_bad, preview=preview, licence=licence,
-                      generator_licence=generator_licence, overwrite=overwrite, command=_command())
+                      generator_licence=generator_licence, generator_options=_options(option), overwrite=overwrite, command=_command())
     _leave_group()
     if made.interrupted: raise KeyboardInterrupt
     if _first():

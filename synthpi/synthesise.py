@@ -16,7 +16,8 @@ Docs: https://synthpi.github.io/synthpi/nbs/synthesise.html.md"""
 # %% auto #0
 __all__ = ['STAINS', 'NOTE', 'choose_generator', 'plot_pairs', 'Pairs', 'synthesise']
 
-# %% ../nbs/14_synthesise.ipynb #5b8b12b5
+# %% ../nbs/14_synthesise.ipynb #2a7b1738
+import inspect
 import time
 import warnings
 from pathlib import Path
@@ -37,7 +38,7 @@ from .generators import StainGenerator, load_generator
 from .pairs import add_privileged, check_generator
 from .stains import Macenko
 
-# %% ../nbs/14_synthesise.ipynb #5f9c0fac
+# %% ../nbs/14_synthesise.ipynb #da98e793
 STAINS = {**{stain: lambda stain=stain: StainGenerator(stain) for stain in ("haematoxylin", "eosin", "dab")}, "macenko": Macenko} # Generators that need no training, by their names on the command line
 
 def choose_generator(
@@ -45,17 +46,19 @@ def choose_generator(
     device:str="auto", # "auto", "cpu" or "cuda"
     um_per_px:float|None=None, # Scale that it was trained at, where its file does not say
     licence:str|None=None, # Of its weights, where its file does not say
+    options:dict|None=None, # Other arguments of `load_generator`, for a network of others: `range`, `entry`, `norm`, `padding`, `multiple`, `name`
 ): # With `translate`, on its device
     "A generator by name, from a file, or as it is."
     if device not in ("auto", "cpu", "cuda"): raise ValueError(f"device {device!r} arrived; expected 'auto', 'cpu' or 'cuda'.")
     if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device 'cuda' arrived and no CUDA device was found; use 'auto' or 'cpu'.")
     if device != "cpu" and torch.cuda.is_available(): device = str(PartialState().device) if Processes().n > 1 else "cuda"
     else: device = "cpu"
+    if strange := sorted(set(options or {}) - set(inspect.signature(load_generator).parameters)): raise ValueError(f"{', '.join(strange)} arrived for the generator; expected arguments of load_generator: range, entry, norm, padding, multiple, name.")
     if isinstance(generator, str) and generator in STAINS: return STAINS[generator]()
     if hasattr(generator, "translate") and hasattr(generator, "key"):
         if um_per_px is not None and um_per_px != generator.um_per_px: raise ValueError(f"um_per_px={um_per_px} arrived for the generator {generator.name!r}, which has {generator.um_per_px}: set it where it is made.")
         return generator.to(device) if hasattr(generator, "to") else generator
-    return load_generator(generator, device, um_per_px=um_per_px, licence=licence)
+    return load_generator(generator, device, um_per_px=um_per_px, licence=licence, **options or {})
 
 # %% ../nbs/14_synthesise.ipynb #eff83f7d
 NOTE = "Synthetic images are training aids, not findings." # On every picture of them
@@ -78,7 +81,7 @@ def plot_pairs(
     plt.close(fig)
     return fig
 
-# %% ../nbs/14_synthesise.ipynb #98062c2f
+# %% ../nbs/14_synthesise.ipynb #9217f526
 class Pairs(NamedTuple):
     "What a synthesis leaves behind."
     folder:Path # With the images, manifest.csv, preview.png, run.json
@@ -101,6 +104,7 @@ def synthesise(
     preview:bool=True, # Write preview.png before the rest is made
     licence:str|None=None, # Of the tiles; goes to the manifest
     generator_licence:str|None=None, # Of the generator's weights, where its file does not say; likewise
+    generator_options:dict|None=None, # Other arguments of `load_generator`, for a network of others
     overwrite:bool=False, # Replace pairs of another generator or scale that are in `out`
     command:str="", # For the record
     progress:bool=True, # Show a bar with the time left, and print what was found
@@ -111,7 +115,7 @@ def synthesise(
         warnings.filterwarnings("ignore", message=".*no group is known.*")              # the guard has then nothing to compare
         ds = image_folder(tiles)
     ds, checked = check_images(ds, on_bad=on_bad)
-    chosen = choose_generator(generator, device, generator_um_per_px, generator_licence)
+    chosen = choose_generator(generator, device, generator_um_per_px, generator_licence, generator_options)
     check_generator(ds, chosen, um_per_px)
     if batch_size < 1: raise ValueError(f"batch_size={batch_size} arrived; expected at least 1.")
     with Processes() as processes:

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -42,6 +43,15 @@ def test_the_command_leaves_generator_report_and_numbers_and_its_images_can_be_m
     assert made.exit_code == 0 and (tmp_path/"p"/"preview.png").exists() and "CC0" in (tmp_path/"p"/"manifest.csv").read_text(), made.output
     again = synthpi("pairs", "--tiles", folder/"tiles", "--generator", tmp_path/"g"/"generator.safetensors", "--out", tmp_path/"p", "--um-per-px", "0.75", "--device", "cpu")
     assert again.exit_code == 0 and ": 0 images made" in again.output
+
+def test_a_network_of_others_gets_its_values_and_its_scale_from_the_command_line(folder, tmp_path):
+    torch.jit.trace(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Conv2d(3, 3, 3, padding=1)).eval(), torch.rand(1, 3, 32, 32)).save(tmp_path/"theirs.pt")
+    command = ["pairs", "--tiles", folder/"tiles", "--generator", tmp_path/"theirs.pt", "--out", tmp_path/"p", "--um-per-px", "0.75", "--device", "cpu"]
+    for flags, words in (([], "range="), (["--option", "range=[-1,1]"], "is not known"), (["--option", "values=3", "--generator-um-per-px", "0.5"], "expected arguments of load_generator")):
+        ran = synthpi(*command, *flags)
+        assert ran.exit_code == 2 and words in ran.output and not (tmp_path/"p").exists(), ran.output
+    ran = synthpi(*command, "--option", "range=[-1,1]", "--generator-um-per-px", "0.5", "--generator-licence", "MIT")
+    assert ran.exit_code == 0 and "MIT" in (tmp_path/"p"/"manifest.csv").read_text(), ran.output
 
 @pytest.mark.parametrize("flags, words", [
     (["--um-per-px", "half"], "expected micrometres per pixel"), (["--um-per-px", "-1"], "um_per_px=-1"), ([], "give um_per_px"), (["--um-per-px", "1", "--objective", "gan"], "regression, pix2pix, cyclegan, cut"),
