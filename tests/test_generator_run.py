@@ -45,7 +45,9 @@ def test_the_command_leaves_generator_report_and_numbers_and_its_images_can_be_m
     assert again.exit_code == 0 and ": 0 images made" in again.output
 
 def test_a_network_of_others_gets_its_values_and_its_scale_from_the_command_line(folder, tmp_path):
-    torch.jit.trace(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Conv2d(3, 3, 3, padding=1)).eval(), torch.rand(1, 3, 32, 32)).save(tmp_path/"theirs.pt")
+    network = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Conv2d(3, 3, 3, padding=1)).eval()
+    for p in network.parameters(): torch.nn.init.constant_(p, .02)                   # at most 27 x .02 + .02
+    torch.jit.trace(network, torch.rand(1, 3, 32, 32)).save(tmp_path/"theirs.pt")
     command = ["pairs", "--tiles", folder/"tiles", "--generator", tmp_path/"theirs.pt", "--out", tmp_path/"p", "--um-per-px", "0.75", "--device", "cpu"]
     for flags, words in (([], "range="), (["--option", "range=[-1,1]"], "is not known"), (["--option", "values=3", "--generator-um-per-px", "0.5"], "expected arguments of load_generator")):
         ran = synthpi(*command, *flags)
