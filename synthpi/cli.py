@@ -25,7 +25,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/15_cli.ipynb #138edebc
+# %% ../nbs/15_cli.ipynb #2aa8c145
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train medical-image encoders with synthetic privileged information, and see whether it helped.")
 
@@ -92,7 +92,7 @@ def tissue(
     encoder: Annotated[str, typer.Option(help="resnet10_narrow, resnet18, resnet34, resnet50 or densenet121.")] = "resnet10_narrow",
     batch_size: Annotated[int, typer.Option(min=2, help="Tiles per step.")] = 64,
     generator_steps: Annotated[int, typer.Option(min=1, help="Steps of the generator's training.")] = 400,
-    generator_crop: Annotated[int, typer.Option(min=16, help="Side of its crops, pixels of the pairs.")] = 96,
+    generator_crop: Annotated[int, typer.Option(min=32, help="Side of its crops, pixels of the pairs.")] = 96,
     um_per_px_tiles: Annotated[Optional[float], typer.Option(help="Micrometres per pixel of the tile files; asked for where they matter.")] = None,
     um_per_px_pairs: Annotated[Optional[float], typer.Option(help="Micrometres per pixel of the pair files, likewise.")] = None,
     same_scale: Annotated[bool, typer.Option("--same-scale", help="In place of the two: nuclei have as many pixels in tiles as in pairs.")] = False,
@@ -176,8 +176,8 @@ def generator(
     lr: Annotated[Optional[float], typer.Option(help="Peak learning rate; default as suits the objective.")] = None,
     val: Annotated[float, typer.Option(help="Part of the training patients that chooses the checkpoint.")] = .2,
     test: Annotated[float, typer.Option(help="Part of all patients that is kept to judge the generator; 0: none.")] = .2,
-    patience: Annotated[int, typer.Option(min=1, help="Evaluations without a better score that end the training.")] = 10,
-    evaluate_every: Annotated[Optional[int], typer.Option(min=1, help="Steps between evaluations, each with a sample sheet.")] = None,
+    patience: Annotated[int, typer.Option(min=1, help="Evaluations without a better score that end the training.")] = 5,
+    evaluate_every: Annotated[Optional[int], typer.Option(min=1, help="Steps between evaluations, each with a sample sheet; default: a twentieth of the steps.")] = None,
     group_column: Annotated[Optional[str], typer.Option(help="Column of pairs.csv that names the patient.")] = None,
     licence: Annotated[Optional[str], typer.Option(help="Of the images; goes into the manifest of every pair made.")] = None,
     on_bad: Annotated[str, typer.Option(help="Unreadable images: raise, or skip and count.")] = "raise",
@@ -187,7 +187,7 @@ def generator(
     device: _Device = "auto",
 ):
     "Train a generator on a small set, and judge it on patients that it has not seen."
-    from synthpi.generator_run import train_generator
+    from synthpi.generator_run import tested_on, train_generator
     _share_cores(0)
     try: scale = float(um_per_px) if um_per_px not in (None, "unknown") else um_per_px
     except ValueError: raise ValueError(f"--um-per-px {um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x, or unknown.") from None
@@ -195,8 +195,9 @@ def generator(
                            val=val, test=test, patience=patience, evaluate_every=evaluate_every, group_column=group_column, licence=licence, on_bad=on_bad, seed=seed, precision=precision, overwrite=overwrite,
                            device=device, command=_command())
     if made.interrupted: raise KeyboardInterrupt
-    if made.quality is not None: typer.echo(f"\nOn patients that were never used:\n{made.quality}")
-    typer.echo(f"\nGenerator: {out/'generator.safetensors'}\nReport: {out/'report.html'}\nNext: synthpi pairs --tiles TILES --generator {out/'generator.safetensors'} --out PAIRS")
+    if made.quality is not None: typer.echo(f"\nOn {tested_on('group' in made.quality.scores and 'no group is known' not in made.quality.notes[0])}:\n{made.quality}")
+    typer.echo(f"\nGenerator: {out/'generator.safetensors'}\nReport: {out/'report.html'}\nNext: " + shlex.join(["synthpi", "pairs", "--tiles", "TILES", "--um-per-px", "UM" if made.generator.um_per_px else "same",
+                                                                                                       "--generator", str(out/"generator.safetensors"), "--out", "PAIRS"]))
 
 @app.command()
 @_told()
@@ -228,7 +229,7 @@ def pairs(
     if _first():
         speed = f", {made.images_per_second:.1f} a second" if made.images_per_second else ""
         typer.echo(f"{made.n} tiles: {made.made} images made{speed}, {made.n - made.made} were there.\nManifest: {out/'manifest.csv'}\nSynthetic images are training aids, not findings.\n"
-                   f"Next: synthpi pretrain --tiles {tiles} --pairs-cache {out} --method trident --out RUN")
+                   "Next: " + shlex.join(["synthpi", "pretrain", "--tiles", str(tiles), "--pairs-cache", str(out), "--method", "trident", "--out", "RUN"]))
 
 @app.command()
 @_told()

@@ -47,7 +47,7 @@ def fingerprint(
         sha.update(b"\0")
     return sha.hexdigest()[:16]
 
-# %% ../nbs/03_generators.ipynb #523cc2e3
+# %% ../nbs/03_generators.ipynb #c1d6ca08
 def check_scale(
     generator, # `.um_per_px`, or `.scale_free` where a pixel's colour decides
     um_per_px:float|str|None, # Resolution of the images, micrometres per pixel; "same" says that it is the generator's, whatever that is
@@ -57,12 +57,14 @@ def check_scale(
     own, name = generator.um_per_px, getattr(generator, "name", type(generator).__name__)
     if um_per_px is None:
         raise ValueError(f"no resolution of the images arrived, and the generator {name!r} was trained at " + (f"{own:g} micrometres per pixel" if own else "one that is not known") +
-                         ": give the images' own, um_per_px=..., or um_per_px='same' if a nucleus has as many pixels in both.")
+                         ": give the images' own, um_per_px=... (--um-per-px), or um_per_px='same' if a nucleus has as many pixels in both.")
     if isinstance(um_per_px, str) or not 0 < um_per_px < float("inf"): raise ValueError(f"um_per_px={um_per_px!r} arrived; expected micrometres per pixel, for example 0.5 at 20x, or 'same'.")
     if not own:
         raise ValueError(f"images at {um_per_px:g} micrometres per pixel arrived, but the scale that the generator {name!r} was trained at is not known: "
-                         "give it, load_generator(..., um_per_px=...), or translate without a scale if it is the same.")
-    if max(um_per_px/own, own/um_per_px) > 1.25:
+                         "give it, load_generator(..., um_per_px=...) (--generator-um-per-px), or translate without a scale if it is the same.")
+    told = getattr(generator, "_told", ())
+    if max(um_per_px/own, own/um_per_px) > 1.25 and um_per_px not in told:
+        generator._told = (*told, um_per_px)                                # once for each generator and scale
         warnings.warn(f"the images have {um_per_px:g} micrometres per pixel and the generator {name!r} was trained at {own:g}: they are resampled by {um_per_px/own:.2f} and the answer is taken back. "
                       + ("Detail that was not scanned is not there." if um_per_px > own else "Detail finer than the generator's pixel is lost."), stacklevel=2)
     return um_per_px

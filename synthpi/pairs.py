@@ -34,15 +34,15 @@ from .cache import Processes, add_rows, append_rows, encode_item, item_path, loo
 from .core import to_rgb
 from .generators import check_scale
 
-# %% ../nbs/05_pairs.ipynb #374acde7
+# %% ../nbs/05_pairs.ipynb #a890b6aa
 def refuse_overlap(
     generator, # With `.training_ids`
     groups, # Groups (patients) that are used to evaluate
 )->None:
     "`ValueError` when a generator was trained on a group that is used to evaluate."
-    meet = sorted({str(g) for g in groups} & {str(g) for g in getattr(generator, "training_ids", ())})
-    if meet: raise ValueError(f"the generator was trained on {len(meet)} groups that are in the validation or test split ({', '.join(meet[:5])}): its images would "
-                              "carry what it learnt there. Train it on other patients, or move these to the training split.")
+    meet = sorted({str(g) for g in groups} & {str(g) for g in (*getattr(generator, "training_ids", ()), *(getattr(generator, "about", None) or {}).get("validation_groups", ()))})
+    if meet: raise ValueError(f"the generator was trained on, or chosen by, {len(meet)} groups that are in the validation or test split, or in none ({', '.join(meet[:5])}): its images would "
+                              "carry what it learnt there. Train it on other patients, or move these to the training split (a column `split`).")
 
 def _refuse_overlap(generator, columns, read):
     if {"group", "split"} <= set(columns): refuse_overlap(generator, [g for g, s in zip(read("group"), read("split")) if s != "train"])
@@ -80,7 +80,7 @@ def check_generator(
     scales = scales or _Scales(generator, um_per_px)
     for value in dict.fromkeys(_values(ds)): scales(value)
 
-# %% ../nbs/05_pairs.ipynb #1cb6152c
+# %% ../nbs/05_pairs.ipynb #e143f358
 def _content(source):
     "The bytes that a tile is known by: those of its file, or its pixels where there is no file"
     if isinstance(source, dict): source = source["bytes"] if source.get("bytes") is not None else source["path"]
@@ -114,12 +114,15 @@ def _batches(images, size):
         elif sum(map(len, waiting.values())) >= 8*size: yield waiting.pop(max(waiting, key=lambda k: len(waiting[k])))
     yield from waiting.values()
 
+_PIXELS = 2**22     # that a generator is given at once: 64 tiles of 256 pixels, so that a batch of large images does not fill the memory
+
 def _translate(generator, images, um_per_px):
     "`(H, W, 3)` arrays to `(H, W, 1 or 3)` arrays, on the generator's device"
     module = getattr(generator, "module", None)
     device = next((t.device for t in (*module.parameters(), *module.buffers())), None) if isinstance(module, nn.Module) else None
     x = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float()/255
-    y = generator.translate(x, um_per_px=um_per_px)
+    at_once = max(1, _PIXELS//(x.shape[2]*x.shape[3]))
+    y = torch.cat([generator.translate(part, um_per_px=um_per_px) for part in x.split(at_once)])
     if y.ndim != 4 or len(y) != len(x) or y.shape[1] not in (1, 3) or y.shape[2:] != x.shape[2:]:
         raise ValueError(f"the generator gave shape {tuple(y.shape)} for images {tuple(x.shape)}; expected (B, 1 or 3, H, W) of the same size.")
     low, high = y.amin().item(), y.amax().item()
@@ -195,7 +198,7 @@ def _name(path, source, i):
     path = PurePath(path)
     return path.name if path.is_absolute() else path.as_posix()
 
-# %% ../nbs/05_pairs.ipynb #5e609d0d
+# %% ../nbs/05_pairs.ipynb #536bb70f
 def add_privileged(
     ds:Dataset|IterableDataset, # Tiles with an image column `primary`; `group` and `split` are used by the overlap guard, `um_per_px` as their scale, `path` for the manifest
     generator, # `.translate(images, um_per_px)`, `.key`, `.training_ids`, see `load_generator`; or several, by the names of their columns
@@ -269,7 +272,7 @@ def _complete(ds, maker, values, sources, looks, processes, stats, on_tiles):
 
 def _with_images(ds, column, paths):
     if column in ds.column_names: ds = ds.remove_columns(column)
-    return ds.add_column(column, [str(p) for p in paths]).cast_column(column, ImageFeature())
+    return ds.add_column(column, [os.path.abspath(p) for p in paths]).cast_column(column, ImageFeature())
 
 # %% ../nbs/05_pairs.ipynb #4543f101
 class _Streamed:

@@ -98,7 +98,7 @@ def checkerboard_score(
         return np.log10(profile[near].mean()/np.exp(np.log(profile[far]).mean()))
     return float(max(line(power.mean(axis), period) for axis in (0, 1) for period in (2, 4)))
 
-# %% ../nbs/05_quality.ipynb #332f10e5
+# %% ../nbs/05_quality.ipynb #0f4d4ed1
 MEASURES = {            # name: (1 higher is better, -1 lower; what it says)
     "ssim": (1, "structural similarity to the true image, Gaussian window of 1.5 px (Wang et al. 2004); -1 to 1"),
     "psnr": (1, "peak signal-to-noise ratio to the true image, decibels, at most 60 (equal 8-bit images)"),
@@ -132,7 +132,8 @@ class Quality:
 
     def record(self)->dict: # Kind, features, notes, number of pairs, whether collapsed; and `measures`: mean, ci, n, better
         "What a results file keeps, ready for JSON."
-        measures = {m: {"mean": float(r["mean"]), "ci": [float(r["low"]), float(r["high"])], "n": int(r["n"]), "better": r["better"]} for m, r in self.table.iterrows()}
+        number = lambda x: float(x) if np.isfinite(x) else None
+        measures = {m: {"mean": number(r["mean"]), "ci": [number(r["low"]), number(r["high"])], "n": int(r["n"]), "better": r["better"]} for m, r in self.table.iterrows()}
         return {"kind": self.kind, "features": self.features, "pairs": len(self.scores), "groups": self.scores["group"].nunique(), "collapsed": self.collapsed, "notes": list(self.notes), "measures": measures}
 
     def __str__(self): return "\n".join([self.table.drop(columns="says").to_string(float_format="{:.3f}".format), *self.notes])
@@ -174,7 +175,7 @@ def _scores_of(primary, synthetic, true, kind, um_per_px, seam):
         s["dice"] = float(2*(a & b).sum()/(a.sum() + b.sum())) if a.any() or b.any() else np.nan
     return s
 
-# %% ../nbs/05_quality.ipynb #8e897f1a
+# %% ../nbs/05_quality.ipynb #66b020fd
 def _lowres(image): return F.interpolate(torch.from_numpy(_unit(image)).permute(2, 0, 1)[None], size=(16, 16), mode="area").flatten().numpy()
 
 def _draws(groups, n_boot, seed):
@@ -229,7 +230,7 @@ def pair_quality(
     get = {"primary": _column(pairs, "primary", "the image that is known"), "privileged": _column(pairs, "privileged", "the synthetic image")}
     if isinstance(true, str): get["true"] = _column(pairs, true, "the true image")
     elif true is not None: get["true"] = true.__getitem__
-    grouped = groups is not None or "group" in (pairs.column_names if hasattr(pairs, "column_names") else pairs[0])
+    grouped = groups is not None or ("group" in pairs.column_names if hasattr(pairs, "column_names") else all("group" in r for r in pairs))
     if grouped and groups is None: groups = pairs["group"][:] if hasattr(pairs, "column_names") else [r["group"] for r in pairs]
     for what, x in (("groups", groups), ("true images", None if isinstance(true, str) else true)):
         if x is not None and len(x) != n: raise ValueError(f"{len(x)} {what} arrived for {n} pairs; expected one for each.")

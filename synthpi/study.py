@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/study.html.md"""
 # %% auto #0
 __all__ = ['tissue_study', 'summarise']
 
-# %% ../nbs/14_study.ipynb #c6ea3972
+# %% ../nbs/14_study.ipynb #d9b4233f
 import json
 import shutil
 import sys
@@ -30,13 +30,14 @@ from .data import check_images, image_folder, pair_folders
 from .evaluate import colour_histogram, error_reduction, interval, rankme, score_intervals, scores
 from .generators import StainGenerator, fingerprint, load_generator, save_generator
 from .models import ENCODERS, save_encoder
+from .objectives import read_mask
 from .pairs import add_privileged, cut_pairs, refuse_overlap
 from .quality import pair_quality
 from .tileset import TileSet, choose_hard_pair, features_of, load_tiles, score_run
 from .tissue_report import write_report
 from .translation import fit_generator
 
-# %% ../nbs/14_study.ipynb #a4a2eeba
+# %% ../nbs/14_study.ipynb #aa23436e
 _UNET_COST = 12.     # seconds that a U-Net needs for a pixel, in units of what resnet10_narrow needs for one; only the progress bar uses it
 
 class _Progress:
@@ -84,6 +85,7 @@ def tissue_study(
     if encoder not in ENCODERS: raise ValueError(f"encoder {encoder!r} arrived; expected one of {', '.join(ENCODERS)}.")
     if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} arrived; expected 'auto' or 'cpu'" + (", or 'cuda', and no CUDA device was found." if device == "cuda" else " or 'cuda'."))
+    if pairs and (generator_crop % 16 or generator_crop < 32): raise ValueError(f"generator_crop={generator_crop} arrived; expected a multiple of 16 of at least 32 (--generator-crop).")
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds {list(seeds)} arrived; expected one or more different ones.")
     out = Path(out)
     for p in (tiles, pairs, generator):
@@ -226,7 +228,7 @@ def _judge(made, train, real, um):
     for r in (real[i] for i in rows[::-(-len(rows)//_JUDGED)]):
         image, true = to_rgb(r["primary"]), to_rgb(r["privileged"])
         x = torch.from_numpy(image).permute(2, 0, 1)[None].float()/255
-        pairs.append({"primary": image, "privileged": made.translate(x)[0].permute(1, 2, 0).cpu().numpy(), "true": np.uint8(true > 0)*255 if kind == "mask" else true, "group": r["group"]})
+        pairs.append({"primary": image, "privileged": made.translate(x)[0].permute(1, 2, 0).cpu().numpy(), "true": np.repeat(np.uint8(read_mask(r["privileged"]))[..., None]*255, 3, 2) if kind == "mask" else true, "group": r["group"]})
     return found | {"pairs": judge(pairs, true="true", um_per_px=um["pairs"])}
 
 def _dir(out, name, setting, seed): return Path(out)/"runs"/"-".join(filter(None, [name, setting, f"seed{seed}"]))

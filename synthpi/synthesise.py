@@ -38,7 +38,7 @@ from .generators import StainGenerator, load_generator
 from .pairs import add_privileged, check_generator
 from .stains import Macenko
 
-# %% ../nbs/14_synthesise.ipynb #da98e793
+# %% ../nbs/14_synthesise.ipynb #a76afd51
 STAINS = {**{stain: lambda stain=stain: StainGenerator(stain) for stain in ("haematoxylin", "eosin", "dab")}, "macenko": Macenko} # Generators that need no training, by their names on the command line
 
 def choose_generator(
@@ -54,6 +54,7 @@ def choose_generator(
     if device != "cpu" and torch.cuda.is_available(): device = str(PartialState().device) if Processes().n > 1 else "cuda"
     else: device = "cpu"
     if strange := sorted(set(options or {}) - set(inspect.signature(load_generator).parameters)): raise ValueError(f"{', '.join(strange)} arrived for the generator; expected arguments of load_generator: range, entry, norm, padding, multiple, name.")
+    if isinstance(generator, str) and generator in STAINS and (um_per_px or licence or options): raise ValueError(f"a scale, licence or options arrived for {generator!r}; expected none: stain separation has none of these.")
     if isinstance(generator, str) and generator in STAINS: return STAINS[generator]()
     if hasattr(generator, "translate") and hasattr(generator, "key"):
         if um_per_px is not None and um_per_px != generator.um_per_px: raise ValueError(f"um_per_px={um_per_px} arrived for the generator {generator.name!r}, which has {generator.um_per_px}: set it where it is made.")
@@ -81,7 +82,7 @@ def plot_pairs(
     plt.close(fig)
     return fig
 
-# %% ../nbs/14_synthesise.ipynb #9217f526
+# %% ../nbs/14_synthesise.ipynb #9fd1b906
 class Pairs(NamedTuple):
     "What a synthesis leaves behind."
     folder:Path # With the images, manifest.csv, preview.png, run.json
@@ -138,7 +139,9 @@ def synthesise(
         if preview:
             head = make(ds.select(range(min(len(ds), batch_size))))
             if first:
-                with atomic_path(out/"preview.png") as tmp: plot_pairs(head, title=f"{chosen.name}: the first of {len(ds)} pairs").savefig(tmp, dpi=110)
+                try:
+                    with atomic_path(out/"preview.png") as tmp: plot_pairs(head, title=f"{chosen.name}: the first of {len(ds)} pairs").savefig(tmp, dpi=110)
+                except OSError as error: warnings.warn(f"the preview could not be written ({error}); making the pairs goes on.", stacklevel=2)
             left = f"; about {_duration((len(ds) - len(head))/speed())} for the rest, if none of it is there" if speed() and len(ds) > len(head) else ""
             say(f"{out/'preview.png'} shows the first pairs. {NOTE}\n{len(head)} of {len(ds)} tiles have their image{left}.")
         bar = tqdm(total=len(ds), unit="tile", desc="pairs", disable=not (progress and first))

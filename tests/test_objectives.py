@@ -1,12 +1,15 @@
 "Every objective against its equation, written out again; who is taught by which term; the critic against an independent PatchGAN."
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset, Image as ImageFeature
+from PIL import Image
 from torch import nn
 
-from synthpi.objectives import CUT, CycleGAN, ImagePool, Pix2Pix, Regression, make_critic, patch_nce
+from synthpi.objectives import CUT, CycleGAN, ImagePool, Pix2Pix, Regression, make_critic, patch_nce, read_mask
 
 GANS = [Pix2Pix(width=4), CycleGAN(width=4, blocks=1), CycleGAN(width=4, network="unet"), CUT(width=4, blocks=2, patches=32), Pix2Pix("image", 4, "resnet", blocks=1), CUT("image", width=4, blocks=1)]
 
@@ -147,6 +150,19 @@ def test_soft_masks_become_hard_and_rims_stay():
         torch.testing.assert_close(torch.logit(torch.tensor(.999))/torch.logit(torch.tensor(1 - objective.soft))*torch.logit(a), torch.logit(b), rtol=1e-3, atol=1e-3)
         assert torch.equal(a > .5, b > .5)
     for objective in (Pix2Pix(width=4), CUT("image", width=4, blocks=1), CUT(width=4, blocks=1, soft=0)): assert objective.finish(raw) is raw
+
+def test_masks_of_every_kind_are_read_and_blurred_ones_refused(tmp_path):
+    numbers = np.zeros((8, 8), np.uint16); numbers[2:4, 2:4] = [[1, 2], [300, 4]]
+    palette = Image.fromarray((numbers > 0).astype(np.uint8), "P"); palette.putpalette([255, 255, 255, 0, 255, 0])
+    blue = np.zeros((8, 8, 3), np.uint8); blue[2:4, 2:4, 2] = 9
+    opaque = np.dstack([blue, np.full((8, 8), 255, np.uint8)])
+    for mask in (numbers, Image.fromarray(numbers), palette, blue, Image.fromarray(blue), Image.fromarray(opaque), numbers > 0, Image.fromarray(numbers > 0)):
+        assert read_mask(mask).sum() == 4 and read_mask(mask)[2:4, 2:4].all()
+    Image.fromarray(np.uint8(numbers > 0)*255).save(tmp_path/"mask.jpg")
+    ds = Dataset.from_dict({"privileged": [str(tmp_path/"mask.jpg")]}).cast_column("privileged", ImageFeature())
+    for image in (Image.open(tmp_path/"mask.jpg"), ds[0]["privileged"]):
+        with pytest.raises(ValueError, match="a mask in a JPEG"): read_mask(image)
+    with pytest.raises(ValueError, match="whole numbers"): read_mask(np.zeros((2, 2)))
 
 def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="below 0.5"): CUT(soft=.5).model()

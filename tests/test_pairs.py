@@ -30,7 +30,7 @@ import synthpi.pairs as pairs_module
 from synthpi.cache import COLUMNS, check_item, encode_item, read_manifest
 from synthpi.data import image_folder
 from synthpi.generators import ModuleGenerator, StainGenerator, make_unet, save_generator
-from synthpi.pairs import add_privileged, cached_privileged
+from synthpi.pairs import add_privileged, cached_privileged, refuse_overlap
 from synthpi.pretrain import pretrain
 from synthpi.stains import Blank, RandomWeights
 from synthpi.synthesise import NOTE, choose_generator, synthesise
@@ -390,8 +390,8 @@ def test_the_guard_holds_for_every_generator_and_in_streams(tmp_path):
             assert add_privileged(ds, {"a": StainGenerator("dab"), "b": seen}, tmp_path/"cache")[1]["b"]["n"] == 6
             assert len(list(add_privileged(ds.to_iterable_dataset(), seen, tmp_path/"cache")[0])) == 6
             continue
-        with pytest.raises(ValueError, match=rf"validation or test split \({meets}\)"): add_privileged(ds, {"a": StainGenerator("eosin"), "b": seen}, tmp_path/"new")
-        with pytest.raises(ValueError, match=rf"validation or test split \({meets}\)"): list(add_privileged(ds.to_iterable_dataset(), seen, tmp_path/"new", batch_size=1)[0])
+        with pytest.raises(ValueError, match=rf"validation or test split, or in none \({meets}\)"): add_privileged(ds, {"a": StainGenerator("eosin"), "b": seen}, tmp_path/"new")
+        with pytest.raises(ValueError, match=rf"validation or test split, or in none \({meets}\)"): list(add_privileged(ds.to_iterable_dataset(), seen, tmp_path/"new", batch_size=1)[0])
         shutil.rmtree(tmp_path/"new", ignore_errors=True)
 
 # ---- streams
@@ -609,3 +609,29 @@ def test_the_benchmark_works():
     r, = module.run(quick=True)["results"]
     assert r["ratio"]["min"] > 0 and r["bytes_per_image"] > 100
     for name in ("U-Net-256", "ResNet-9"): assert isinstance(module.NETWORKS[name](), torch.nn.Module)
+
+def test_a_relative_cache_is_found_from_elsewhere(tmp_path, monkeypatch):
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path/"a.png")
+    ds = Dataset.from_dict({"primary": [str(tmp_path/"a.png")]}).cast_column("primary", ImageFeature())
+    monkeypatch.chdir(tmp_path)
+    made = add_privileged(ds, StainGenerator(), "cache")[0]
+    monkeypatch.chdir("/")
+    assert made[0]["privileged"].size == (32, 32)
+
+def test_large_images_are_given_few_at_a_time(monkeypatch):
+    class Counting(StainGenerator):
+        seen = []
+        def translate(self, images, um_per_px=None):
+            self.seen.append(len(images))
+            return super().translate(images)
+    monkeypatch.setattr(pairs_module, "_PIXELS", 3*32*32)
+    images = [np.full((32, 32, 3), 20*k, np.uint8) for k in range(8)]
+    out = pairs_module._translate(Counting(), images, None)
+    assert Counting.seen == [3, 3, 2]
+    monkeypatch.undo()
+    assert (out == pairs_module._translate(StainGenerator(), images, None)).all()
+
+def test_patients_that_chose_the_checkpoint_are_kept_out_too():
+    generator = StainGenerator()
+    generator.about = {"validation_groups": ["p3"]}
+    with pytest.raises(ValueError, match="chosen by.*p3"): refuse_overlap(generator, ["p1", "p3"])

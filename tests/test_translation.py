@@ -74,6 +74,17 @@ def test_a_stopped_training_ends_with_the_same_generator(pairs, tmp_path, object
     assert sorted(p.name for p in (tmp_path/"stopped"/"samples").iterdir()) == [f"step-{k:06d}.png" for k in (4, 8, 12)]
     with pytest.raises(ValueError, match="training of another generator"): fit_generator(pairs, objective, run_dir=tmp_path/"whole", **run | {"evaluate_every": 3})
 
+def test_an_evaluation_that_was_interrupted_is_made_up_for(pairs, tmp_path, monkeypatch):
+    run, real, calls = dict(steps=6, evaluate_every=2, **SMALL), translation.validate, []
+    def interrupted(*a):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(translation, "validate", interrupted)
+    with pytest.raises(KeyboardInterrupt): fit_generator(pairs, Regression(width=4), run_dir=tmp_path/"stopped", **run)
+    resumed, whole = (fit_generator(pairs, Regression(width=4), run_dir=tmp_path/name, **run) for name in ("stopped", "whole"))
+    assert [e[0] for e in resumed.about["evaluations"]] == [2, 4, 6] and resumed.about["evaluations"] == whole.about["evaluations"] and resumed.key == whole.key
+
 def test_early_stopping_keeps_the_best_and_does_not_go_on(pairs, tmp_path, monkeypatch):
     scores = iter([.2, .5, .4, .3, .9])
     monkeypatch.setattr(translation, "validate", lambda *a: next(scores))
