@@ -10,9 +10,10 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from synthpi.distance import DistanceBarlow, DistanceLoss, PositionRegression, TwoHead, TwoHeadLoss
 from synthpi.losses import BarlowTwins, SimCLR, VICReg
 from synthpi.models import Branches, Projector, make_encoder
-from synthpi.steps import large_batch_step, paired_step
+from synthpi.steps import distance_step, large_batch_step, paired_step
 
 LOSSES = {"vicreg": VICReg(), "vicreg reference": VICReg("reference"), "barlow": BarlowTwins(), "nt-xent": SimCLR(), "infonce": SimCLR(variant="infonce")}
 
@@ -146,3 +147,50 @@ def test_two_processes_with_different_shares_give_the_gradient_of_the_joined_bat
         for x, y, z in zip(g, grads, found[1][name, k][2]):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(y, z)
+
+# Crops with a position
+
+def placed(n=12):
+    g = torch.Generator().manual_seed(0)
+    return {"center_mm": 100*torch.rand(n, 3, generator=g), "volume_id": torch.arange(n)//4}, [torch.randn(n, 1, 6, 6, 6, generator=g) for _ in range(2)]
+
+def crop_encoder(width=5): return nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, width))
+
+def test_distance_step_hands_the_loss_what_came_with_the_crops():
+    (where, (x, y)), seen = placed(), []
+    def loss(*zs, center_mm, volume_id): seen.append((zs, center_mm, volume_id)); return sum(z.sum() for z in zs), {"n": len(zs)}
+    one, two = crop_encoder(), Branches([crop_encoder()], [nn.Identity()], (0, 0))
+    scalar, terms = distance_step(one, loss, {"crop": x, **where})
+    assert terms == {"n": 1} and torch.equal(seen[0][0][0], one(x)) and torch.equal(scalar, one(x).sum())
+    assert seen[0][1] is where["center_mm"] and seen[0][2] is where["volume_id"]
+    assert distance_step(two, loss, {"views": (x, y), **where})[1] == {"n": 2} and all(torch.equal(a, b) for a, b in zip(seen[1][0], two(x, y)))
+    distance_step(Branches([one], [nn.Identity()], (0,)), loss, {"crop": x, "center_mm": where["center_mm"]})        # a model of one branch, a batch without volumes
+    assert seen[2][2] is None and torch.equal(seen[2][0][0], one(x))
+
+def test_distance_step_serves_every_loss_of_positions():
+    where, crops = placed()
+    for loss, width in ((DistanceLoss(50.), 5), (DistanceLoss(50., "within"), 5), (PositionRegression([50.]*3, [30.]*3), 3)):
+        model = crop_encoder(width)
+        value, _ = distance_step(model, loss, {"crop": crops[0], **where})
+        torch.testing.assert_close(value, loss(model(crops[0]), where["center_mm"], where["volume_id"])[0])
+    for loss, head in ((DistanceBarlow(weight=2.), nn.Identity()), (TwoHeadLoss(3, weight=2.), TwoHead(5, 3, 4))):
+        model = Branches([crop_encoder()], [head], (0, 0))
+        value, _ = distance_step(model, loss, {"views": tuple(crops), **where})
+        torch.testing.assert_close(value, loss(*model(*crops), **where)[0])
+        value.backward()
+        assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters() if p.ndim > 1)
+
+def test_positions_are_not_taken_for_embeddings_by_the_watch():
+    from synthpi.trainer import Trainer
+    from synthpi.watch import embedding_health
+    where, (x, _) = placed()
+    where["center_mm"] = where["center_mm"].mul(0).add(torch.arange(12.)[:, None])      # on a line: as embeddings they would look collapsed
+    model = nn.Sequential(crop_encoder(8), nn.BatchNorm1d(8))
+    batches = [{"crop": x, **where}]*4
+    history = Trainer(model, DistanceLoss(5.), torch.optim.SGD(model.parameters(), 0.), lambda start: batches[start:], steps=4, step=distance_step, watch_every=1, progress=None).fit()
+    with torch.no_grad(): health = embedding_health(model(x))
+    assert {"loss", "distance", "abs_error", "pearson"} <= set(history) and all(history[k].iloc[0] == pytest.approx(v, rel=1e-4) for k, v in health.items())
+
+@pytest.mark.parametrize("batch, message", [({"crop": 0}, "center_mm is not"), ({"center_mm": 0}, "crop or views is not"), ({}, "center_mm and crop or views are not"), ({"crop": 0, "views": 0, "center_mm": 0}, "crop or views is not")])
+def test_a_batch_without_positions_or_crops_is_refused(batch, message):
+    with pytest.raises(ValueError, match=message): distance_step(crop_encoder(), DistanceLoss(), batch)
