@@ -20,7 +20,7 @@ setup(
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "diffusion", "presets")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "diffusion", "presets", "volumes")},
     packages=find_packages(include=["synthpi", "synthpi.*"]),
     package_data={"synthpi": ["phantom_encoder.safetensors"]},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["synthpi = synthpi._modidx:d"]},

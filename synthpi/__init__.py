@@ -7,18 +7,22 @@ Modules:
 - `synthpi.arms`: What a study compares: one name for one way of getting features
 - `synthpi.batch_views`: The same recipes on a whole batch, where the network is
 - `synthpi.batchnorm`: The statistics of the whole batch, whichever process holds its rows
+- `synthpi.bodies`: Simulated trunks with a dozen organs, as MRI or CT shows them: volumes in which every voxel's place and organ are known
 - `synthpi.cache`: Files named by what they were made from, each with its own checksum, and a table that says where they come from
 - `synthpi.checkpoints`: Files that a run can be taken up from, or that are not there at all
 - `synthpi.cli`: The study from a terminal: on simulated tiles, and on your own
 - `synthpi.containers`: Arrays and outlines become, once, a plain folder of images that every command reads
 - `synthpi.core`: Seeds, pictures and files: the small things that every other notebook uses
+- `synthpi.crops`: Random crops for training and grids of crops for inference, each with its centre in millimetres
 - `synthpi.data`: Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
+- `synthpi.distance`: Position as privileged information: embeddings as far apart as the crops they came from
 - `synthpi.evaluate`: Frozen features, a linear probe, intervals over patients, and the rank of a representation
 - `synthpi.explain`: Where in the image an encoder looks, and how it arranges a data set
 - `synthpi.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
 - `synthpi.foreign`: Which published network a file of weights belongs to, read from its names and shapes
 - `synthpi.generator_run`: Pairs, or two unpaired folders, to a generator that was judged on patients it has not seen
 - `synthpi.generators`: One calling convention for everything that supplies a privileged image
+- `synthpi.geometry`: Distances between crops: which pairs, how far, and how well embeddings follow
 - `synthpi.kid`: How far a set of synthetic images is from the set of true ones, and what looks at them
 - `synthpi.losses`: VICReg, Barlow Twins and SimCLR for two or more branches, on one device or on many
 - `synthpi.memory`: What a training step will hold, before there is a device to hold it
@@ -43,6 +47,8 @@ Modules:
 - `synthpi.trainer`: One small loop: resumable, watched, with a history to plot
 - `synthpi.translation`: Training a generator on a small set of images, paired or not
 - `synthpi.views`: From a record to the augmented images that enter the branches
+- `synthpi.volume_sets`: Folders of volumes in their published layouts become records; subjects are split once, in a file that moves with the data
+- `synthpi.volumes`: Scans are decoded, oriented, resampled and normalised once; afterwards they are arrays on disk that know where in the body they lie
 - `synthpi.watch`: What a run looks like while it learns: collapse, and the history"""
 
 from importlib.metadata import PackageNotFoundError, version as _version

@@ -182,7 +182,7 @@ def _prepare(record, root, out, s):
     except (ValueError, FileNotFoundError) as error: return record["name"], False, str(error)
     return record["name"], True, None
 
-# %% ../nbs/07_volumes.ipynb #9a0a3fdf
+# %% ../nbs/07_volumes.ipynb #5d16669e
 def prepare_volumes(
     source:str|Path|Sequence[dict], # Folder of volumes (see `find_volumes`), table (see `read_manifest`), or records
     out:str|Path, # Folder of the store; what is there already is kept, and taken if it fits
@@ -196,7 +196,7 @@ def prepare_volumes(
     sequence:str|int|None=None, # Which sequence, see `find_volumes`
     root:str|Path|None=None, # What the paths of records are relative to; None is the folder, the table's folder, or here
     workers:int=0, # Processes; 0 prepares in this one. With more, a script needs `if __name__ == "__main__":`
-)->"VolumeStore":
+): # The `VolumeStore` in that folder
     "Volumes on disk, decoded, oriented, resampled and normalised once; `ValueError` with all reasons when some cannot be."
     if isinstance(source, (str, Path)):
         source = Path(source)

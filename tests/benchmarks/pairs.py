@@ -90,7 +90,7 @@ def run(
     seed:int=0, # Of the tiles and the weights
 )->dict: # JSON-ready: ratios, images per second, machine
     "Every network, precision and way of running it."
-    s = {"quick": dict(size=32, tiles=8, batch=4, rounds=2), "cpu": dict(size=224, tiles=32, batch=8, rounds=6), "cuda": dict(size=256, tiles=2048, batch=64, rounds=3)}["quick" if quick else device] | {"seed": seed}
+    s = {"quick": dict(size=32, tiles=8, batch=4, rounds=2), "cpu": dict(size=224, tiles=96, batch=8, rounds=4), "cuda": dict(size=256, tiles=2048, batch=64, rounds=3)}["quick" if quick else device] | {"seed": seed}
     kinds = [("U-Net (make_unet(16))", "fp32", False)] if device == "cpu" else [(n, p, c) for n in ("U-Net-256", "ResNet-9") for p in ("fp32", "bf16") for c in (False, True)]
     with tempfile.TemporaryDirectory() as d:
         (Path(d)/"tiles").mkdir()

@@ -4,7 +4,7 @@
 
 Each benchmark is a script that measures beside a named baseline, interleaved in one run, and stores its numbers with the machine, the versions and the date:
 
-    for name in losses loader trainer startup pairs; do OMP_NUM_THREADS=1 python tests/benchmarks/$name.py --out tests/benchmarks/results/$name.json; done
+    for name in losses loader trainer startup pairs volumes; do OMP_NUM_THREADS=1 python tests/benchmarks/$name.py --out tests/benchmarks/results/$name.json; done
     python tests/benchmarks/losses.py --device cuda --out tests/benchmarks/results/losses-cuda.json
     python tests/benchmarks/trainer.py --device cuda --out tests/benchmarks/results/trainer-cuda.json
     python tests/benchmarks/pairs.py --device cuda --out tests/benchmarks/results/pairs-cuda.json
@@ -63,6 +63,17 @@ def loader(r):
         low, high = x["ratio, 10 and 90 %"]
         yield f"| {x['recipe']} | {x['decoded images']} | {x['ratio']:.3f} ({low:.2f} to {high:.2f}) | {x['Views, images per core-second']:.0f}, {x['bare loop, images per core-second']:.0f} |"
 
+def volumes(r):
+    s, m, x = r["setup"], r["memory"], r["results"]
+    yield f"{s['volumes']} volumes ({s['source']}), steps of {s['volumes_per_step']} volumes x {s['crops_per_volume']} crops of {s['size']}^3, {s['rounds']} rounds, one thread, time of the processor; preparing took {r['seconds_to_prepare_a_volume']:.2f} s a volume, once."
+    yield ""
+    yield "| beside | times faster (range over rounds) | goal | crops per second, ours and theirs | times faster from a store of 16 bits |"
+    yield "|---|---|---|---|---|"
+    for name, goal in r["goals"].items():
+        yield f"| {name} | {_range(x['times_faster'][name], 1)} | {goal} | {x['crops_per_second']['sample_crops']:.0f}, {x['crops_per_second'][name]:.0f} | {x['times_faster_16_bits'][name]:.1f} |"
+    yield ""
+    yield f"Memory over {m['steps']} steps and {m['volumes']} volumes ({m['stored_MB']:.0f} MB on disk): {min(m['resident_MB']):.0f} to {max(m['resident_MB']):.0f} MB resident, {m['growth_after_first_tenth_MB']:+.1f} MB after the first tenth."
+
 def pairs(r):
     s = r["setup"]
     yield f"{s['tiles']} tiles of {s['size']} px, batches of {s['batch']}, {s['rounds']} rounds, {r['cores']} cores with a load of {r['load']:.1f}, wall time. Beside {r['baseline']}. Goal: a ratio of {r['goal']} or more."
@@ -80,7 +91,7 @@ def main():
     for path in sorted((HERE/"results").glob("*.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
         e = r["environment"]
-        lines += [f"## {path.stem}", "", *{"losses": losses, "trainer": trainer, "startup": startup, "gpu": gpu, "loader": loader, "pairs": pairs}[r["benchmark"]](r), "",
+        lines += [f"## {path.stem}", "", *{"losses": losses, "trainer": trainer, "startup": startup, "gpu": gpu, "loader": loader, "pairs": pairs, "volumes": volumes}[r["benchmark"]](r), "",
                   f"Measured {r['date'][:10]} on {', '.join(e['gpus']) or e['cpu']}, {r.get('threads', e['threads'])} thread(s), Python {e['python']}, torch {e['packages']['torch']}.", ""]
     missing = [name for name in GPU if not (HERE/"results"/f"{name}.json").exists()]
     if missing: lines += [f"Not measured yet, for want of a GPU: {', '.join(missing)}. The commands are above.", ""]
