@@ -1,10 +1,13 @@
 "A generator from folders, as a user trains it: from the command line, stopped and taken up again, without pairs, with bad input."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +17,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from synthpi.cli import app
+from synthpi.data import image_folder
 from synthpi.generator_run import train_generator
 from synthpi.generators import load_generator
+from synthpi.pairs import cached_privileged
 from synthpi.phantoms import write_tissue
+from synthpi.quality import pair_quality
+from synthpi.synthesise import synthesise
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = dict(um_per_px=.5, width=4, steps=4, crop=32, batch_size=2, evaluate_every=2, device="cpu", progress=False)
@@ -156,3 +163,18 @@ def test_what_cannot_be_judged_is_told_and_the_generator_is_kept(folder, tmp_pat
     assert made.quality is None and json.loads((tmp_path/"g"/"results.json").read_text())["quality"] == {"not_judged": "no measure fits"}
     assert "no measure fits" in (tmp_path/"g"/"report.html").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="less than 32 pixels"): train_generator(copy(folder/"pairs", tmp_path/"small", lambda image, side: image.resize((24, 24))), tmp_path/"h", **SMALL)
+
+REAL = Path(__file__).parents[2]/"shared"/"data"
+
+@pytest.mark.skipif(not (REAL/"he_nuclei_pairs").exists() or not (REAL/"tissue").exists(), reason="the real pairs and tiles (shared/data beside the repository) are not here")
+def test_real_pairs_to_a_generator_and_real_tiles_to_pairs(tmp_path):
+    "A short training on MoNuSeg (all of it as nuclei would give 0.4), then some tiles of LC25000, twice"
+    made = train_generator(REAL/"he_nuclei_pairs", tmp_path/"g", um_per_px=.5, width=8, steps=50, batch_size=8, crop=64, test=.3, evaluate_every=25, device="cpu", progress=False, licence="CC BY-NC-SA 4.0")
+    assert made.generator.about["dice_validation"] > .55 and made.quality.table.loc["dice", "low"] > .5 and made.quality.scores["group"].nunique() == 9
+    (tmp_path/"tiles").mkdir()
+    for f in sorted((REAL/"tissue"/"test").glob("*/*.jpg"))[::20]: shutil.copy(f, tmp_path/"tiles")
+    first, second = (synthesise(tmp_path/"tiles", tmp_path/"g"/"generator.safetensors", tmp_path/"p", um_per_px=.5, batch_size=4, device="cpu", progress=False) for _ in range(2))
+    assert first.made == first.n >= 10 and (second.made, second.rebuilt) == (0, 0)
+    with warnings.catch_warnings(action="ignore"): tiles = cached_privileged(image_folder(tmp_path/"tiles"), tmp_path/"p")
+    quality = pair_quality(tiles, kind="mask", um_per_px=.5)
+    assert quality.table.loc["nuclear_stain", "mean"] > .3 and not quality.collapsed
