@@ -25,7 +25,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/15_cli.ipynb #2aa8c145
+# %% ../nbs/15_cli.ipynb #c718a8e4
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Train medical-image encoders with synthetic privileged information, and see whether it helped.")
 
@@ -189,13 +189,11 @@ def generator(
     "Train a generator on a small set, and judge it on patients that it has not seen."
     from synthpi.generator_run import tested_on, train_generator
     _share_cores(0)
-    try: scale = float(um_per_px) if um_per_px not in (None, "unknown") else um_per_px
-    except ValueError: raise ValueError(f"--um-per-px {um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x, or unknown.") from None
-    made = train_generator(pairs, out, objective, privileged=privileged, um_per_px=scale, kind=kind, width=width, options=_options(option), steps=steps, minutes=minutes, batch_size=batch_size, crop=crop, lr=lr,
+    made = train_generator(pairs, out, objective, privileged=privileged, um_per_px=_scale(um_per_px, "unknown"), kind=kind, width=width, options=_options(option), steps=steps, minutes=minutes, batch_size=batch_size, crop=crop, lr=lr,
                            val=val, test=test, patience=patience, evaluate_every=evaluate_every, group_column=group_column, licence=licence, on_bad=on_bad, seed=seed, precision=precision, overwrite=overwrite,
                            device=device, command=_command())
     if made.interrupted: raise KeyboardInterrupt
-    if made.quality is not None: typer.echo(f"\nOn {tested_on('group' in made.quality.scores and 'no group is known' not in made.quality.notes[0])}:\n{made.quality}")
+    if made.quality is not None: typer.echo(f"\nOn {tested_on(made.patients_known)}:\n{made.quality}")
     typer.echo(f"\nGenerator: {out/'generator.safetensors'}\nReport: {out/'report.html'}\nNext: " + shlex.join(["synthpi", "pairs", "--tiles", "TILES", "--um-per-px", "UM" if made.generator.um_per_px else "same",
                                                                                                        "--generator", str(out/"generator.safetensors"), "--out", "PAIRS"]))
 
@@ -220,9 +218,7 @@ def pairs(
     _start_the_others()
     from synthpi.synthesise import synthesise
     _share_cores(0)
-    try: scale = float(um_per_px) if um_per_px not in (None, "same") else um_per_px
-    except ValueError: raise ValueError(f"--um-per-px {um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x, or same.") from None
-    made = synthesise(tiles, generator, out, um_per_px=scale, generator_um_per_px=generator_um_per_px, batch_size=batch_size, device=device, on_bad=on_bad, preview=preview, licence=licence,
+    made = synthesise(tiles, generator, out, um_per_px=_scale(um_per_px, "same"), generator_um_per_px=generator_um_per_px, batch_size=batch_size, device=device, on_bad=on_bad, preview=preview, licence=licence,
                       generator_licence=generator_licence, generator_options=_options(option), overwrite=overwrite, command=_command())
     _leave_group()
     if made.interrupted: raise KeyboardInterrupt
@@ -242,6 +238,12 @@ def convert(
     "Read a published set in its own layout and write it as a plain folder of tiles or of pairs."
     from synthpi.presets import read_preset
     read_preset(name, folder, out, **_options(option))
+
+def _scale(text, word):
+    "Micrometres per pixel, the word that stands for them, or nothing"
+    if text in (None, word): return text
+    try: return float(text)
+    except ValueError: raise ValueError(f"--um-per-px {text} arrived; expected micrometres per pixel, for example 0.5 at 20x, or {word}.") from None
 
 def _options(texts):
     "NAME=VALUE, where the value is JSON, or else text"

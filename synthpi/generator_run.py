@@ -16,7 +16,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/generator_run.html.md"""
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Made', 'read_training_images', 'train_generator', 'tested_on']
 
-# %% ../nbs/14_generator_run.ipynb #13bd0101
+# %% ../nbs/14_generator_run.ipynb #57e600fe
 import inspect
 import json
 import shutil
@@ -32,17 +32,17 @@ from datasets import Dataset, Image as ImageFeature
 from filelock import FileLock, Timeout
 
 import synthpi
-from .core import atomic_path, claim_folder, environment, seed_for, show_images, to_rgb, write_json
+from .core import atomic_path, claim_folder, environment, seed_for, show_images, write_json
 from .data import assert_disjoint, check_images, image_folder, pair_folders
 from .generators import NETWORKS, ModuleGenerator, fingerprint, load_generator, save_generator
-from .objectives import CUT, CycleGAN, Objective, Pix2Pix, Regression, read_mask
+from .objectives import CUT, CycleGAN, Objective, Pix2Pix, Regression
 from .quality import Quality, pair_quality, worst_pairs
 from .report import Report
 from .trainer import make_accelerator
-from .translation import check_training, fit_generator, hold_out, kind_of
+from .translation import check_training, fit_generator, hold_out, kind_of, read_examples, translate_records
 from .watch import plot_history
 
-# %% ../nbs/14_generator_run.ipynb #d9b540ab
+# %% ../nbs/14_generator_run.ipynb #3b90e276
 OBJECTIVES = {"regression": Regression, "pix2pix": Pix2Pix, "cyclegan": CycleGAN, "cut": CUT}       # by their names on the command line
 _SETTINGS = {"regression": dict(lr=5e-3, batch_size=16), "pix2pix": dict(lr=1e-3, batch_size=8), "cyclegan": dict(lr=5e-4, batch_size=4), "cut": dict(lr=5e-4, batch_size=4)}
 
@@ -51,6 +51,7 @@ class Made(NamedTuple):
     generator:ModuleGenerator|None # None after an interrupt
     quality:Quality|None # On the test images; None without pairs to test on, or after an interrupt
     folder:Path # With generator.safetensors, report.html, results.json, samples, history.csv
+    patients_known:bool=False # Whether the test images are of patients that were not trained on, and not just other images
     interrupted:bool=False # By Ctrl-C: the same call goes on
 
 def read_training_images(
@@ -66,7 +67,7 @@ def read_training_images(
     if same := sorted(files(pairs, x) & files(privileged, y)): raise ValueError(f"{len(same)} files are in both folders ({same[0].name}); expected primary images in one and privileged ones in the other.")
     return x, y.rename_column("primary", "privileged")
 
-# %% ../nbs/14_generator_run.ipynb #ebf462ba
+# %% ../nbs/14_generator_run.ipynb #67aeff8f
 _FILES = ("generator.safetensors", "results.json", "report.html", "figures", "samples", "history.csv", "run.json", "checkpoints", "test")
 
 def train_generator(
@@ -118,7 +119,6 @@ def train_generator(
         if text := sorted(k for k, v in (options or {}).items() if isinstance(v, str) and k not in ("network", "criterion")): raise ValueError(f"option {text[0]}={options[text[0]]!r} arrived; expected a number.")
         objective = OBJECTIVES[objective](kind or kind_of((x if y is None else y)["privileged"]), width, **(options or {}))
     aim, kind = objective, objective.kind
-    if y is not None and aim.paired: raise ValueError(f"two folders without pairs arrived, and {type(aim).__name__} learns from pairs: use cyclegan or cut.")
     suits = _SETTINGS.get(aim.name, {})
     batch_size, lr = batch_size or suits.get("batch_size", 8), suits.get("lr") if lr is None else lr
     check_training(crop, batch_size, lr, evaluate_every, patience)
@@ -126,7 +126,7 @@ def train_generator(
     provenance = Path(pairs)/"provenance.json"
     if licence is None and provenance.is_file(): licence = json.loads(provenance.read_text(encoding="utf-8")).get("licence")
     known = all(any(g != p for g, p in zip(d["group"], d["path"])) for d in (x, y) if d is not None)           # without a table each image is its own group
-    tested, rest, splits = [], x, list(x["split"]) if y is None and "split" in x.column_names else []
+    tested, splits = [], list(x["split"]) if y is None and "split" in x.column_names else []
     if any(splits):                                       # the set says what is for what
         assert_disjoint(x)
         part = {s: sorted({g for g, t in zip(x["group"], splits) if t == s}) for s in ("train", "val", "test")}
@@ -136,25 +136,25 @@ def train_generator(
         if len(set(x["group"])) < 4: raise ValueError(f"pairs of {len(set(x['group']))} groups arrived; expected at least 4, to train on, to choose by and to test on: give test=0 (--test 0) to leave the test out.")
         tested = sorted(hold_out(x["group"], test, seed_for(seed, "generator test")))
     kept = set(tested)
-    if tested: rest = x.select([i for i, g in enumerate(x["group"]) if g not in kept])
+    rest, tests = (x.select([i for i, g in enumerate(x["group"]) if (g in kept) is inside]) for inside in (False, True))
     accelerator = make_accelerator(precision, cpu=device == "cpu")
     if accelerator.num_processes > 1: raise ValueError(f"{accelerator.num_processes} processes arrived; expected one: a generator is small, and fit_generator is what trains on several devices.")
-    for d in (rest, y):
-        if d is not None and isinstance(val, (int, float)): hold_out(d["group"], val, seed)
-    if tested and (few := sum(g in kept for g in x["group"])) < 2: raise ValueError(f"{few} pair is kept for the test; expected at least 2: give a larger test (--test), or test=0 for none.")
-    if tested and min(min(r["primary"].size) for r in x.select([i for i, g in enumerate(x["group"]) if g in kept])) < 32: raise ValueError("images of less than 32 pixels arrived to test on; expected at least 32, which the measures need: give test=0 (--test 0) to leave the test out.")
-    if aim.kind == "mask": [read_mask(image) for image in (x if y is None else y)["privileged"]]
+    examples = read_examples(rest, aim, um_per_px, val, seed, y)
+    if tested and len(tests) < 2: raise ValueError(f"{len(tests)} pair is kept for the test; expected at least 2: give a larger test (--test), or test=0 for none.")
+    for r in tests:
+        aim.target(r["privileged"])                                                # a mask that cannot be read is told before the training
+        if min(r["primary"].size) < 32: raise ValueError("images of less than 32 pixels arrived to test on; expected at least 32, which the measures need: give test=0 (--test 0) to leave the test out.")
     aim.model(crop)                                                                # what cannot be built is told before anything is written
     names = lambda ds: None if ds is None else fingerprint(sorted(zip((Path(p).name for p in ds["path"]), ds["group"])), [_content(ds)])
     settings = dict(objective=aim.name, objective_settings=aim.settings, um_per_px=um_per_px, steps=steps, minutes=minutes, batch_size=batch_size, crop=crop, lr=lr, val=val, test=test, patience=patience,
                     evaluate_every=evaluate_every, licence=licence, seed=seed, precision=precision)
     claim_folder(out, {"synthpi": synthpi.__version__, "images": names(x), "privileged": names(y), **settings}, overwrite, [f for f in (pairs, privileged) if f and Path(f).is_dir()], writes=_FILES)
-    path, tests, progress = out/"generator.safetensors", x.select([i for i, g in enumerate(x["group"]) if g in kept]), "generator" if progress else None
+    path, progress = out/"generator.safetensors", "generator" if progress else None
     try:
         with FileLock(out/".lock", timeout=0):
             write_json(out/"run.json", {"command": command, "arguments": settings, "images": len(x), "test_groups": tested, "environment": environment()})
             if not path.exists():
-                made = fit_generator(rest, aim, um_per_px, steps, batch_size, crop, lr, val, seed, out, accelerator, progress=progress, other=y, minutes=minutes, evaluate_every=evaluate_every,
+                made = fit_generator(examples, aim, None, steps, batch_size, crop, lr, seed=seed, run_dir=out, accelerator=accelerator, progress=progress, minutes=minutes, evaluate_every=evaluate_every,
                                      patience=patience, licence=licence)
                 save_generator(made, path, **made.about)
                 shutil.rmtree(out/"checkpoints", ignore_errors=True)         # finished: the generator file holds what is kept
@@ -164,8 +164,8 @@ def train_generator(
             write_json(out/"results.json", {"schema": 1, "command": command, "generator": {"key": generator.key, "name": generator.name, "um_per_px": generator.um_per_px, "licence": generator.licence, **generator.about},
                                             "test_groups": tested, "patients_known": known, "quality": quality.record() if quality else {"not_judged": why}, "environment": environment()})
     except Timeout: raise ValueError(f"another training is running in {out}: wait for it, or choose another folder.") from None
-    except KeyboardInterrupt: return Made(None, None, out, True)
-    return Made(generator, quality, out)
+    except KeyboardInterrupt: return Made(None, None, out, interrupted=True)
+    return Made(generator, quality, out, known)
 
 def _content(ds):
     "A hash of the stored bytes of all images"
@@ -176,12 +176,8 @@ def _content(ds):
 
 def _judge(generator, ds, known, seed):
     "The quality on test records, at most 500 of them, and the records; or why there is none"
-    kind, out = "mask" if "mask" in generator.name.split("_") else "image", []
-    for r in ds.select(range(0, len(ds), -(-len(ds)//500))):
-        x = torch.from_numpy(to_rgb(r["primary"])).permute(2, 0, 1)[None].float()/255
-        made = (generator.translate(x)[0].permute(1, 2, 0).cpu().numpy()*255).round().astype(np.uint8)
-        true = np.repeat(np.uint8(read_mask(r["privileged"]))[..., None]*255, 3, 2) if kind == "mask" else to_rgb(r["privileged"])
-        out.append({"primary": r["primary"], "privileged": made, "true": true} | ({"group": r["group"]} if known else {}))
+    kind = generator.about["objective_settings"]["kind"]
+    out = [r if known else {k: v for k, v in r.items() if k != "group"} for r in translate_records(generator, ds.select(range(0, len(ds), -(-len(ds)//500))), kind)]
     try: return pair_quality(out, true="true", kind=kind, um_per_px=generator.um_per_px, seed=seed), out, None
     except ValueError as error: return None, out, str(error)                       # told in the report; a training does not end here
 

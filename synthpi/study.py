@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/study.html.md"""
 # %% auto #0
 __all__ = ['tissue_study', 'summarise']
 
-# %% ../nbs/14_study.ipynb #d9b4233f
+# %% ../nbs/14_study.ipynb #65198d91
 import json
 import shutil
 import sys
@@ -25,19 +25,18 @@ from tqdm.auto import tqdm
 
 import synthpi
 from .arms import ARMS, SETTINGS, add_controls, train_arm, untrained_encoder
-from .core import claim_folder, environment, to_rgb, write_json
+from .core import claim_folder, environment, write_json
 from .data import check_images, image_folder, pair_folders
 from .evaluate import colour_histogram, error_reduction, interval, rankme, score_intervals, scores
 from .generators import StainGenerator, fingerprint, load_generator, save_generator
 from .models import ENCODERS, save_encoder
-from .objectives import read_mask
 from .pairs import add_privileged, cut_pairs, refuse_overlap
 from .quality import pair_quality
 from .tileset import TileSet, choose_hard_pair, features_of, load_tiles, score_run
 from .tissue_report import write_report
-from .translation import fit_generator
+from .translation import fit_generator, translate_records
 
-# %% ../nbs/14_study.ipynb #aa23436e
+# %% ../nbs/14_study.ipynb #4b36acae
 _UNET_COST = 12.     # seconds that a U-Net needs for a pixel, in units of what resnet10_narrow needs for one; only the progress bar uses it
 
 class _Progress:
@@ -224,11 +223,7 @@ def _judge(made, train, real, um):
     held = set(about.get("validation_groups", ())) if real else set()
     rows = [i for i, g in enumerate(real["group"][:]) if g in held] if held else []
     if not rows: return found
-    pairs = []
-    for r in (real[i] for i in rows[::-(-len(rows)//_JUDGED)]):
-        image, true = to_rgb(r["primary"]), to_rgb(r["privileged"])
-        x = torch.from_numpy(image).permute(2, 0, 1)[None].float()/255
-        pairs.append({"primary": image, "privileged": made.translate(x)[0].permute(1, 2, 0).cpu().numpy(), "true": np.repeat(np.uint8(read_mask(r["privileged"]))[..., None]*255, 3, 2) if kind == "mask" else true, "group": r["group"]})
+    pairs = translate_records(made, (real[i] for i in rows[::-(-len(rows)//_JUDGED)]), kind)
     return found | {"pairs": judge(pairs, true="true", um_per_px=um["pairs"])}
 
 def _dir(out, name, setting, seed): return Path(out)/"runs"/"-".join(filter(None, [name, setting, f"seed{seed}"]))

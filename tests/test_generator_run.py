@@ -155,6 +155,7 @@ def test_masks_of_classes_are_told_and_no_masks_are_refused(folder, tmp_path):
     one = sorted((mixed/"privileged").iterdir())[3]
     Image.open(one).convert("RGB").save(one)
     with pytest.raises(ValueError, match="some privileged images have one channel and others several"): train_generator(mixed, tmp_path/"e", **SMALL)
+    assert not (tmp_path/"d").exists() and not (tmp_path/"e").exists()
 
 def test_what_cannot_be_judged_is_told_and_the_generator_is_kept(folder, tmp_path, monkeypatch):
     def fail(*a, **k): raise ValueError("no measure fits")
