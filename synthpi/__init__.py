@@ -11,25 +11,36 @@ Modules:
 - `synthpi.cache`: Files named by what they were made from, each with its own checksum, and a table that says where they come from
 - `synthpi.checkpoints`: Files that a run can be taken up from, or that are not there at all
 - `synthpi.cli`: The study from a terminal: on simulated tiles, and on your own
+- `synthpi.cli_volumes`: Where in the body is this crop? The study of volumes from a terminal
+- `synthpi.comparisons`: Is one arm better than another? Tests over folds, over answers and over subjects, and many of them at once
 - `synthpi.containers`: Arrays and outlines become, once, a plain folder of images that every command reads
 - `synthpi.core`: Seeds, pictures and files: the small things that every other notebook uses
+- `synthpi.crop_lists`: The crops on which every encoder is scored: drawn once from a seed, written by the volumes' names
 - `synthpi.crops`: Random crops for training and grids of crops for inference, each with its centre in millimetres
+- `synthpi.crossval`: Grouped folds, an inner choice of C, and intervals in which subjects are drawn again
 - `synthpi.data`: Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
 - `synthpi.distance`: Position as privileged information: embeddings as far apart as the crops they came from
 - `synthpi.evaluate`: Frozen features, a linear probe, intervals over patients, and the rank of a representation
 - `synthpi.explain`: Where in the image an encoder looks, and how it arranges a data set
+- `synthpi.explore`: A volume to slide through and to click on, with the crops that an encoder finds most alike in other subjects
+- `synthpi.explore_map`: Click a point of an embedding map: its image, its synthetic partner, its saliency, its nearest neighbours
 - `synthpi.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
 - `synthpi.foreign`: Which published network a file of weights belongs to, read from its names and shapes
 - `synthpi.generator_run`: Pairs, or two unpaired folders, to a generator that was judged on patients it has not seen
 - `synthpi.generators`: One calling convention for everything that supplies a privileged image
 - `synthpi.geometry`: Distances between crops: which pairs, how far, and how well embeddings follow
 - `synthpi.kid`: How far a set of synthetic images is from the set of true ones, and what looks at them
+- `synthpi.logistic`: All folds, all values of C and all targets solved at once, to scikit-learn's optimum
 - `synthpi.losses`: VICReg, Barlow Twins and SimCLR for two or more branches, on one device or on many
 - `synthpi.memory`: What a training step will hold, before there is a device to hold it
 - `synthpi.models`: Encoders, projectors, branch layouts, and encoder files
+- `synthpi.neighbours`: A probe without training: the label of the nearest training features
 - `synthpi.objectives`: What a generator learns from: pairs, or two sets that are not paired
 - `synthpi.pairs`: The synthesised privileged column: made once, checked, and with a history
+- `synthpi.patches`: A grid of crops through a frozen encoder into one Parquet file, and what a probe reads out of it
 - `synthpi.phantoms`: Simulated H&E tissue: nine classes, exact nuclear masks, patients, and a second set that looks different
+- `synthpi.position_maps`: What an encoder of crops knows of where they were: errors of distances, maps coloured by millimetres, AUC by fold and by region
+- `synthpi.positions`: How well frozen features say where a crop was, and what position alone says about its label
 - `synthpi.presets`: PanNuke, MoNuSeg, BCI, immunofluorescence pairs, NCT-CRC-HE and PatchCamelyon, each read in its published layout
 - `synthpi.pretrain`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
 - `synthpi.quality`: Is the synthetic image the second image of *this* tissue? Measures with and without true pairs, each shown to fall on damage
@@ -41,6 +52,7 @@ Modules:
 - `synthpi.steps`: What one training step does, and a large batch on a small GPU
 - `synthpi.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
 - `synthpi.synthesise`: A folder of tiles and a generator to a cache of pairs, with a look at the first ones before the rest is made
+- `synthpi.terminal`: What all commands share: how errors are told, how cores are shared, how several processes start
 - `synthpi.tileset`: The tiles of a study: read, split, guarded, and scored by one probe
 - `synthpi.tiling`: Overlapping tiles, blended: the same image in whatever order the tiles come, with seams weaker than the generator's own noise
 - `synthpi.tissue_report`: What a study found, as one page that a person likes to read

@@ -10,9 +10,9 @@ Docs: https://synthpi.github.io/synthpi/nbs/core.html.md"""
 
 # %% auto #0
 __all__ = ['seed_for', 'set_seed', 'random_states', 'set_random_states', 'to_rgb', 'show_images', 'atomic_path', 'write_json',
-           'tensor_bytes', 'write_safetensors', 'read_safetensors', 'claim_folder', 'environment']
+           'tensor_bytes', 'write_safetensors', 'read_safetensors', 'claim_folder', 'Progress', 'environment']
 
-# %% ../nbs/00_core.ipynb #0be69b5f
+# %% ../nbs/00_core.ipynb #dc6cf0a7
 import contextlib
 import hashlib
 import importlib.metadata
@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 # %% ../nbs/00_core.ipynb #a1643933
 def seed_for(
@@ -234,6 +236,38 @@ def claim_folder(
         elif target.exists(): target.unlink()
     write_json(out/"study.json", identity)
     return False
+
+# %% ../nbs/00_core.ipynb #875b3d94
+class Progress:
+    "One bar over a whole study, in units of work, so that its estimate is for the whole."
+    def __init__(self,
+        total:float, # Units of work
+        show:bool=True, # False: nothing is written but what `say` says
+    ): self.bar = tqdm(total=max(1, round(total)), disable=not show, smoothing=.05, mininterval=1 if sys.stderr.isatty() else 15, file=sys.stderr,
+                       bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} so far, about {remaining} to go")
+
+    def stage(self,
+        text:str, # What begins
+    )->None:
+        "Name what is being done."
+        self.bar.set_description_str(f"{text:<44}", refresh=False)
+
+    def work(self,
+        amount:float, # Units that were done
+    )->None:
+        "Move the bar, never beyond its end."
+        self.bar.update(min(amount, max(0, self.bar.total - self.bar.n)))
+
+    def say(self,
+        text:str, # A line that stays
+    )->None:
+        "Write a line above the bar."
+        self.bar.write(text, file=sys.stderr)
+
+    def close(self)->None:
+        "Fill the bar and leave it."
+        self.work(self.bar.total)
+        self.bar.close()
 
 # %% ../nbs/00_core.ipynb #dc5237f6
 def environment(

@@ -68,7 +68,7 @@ def crops_at(
     if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all(): raise ValueError(f"points of shape {points.shape} arrived; expected finite (K, 3), in mm.")
     return _batch(store, [(volume, np.rint(store.voxel(volume, points) - (sides - 1)/2).astype(int))], sides, "world_mm", labels)
 
-# %% ../nbs/07_crops.ipynb #88a121c5
+# %% ../nbs/07_crops.ipynb #6fa698fe
 def _starts(rng, store, i, n, sides, foreground):
     "Where random crops of a volume start, (n, 3)"
     room = store.items[i]["shape"] - sides
@@ -93,7 +93,7 @@ def sample_crops(
     frame:str="world_mm", # What `center_mm` is counted in; in the frames `box` and `voxel_local` it is not in mm, see `VolumeStore.position`
     foreground:bool=True, # Draw from tissue; else anywhere
     labels:bool=False, # Give the labels as well, `label` (K, X, Y, Z)
-)->dict: # `crop` (K, 1, X, Y, Z) float32 in [0, 1], `center_mm` (K, 3) float32, `volume_id` (K,) int64; K = V*n_crops, volume by volume
+)->dict: # `crop` (K, 1, X, Y, Z) float32 in [0, 1], `center_mm` (K, 3) float32, and (K,) int64: `volume_id`, `epoch`, `index` in its volume; K = V*n_crops, volume by volume
     "Random crops of some volumes, and where they were."
     sides = _sides(size)
     epochs = [epoch]*len(volumes) if np.ndim(epoch) == 0 else list(epoch)
@@ -102,7 +102,8 @@ def sample_crops(
     for i, e in zip(map(int, volumes), map(int, epochs)):
         if not 0 <= i < len(store): raise IndexError(f"volume {i} of {len(store)}")
         cuts.append((i, _starts(np.random.default_rng(seed_for(seed, "crops", e, store.names[i])), store, i, n_crops, sides, foreground)))
-    return _batch(store, cuts, sides, frame, labels)
+    index = torch.arange(len(cuts)*n_crops)
+    return {**_batch(store, cuts, sides, frame, labels), "epoch": torch.tensor(epochs).repeat_interleave(n_crops), "index": index % n_crops}
 
 # %% ../nbs/07_crops.ipynb #0c2a29ef
 class CropBatches:

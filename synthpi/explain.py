@@ -170,7 +170,7 @@ def saliency_grid(
     plt.close(fig)
     return fig
 
-# %% ../nbs/13_explain.ipynb #d8345174
+# %% ../nbs/13_explain.ipynb #ab4a1ded
 def embedding_map(
     h:np.ndarray|Tensor, # Representations, `(N, R)`
     seed:int=0, # Makes the layout repeatable on one machine
@@ -187,7 +187,9 @@ def embedding_map(
     params = {"seed": seed, "n_neighbors": min(n_neighbors, n - 1), "min_dist": min_dist, "pca": min(pca, n - 1, h.shape[1])}
     reduced = PCA(params["pca"], random_state=seed).fit_transform(StandardScaler().fit_transform(h.astype(np.float64)))
     layout = umap.UMAP(n_neighbors=params["n_neighbors"], min_dist=min_dist, random_state=seed, n_jobs=1, init="spectral" if n > 20 else "random")
-    coords = layout.fit_transform(reduced)
+    threads = torch.get_num_threads()
+    try: coords = layout.fit_transform(reduced)
+    finally: torch.set_num_threads(threads)         # UMAP's compiler asks OpenMP for all cores, and what torch did next took many times as long where they were busy
     score = trustworthiness(reduced, coords, n_neighbors=min(params["n_neighbors"], (n - 1)//2))
     return {"coords": coords.astype(np.float32), "trustworthiness": float(score), "params": params,
             "versions": {name: importlib.metadata.version(name) for name in ("umap-learn", "scikit-learn", "numpy")}}

@@ -154,7 +154,7 @@ document.querySelectorAll("section").forEach(s => watch.observe(s));
 </script></body></html>
 """
 
-# %% ../nbs/14_report.ipynb #d3e2adcb
+# %% ../nbs/14_report.ipynb #4bbd1829
 class Report:
     "Sections of text, figures and tables, saved as one self-contained HTML page."
     def __init__(self,
@@ -219,6 +219,19 @@ class Report:
         head = [(str(name), all(cell["number"] for cell in column)) for name, column in zip(frame.columns, columns)]
         self.n_tables += 1
         return self._add(kind="table", number=self.n_tables, head=head, rows=list(zip(*columns)), caption=_inline(caption))
+
+    def record(self,
+        results:dict, # As in results.json: `command`, `seeds`, `data` with `fingerprint`, `environment`
+        text:str, # What the folder of the report holds
+        more:dict|None=None, # Further rows
+    )->"Report":
+        "Add the section that says how to make the run again."
+        e = results["environment"]
+        rows = {"command": results["command"] or "called from Python", "seeds": ", ".join(map(str, results["seeds"])), "data fingerprint": results["data"]["fingerprint"], **(more or {}),
+                "machine": f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads; GPU: {', '.join(e['gpus']) or 'none'}", "Python, system": f"{e['python']}, {e['system']}",
+                **{k: v or "not installed" for k, v in e["packages"].items()}}
+        self.section("How to make it again", text)
+        return self.table(pd.DataFrame({"what": rows.keys(), "value": rows.values()}).set_index("what"), "Environment of the run.")
 
     def save(self,
         folder:str|Path, # Made if missing

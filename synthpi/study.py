@@ -11,21 +11,19 @@ Docs: https://synthpi.github.io/synthpi/nbs/study.html.md"""
 # %% auto #0
 __all__ = ['tissue_study', 'summarise']
 
-# %% ../nbs/14_study.ipynb #65198d91
+# %% ../nbs/14_study.ipynb #9df4afdc
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 import synthpi
 from .arms import ARMS, SETTINGS, add_controls, train_arm, untrained_encoder
-from .core import claim_folder, environment, write_json
+from .core import Progress, claim_folder, environment, write_json
 from .data import check_images, image_folder, pair_folders
 from .evaluate import colour_histogram, error_reduction, interval, rankme, score_intervals, scores
 from .generators import StainGenerator, fingerprint, load_generator, save_generator
@@ -36,16 +34,8 @@ from .tileset import TileSet, choose_hard_pair, features_of, load_tiles, score_r
 from .tissue_report import write_report
 from .translation import fit_generator, translate_records
 
-# %% ../nbs/14_study.ipynb #4b36acae
+# %% ../nbs/14_study.ipynb #2f7a49b8
 _UNET_COST = 12.     # seconds that a U-Net needs for a pixel, in units of what resnet10_narrow needs for one; only the progress bar uses it
-
-class _Progress:
-    "One bar over the whole study, in units of work, so that its estimate is for the whole."
-    def __init__(self, total, show): self.bar = tqdm(total=round(total), disable=not show, smoothing=.05, mininterval=1 if sys.stderr.isatty() else 15, file=sys.stderr,
-                                                     bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} so far, about {remaining} to go")
-    def stage(self, text): self.bar.set_description_str(f"{text:<44}", refresh=False)
-    def work(self, amount): self.bar.update(min(amount, max(0, self.bar.total - self.bar.n)))
-    def say(self, text): self.bar.write(text, file=sys.stderr)
 
 def tissue_study(
     tiles:str|Path, # Folder or manifest of tiles, see `image_folder`
@@ -120,7 +110,7 @@ def tissue_study(
     both = ("siamese_unprivileged", "trident")
     planned = sum(cost(n)*(.5 if _trained(n) and not all_settings and n not in both and "siamese_unprivileged" in names else 1) for n, s, k in runs if not _finished(out, n, s, k))
     generator_cost = 0 if generator or not need_synthetic or (out/"generator.safetensors").exists() else generator_steps*16*(generator_crop/64)**2*_UNET_COST
-    bar = _Progress(planned*1.12 + generator_cost, progress)
+    bar = Progress(planned*1.12 + generator_cost, progress)
     if again: bar.say(f"{out} holds this study: going on with what is there ({sum(_finished(out, *r) for r in runs)} of up to {len(runs)} runs are finished).")
 
     made, about, judged = None, {}, {}
@@ -167,7 +157,7 @@ def tissue_study(
     write_json(out/"results.json", results)
     bar.stage("Explaining and reporting")
     write_report(out, results, data, train, judged)
-    bar.work(bar.bar.total); bar.bar.close()
+    bar.close()
     return results
 
 def _trained(name): return bool(ARMS[name].columns)

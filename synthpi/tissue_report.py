@@ -53,7 +53,7 @@ def verdict(
     if best not in ("trident", "siamese_privileged"): said += f" The highest accuracy of all arms is that of `{best}`, {_percent(arms[best]['accuracy'])}."
     return said
 
-# %% ../nbs/14_tissue_report.ipynb #0fdb6ed5
+# %% ../nbs/14_tissue_report.ipynb #d82d32b2
 _LIMITS = """- The tiles stand for the patients and laboratories that they come from, and for no other. Intervals resample the test groups (patients where they are known) and the training seeds; with few of either they are rough, and they do not cover a change of scanner, tissue or disease.
 - A synthetic image is computed from the tile. It adds what the generator learnt from its pairs, not a new measurement: **synthetic images are training aids, not findings**, and nothing here is for clinical use.
 - An arm's augmentation and the probe's regularisation were chosen on the validation split; the test split was predicted once per run.
@@ -209,10 +209,5 @@ def _maps(report, data, encoders, seed):
 
 def _record(report, results):
     report.section("What this does not show", _LIMITS)
-    e = results["environment"]
-    rows = [{"what": "command", "value": results["command"] or "called from Python"}, {"what": "seeds", "value": ", ".join(map(str, results["seeds"]))},
-            {"what": "data fingerprint", "value": results["data"]["fingerprint"]}, {"what": "generator key", "value": (results.get("generator") or {}).get("key", "none")},
-            {"what": "machine", "value": f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads; GPU: {', '.join(e['gpus']) or 'none'}"},
-            {"what": "Python, system", "value": f"{e['python']}, {e['system']}"}, *({"what": k, "value": v or "not installed"} for k, v in e["packages"].items())]
-    report.section("How to make it again", "The folder of this report holds `results.json` with every number, `runs/` with the encoder, history and predictions of every run, and `figures/`.")
-    report.table(pd.DataFrame(rows).set_index("what"), "Environment of the run.")
+    report.record(results, "The folder of this report holds `results.json` with every number, `runs/` with the encoder, history and predictions of every run, and `figures/`.",
+                  {"generator key": (results.get("generator") or {}).get("key", "none")})

@@ -15,11 +15,12 @@ Docs: https://synthpi.github.io/synthpi/nbs/volumes.html.md"""
 # %% auto #0
 __all__ = ['WINDOWS', 'FRAMES', 'read_volume', 'resample', 'foreground', 'prepare_volumes', 'VolumeStore']
 
-# %% ../nbs/07_volumes.ipynb #d025ae51
+# %% ../nbs/07_volumes.ipynb #e0f9c211
 import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -41,7 +42,8 @@ from scipy import ndimage
 from .core import atomic_path, write_json
 from .volume_sets import _some, check_records, find_volumes, read_manifest
 
-# %% ../nbs/07_volumes.ipynb #47934052
+# %% ../nbs/07_volumes.ipynb #87f301a4
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)      # LoadImage builds all of its readers, and one tells for each file that it has no GPU
 _READERS = {(".nii", ".nii.gz"): ("nibabel", "nibabel", NibabelReader, {}), (".nrrd", ".nhdr"): ("nrrd", "pynrrd", NrrdReader, {}), (".mha", ".mhd"): ("itk", "itk", ITKReader, {}),
             (".dcm",): ("pydicom", "pydicom", PydicomReader, {"fname_regex": r"(?i).*\.dcm$"})}
 
@@ -231,8 +233,8 @@ def prepare_volumes(
         write_json(out/"store.json", {"format": _FORMAT, "settings": settings, "made": sum(made for _, made, _ in results), "volumes": [{k: r[k] for k in ("name", "subject", "split")} for r in records]})
     return VolumeStore(out)
 
-# %% ../nbs/07_volumes.ipynb #baea3f00
-FRAMES = ("world_mm", "box", "mm_local", "voxel_local") # Where positions are counted from
+# %% ../nbs/07_volumes.ipynb #04d9314e
+FRAMES = ("world_mm", "mm_centered", "box", "mm_local", "voxel_local") # Where positions are counted from
 
 class VolumeStore:
     "Prepared volumes: `len`, `names`, `subjects`, `splits`, `items` (what is known of each), and their arrays."
@@ -290,6 +292,7 @@ class VolumeStore:
         "Where points of a volume are."
         p, item = np.asarray(voxel, float), self.items[i]
         if frame == "world_mm": return p @ item["affine"][:3, :3].T + item["affine"][:3, 3]
+        if frame == "mm_centered": return (p - (item["box"].sum(0) - 1)/2)*self.spacing_mm(i)
         if frame == "box": return (p - item["box"][0] + .5)/(item["box"][1] - item["box"][0])
         if frame == "voxel_local": return p - item["box"][0]
         if frame == "mm_local": return (p - item["box"][0])*self.spacing_mm(i)

@@ -236,3 +236,9 @@ def test_map_shows_every_class_once_in_the_legend_with_its_own_look():
     assert len(looks) == 15 and "0.88" in fig.axes[1].get_title()
     fig.draw_without_rendering()
     with pytest.raises(ValueError, match="b has 3 points"): plot_map({"b": np.zeros((3, 2))}, labels, ["x"])
+
+def test_a_map_leaves_the_number_of_threads_alone():
+    from synthpi.explain import embedding_map
+    before = torch.get_num_threads()
+    embedding_map(np.random.default_rng(0).normal(size=(40, 8)))
+    assert torch.get_num_threads() == before

@@ -72,11 +72,11 @@ def test_a_micro_batch_changes_nothing_but_memory(folder, tmp_path):
 def test_two_processes_give_the_trace_of_one(folder, tmp_path):
     "BatchNorm, 2 + 2 layers deep, an odd batch (7 rows: 4 and 3), three branches: `accelerate launch` against the same command alone"
     flags = ["pretrain", "--tiles", folder/"tiles", "--pairs-cache", folder/"cache", "--method", "trident", "--steps", "12", "--augment-on", "workers", *FLAGS, "--batch-size", "7"]
-    alone = [sys.executable, "-m", "synthpi", *flags, "--out", tmp_path/"one"]
+    alone = synthpi(*flags[1:], "--out", tmp_path/"one")
+    assert alone.exit_code == 0, alone.output
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "synthpi", *flags, "--out", tmp_path/"two"]
-    for command in (alone, launch):
-        done = subprocess.run([str(c) for c in command], env=ENV, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run([str(c) for c in launch], env=ENV, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (pd.read_csv(tmp_path/n/"history.csv") for n in ("one", "two"))
     assert json.loads((tmp_path/"two"/"run.json").read_text())["processes"] == 2
     assert done.stdout.count("Encoder:") == 1                                # one process speaks
@@ -89,21 +89,19 @@ def test_two_processes_give_the_trace_of_one(folder, tmp_path):
         if "running_mean" in name: torch.testing.assert_close(x, y, rtol=.05, atol=.02, msg=name)
 
 def test_killed_and_resumed_from_the_command_line(folder, tmp_path):
-    command = [sys.executable, "-u", "-m", "synthpi", "pretrain", "--tiles", folder/"tiles", "--steps", "40", "--save-every", "0", "--out", tmp_path/"run", *FLAGS]
-    start = lambda *more: subprocess.Popen([str(c) for c in (*command, *more)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first = start()
-    deadline = time.monotonic() + 90
+    "Killed in a process of its own; refused, resumed and left alone in this one"
+    arguments = ["--tiles", folder/"tiles", "--steps", "40", "--save-every", "0", "--out", tmp_path/"run", *FLAGS]
+    first = subprocess.Popen([str(c) for c in (sys.executable, "-u", "-m", "synthpi", "pretrain", *arguments)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
     while not list(tmp_path.glob("run/checkpoints/step-*.pt")):
         assert first.poll() is None and time.monotonic() < deadline, first.stderr.read()
         time.sleep(.02)
     first.send_signal(signal.SIGKILL); first.wait(30)
     assert not (tmp_path/"run"/"encoder.safetensors").exists()
-    refused = start()
-    _, said = refused.communicate(timeout=90)
-    assert refused.returncode == 2 and "--resume" in said                   # nothing is replaced without being asked
-    resumed = start("--resume")
-    _, said = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, said
+    refused = synthpi(*arguments)
+    assert refused.exit_code == 2 and "--resume" in refused.output           # nothing is replaced without being asked
+    resumed = synthpi(*arguments, "--resume")
+    assert resumed.exit_code == 0, resumed.output
     whole = pretrain(folder/"tiles", tmp_path/"whole", steps=40, **SMALL)
     assert pd.read_csv(tmp_path/"run"/"history.csv").equals(pd.read_csv(tmp_path/"whole"/"history.csv"))
     assert (tmp_path/"run"/"encoder.safetensors").read_bytes() == (tmp_path/"whole"/"encoder.safetensors").read_bytes()

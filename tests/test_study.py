@@ -41,6 +41,11 @@ def source(tmp_path_factory):
 @pytest.fixture
 def data(source, tmp_path): return Path(shutil.copytree(source, tmp_path/"data"))
 
+@pytest.fixture
+def no_report(monkeypatch):
+    "For tests of the numbers alone: the page that is written of them takes longer than the study"
+    monkeypatch.setattr(study_module, "write_report", lambda *a: None)
+
 @pytest.fixture(scope="session")
 def study(source, tmp_path_factory):
     "A study of all arms, controls and two seeds"
@@ -127,7 +132,7 @@ def test_unlabelled_tiles_train_and_skip_the_probe(source, tmp_path):
     assert set(arms) == {"siamese_unprivileged", "siamese_privileged", "trident", "trident_real_pairs"} and "accuracy" not in arms["trident"]
     assert "no labels" in (tmp_path/"out"/"report.html").read_text()
 
-def test_mixed_modes_and_sizes_are_one_kind_of_tile(data, tmp_path):
+def test_mixed_modes_and_sizes_are_one_kind_of_tile(data, tmp_path, no_report):
     files = sorted((data/"tiles"/"train").rglob("*.png"))
     gray = np.array(Image.open(files[0]).convert("L"))
     Image.fromarray(gray.astype(np.uint16)*257).save(files[0])
@@ -249,21 +254,22 @@ def test_a_generator_without_a_scale_is_asked_for_it(source, tmp_path, nothing_i
         with pytest.raises(ValueError, match=words): call(source, tmp_path/"out", generator=file, **given)
     assert not (tmp_path/"out").exists()
 
-def test_arms_without_a_second_image_need_no_scale(source, tmp_path):
+def test_arms_without_a_second_image_need_no_scale(source, tmp_path, no_report):
     assert set(call(source, tmp_path/"out", pairs=source/"pairs", arms=["mean_rgb", "colour_histogram"])["arms"]) == {"mean_rgb", "colour_histogram"}
 
-def test_the_same_scale_and_a_given_one_reach_the_generator(source, tmp_path, recwarn):
+def test_the_same_scale_and_a_given_one_reach_the_generator(source, tmp_path, recwarn, request):
     unknown = scaled(tmp_path/"a.safetensors", None)
     same = call(source, tmp_path/"same", generator=unknown, same_scale=True, arms=["trident"])
     assert same["generator"]["um_per_px"] is None and "nuclei_rank" not in same["pairs"]["quality"]["tiles"]["measures"] and "Nuclei were not counted" in str(same["pairs"]["quality"])
     assert not [w for w in recwarn if "micrometres per pixel" in str(w.message)]
+    request.getfixturevalue("no_report")                         # the page is the same as any other from here on
     with pytest.warns(UserWarning, match="0.75 micrometres per pixel.*at 0.5"):
         other = call(source, tmp_path/"other", generator=unknown, um_per_px_tiles=.75, generator_um_per_px=.5, arms=["trident"])
     assert other["generator"]["um_per_px"] == .5 and "nuclei_rank" in other["pairs"]["quality"]["tiles"]["measures"] and "pairs" not in other["pairs"]["quality"]
     cached = [sorted(p.read_bytes() for p in (tmp_path/k/"cache").rglob("*.png")) for k in ("same", "other")]
     assert len(cached[0]) == len(cached[1]) == 36 and cached[0] != cached[1]
 
-def test_the_scale_of_the_tables_counts(data, tmp_path):
+def test_the_scale_of_the_tables_counts(data, tmp_path, no_report):
     for table, um in ((data/"tiles"/"tiles.csv", .75), (data/"pairs"/"pairs.csv", .5)): pd.read_csv(table).assign(um_per_px=um).to_csv(table, index=False)
     r = call(data, tmp_path/"out", pairs=data/"pairs", arms=["trident", "trident_real_pairs"])
     assert r["generator"]["um_per_px"] == pytest.approx(.5) and "nuclei_rank" in r["pairs"]["quality"]["tiles"]["measures"]
@@ -283,12 +289,17 @@ def test_features_are_worked_out_once():
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the example data are not beside the repository")
 def test_real_tiles_and_pairs(tmp_path):
-    "A few real tiles of each class and split; the columns of the set's own table are understood"
-    table = pd.read_csv(REAL/"tissue"/"tiles.csv").groupby(["split", "class"]).head(6)
+    "A few real tiles of each class and split, and one pair of each second patient; the columns of the sets' own tables are understood"
+    table = pd.read_csv(REAL/"tissue"/"tiles.csv").groupby(["split", "class"]).head(3)
     for p in table["path"]: (tmp_path/"tiles"/p).parent.mkdir(parents=True, exist_ok=True); shutil.copy(REAL/"tissue"/p, tmp_path/"tiles"/p)
     table.to_csv(tmp_path/"tiles"/"tiles.csv", index=False)
-    result = tissue(tmp_path/"tiles", tmp_path/"out", "--pairs", REAL/"he_nuclei_pairs", "--arms", "colour_histogram,trident,trident_real_pairs", "--hard-pair", "lung_aca,lung_scc")
+    pairs = pd.read_csv(REAL/"he_nuclei_pairs"/"pairs.csv").groupby("patient").head(1).iloc[::2]
+    for side in ("image", "privileged"):
+        (tmp_path/"pairs"/side).mkdir(parents=True)
+        for name in pairs["name"]: shutil.copy(next((REAL/"he_nuclei_pairs"/side).glob(f"{name}.*")), tmp_path/"pairs"/side)
+    pairs.to_csv(tmp_path/"pairs"/"pairs.csv", index=False)
+    result = tissue(tmp_path/"tiles", tmp_path/"out", "--pairs", tmp_path/"pairs", "--arms", "colour_histogram,trident,trident_real_pairs", "--hard-pair", "lung_aca,lung_scc")
     assert result.exit_code == 0, result.output
     r = json.loads((tmp_path/"out"/"results.json").read_text())
-    assert r["data"]["groups"]["train"] < r["data"]["tiles"]["train"] == 30 and r["arms"]["trident"]["hard_pair"]["classes"] == ["lung_aca", "lung_scc"]
+    assert r["data"]["groups"]["train"] < r["data"]["tiles"]["train"] == 15 and r["arms"]["trident"]["hard_pair"]["classes"] == ["lung_aca", "lung_scc"]
     assert r["generator"]["validation_groups"] and all(g.startswith("TCGA") for g in r["generator"]["validation_groups"])

@@ -1,5 +1,6 @@
 "The loop: what a killed run leaves behind, what a full disk does, budgets, precision, watches, trackers."
 import errno
+import io
 import os
 import random
 import resource
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -60,20 +62,24 @@ def start(script, folder):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-u", str(script), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
-def test_kill_9_at_a_random_step_changes_nothing(tmp_path):
+def to_the_end(folder, monkeypatch):
+    "The script in this process; the steps that it took"
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "argv", ["run.py", str(folder)])
+    with redirect_stdout(said): exec(RUN + MAIN, {})
+    return [int(line) for line in said.getvalue().split()]
+
+def test_kill_9_at_a_random_step_changes_nothing(tmp_path, monkeypatch):
+    "Killed in a process of its own; left alone and taken up again in this one"
     script, kill_at = tmp_path/"run.py", random.SystemRandom().randrange(3, STEPS - 3)
     script.write_text(RUN + MAIN)
-    whole = start(script, tmp_path/"whole")
-    assert whole.wait(120) == 0, whole.stderr.read()
+    assert to_the_end(tmp_path/"whole", monkeypatch) == list(range(1, STEPS + 1))
     killed = start(script, tmp_path/"killed")
     for line in killed.stdout:
         if int(line) == kill_at: break
     killed.send_signal(signal.SIGKILL); killed.wait(30)
     assert not (tmp_path/"killed"/"encoder.safetensors").exists()
-    resumed = start(script, tmp_path/"killed")
-    out, err = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, err
-    steps = [int(line) for line in out.split()]
+    steps = to_the_end(tmp_path/"killed", monkeypatch)
     assert steps[-1] == STEPS and 1 <= steps[0] <= kill_at + 1, kill_at
     for name in ("encoder.safetensors", "history.csv"): assert (tmp_path/"killed"/name).read_bytes() == (tmp_path/"whole"/name).read_bytes(), (name, kill_at)
     a, b = (Checkpoints(tmp_path/n/"checkpoints").load() for n in ("killed", "whole"))

@@ -24,9 +24,12 @@ def pairs(tmp_path_factory):
 
 SMALL = dict(um_per_px=.5, crop=48, batch_size=4, progress=None)
 
-def test_masks_carry_over_to_another_laboratory(pairs):
-    generator = fit_generator(pairs, um_per_px=.5, steps=100, batch_size=8, crop=64, progress=None)
-    assert generator.about["dice_validation"] >= .75               # 0.9 was reached
+@pytest.fixture(scope="module")
+def regression(pairs): return fit_generator(pairs, Regression(width=8), steps=60, evaluate_every=25, **SMALL)
+
+def test_masks_carry_over_to_another_laboratory(regression):
+    generator = regression
+    assert generator.about["dice_validation"] >= .75 and not generator.about["unpaired"]      # 0.88 was reached
     assert not set(generator.training_ids) & set(generator.about["validation_groups"]) and len(generator.training_ids) == 6
     tiles = tissue_phantoms(6, 3, seed=1)
     with pytest.warns(UserWarning, match="0.75 micrometres per pixel and the generator 'unet_mask' was trained at 0.5"):
@@ -34,10 +37,10 @@ def test_masks_carry_over_to_another_laboratory(pairs):
     true = torch.from_numpy((tiles.mask > 0).astype(np.float32))
     assert dice_score((drawn > .5).float(), true) >= .6 > dice_score((drawn > .5).float(), true.roll(1, 0))
 
-@pytest.mark.parametrize("objective, steps, lr, least", [(Regression(width=8), 60, None, .75), (Pix2Pix(width=8), 50, 2e-3, .75), (CycleGAN(width=8, network="unet"), 75, 2e-3, .65), (CUT(width=8, blocks=2, patches=64), 75, 1e-3, .6)],
+@pytest.mark.parametrize("objective, steps, lr, least", [(Pix2Pix(width=8), 50, 2e-3, .75), (CycleGAN(width=8, network="unet"), 75, 2e-3, .65), (CUT(width=8, blocks=2, patches=64), 75, 1e-3, .6)],
                          ids=lambda o: getattr(o, "name", ""))
 def test_every_objective_converges_on_phantoms(pairs, objective, steps, lr, least):
-    "Reached: 0.88, 0.83, 0.79, 0.70. All pixels as nuclei would give 0.35"
+    "Reached: 0.83, 0.79, 0.70, and 0.88 by the regression above. All pixels as nuclei would give 0.35"
     generator = fit_generator(pairs, objective, steps=steps, lr=lr, evaluate_every=25, **SMALL)
     assert generator.about["dice_validation"] >= least, generator.about["evaluations"]
     assert generator.about["unpaired"] is not objective.paired

@@ -77,7 +77,7 @@ def test_positions_are_those_of_the_formula(store):
             item = store.items[i]
             p = raw[k] + item["box"][0]
             size = item["box"][1] - item["box"][0]
-            expected = {"world_mm": (item["affine"] @ [*p, 1])[:3], "voxel_local": raw[k], "mm_local": raw[k]*11, "box": (raw[k] + .5)/size}[frame]
+            expected = {"world_mm": (item["affine"] @ [*p, 1])[:3], "voxel_local": raw[k], "mm_local": raw[k]*11, "box": (raw[k] + .5)/size, "mm_centered": (raw[k] - (size - 1)/2)*11}[frame]
             assert np.allclose(batch["center_mm"][k], expected, atol=1e-3)
             start = p - (np.array([7, 8, 9]) - 1)/2
             assert np.allclose(start, np.round(start))                                 # p = start + (size - 1)/2

@@ -4,7 +4,7 @@
 
 Each benchmark is a script that measures beside a named baseline, interleaved in one run, and stores its numbers with the machine, the versions and the date:
 
-    for name in losses loader trainer startup pairs volumes; do OMP_NUM_THREADS=1 python tests/benchmarks/$name.py --out tests/benchmarks/results/$name.json; done
+    for name in losses loader trainer startup pairs volumes crossval; do OMP_NUM_THREADS=1 python tests/benchmarks/$name.py --out tests/benchmarks/results/$name.json; done
     python tests/benchmarks/losses.py --device cuda --out tests/benchmarks/results/losses-cuda.json
     python tests/benchmarks/trainer.py --device cuda --out tests/benchmarks/results/trainer-cuda.json
     python tests/benchmarks/pairs.py --device cuda --out tests/benchmarks/results/pairs-cuda.json
@@ -86,12 +86,22 @@ def _made(rows):
     for x in rows:
         yield f"| {x['network']}, {x['precision']}{', compiled' if x['compiled'] else ''} | {_range(x['ratio'], 3)} | {x['images_per_second']['pairs']:.1f}, {x['images_per_second']['forward']:.1f} |"
 
+def crossval(r):
+    s = r["setup"]
+    yield f"{s['rows']} x {s['columns']} features, {s['classes']} classes, {s['folds']} folds x {len(s['Cs'])} values of C, {s['rounds']} rounds, {r['cores']} cores with a load of {r['load']:.1f}. Beside {r['baseline']}. Goal: {r['goal']} times faster at the same optimum (1e-6)."
+    yield ""
+    yield "| beside | times faster (range over rounds) | times less processor time | processor seconds, ours and theirs | objective above the best, ours and theirs |"
+    yield "|---|---|---|---|---|"
+    for name, x in r["times_faster"].items():
+        p, o = r["processor_seconds"], r["objective_above_best"]
+        yield f"| {name} | {_range(x, 1)} | {_range(r['times_less_processor_time'][name], 1)} | {p['batch']['median']:.1f}, {p[name]['median']:.1f} | {o['batch']:.0e}, {o[name]:.0e} |"
+
 def main():
     lines = ["<!-- Made from results/*.json by table.py. -->", "", "# Benchmarks", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
     for path in sorted((HERE/"results").glob("*.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
         e = r["environment"]
-        lines += [f"## {path.stem}", "", *{"losses": losses, "trainer": trainer, "startup": startup, "gpu": gpu, "loader": loader, "pairs": pairs, "volumes": volumes}[r["benchmark"]](r), "",
+        lines += [f"## {path.stem}", "", *{"losses": losses, "trainer": trainer, "startup": startup, "gpu": gpu, "loader": loader, "pairs": pairs, "volumes": volumes, "crossval": crossval}[r["benchmark"]](r), "",
                   f"Measured {r['date'][:10]} on {', '.join(e['gpus']) or e['cpu']}, {r.get('threads', e['threads'])} thread(s), Python {e['python']}, torch {e['packages']['torch']}.", ""]
     missing = [name for name in GPU if not (HERE/"results"/f"{name}.json").exists()]
     if missing: lines += [f"Not measured yet, for want of a GPU: {', '.join(missing)}. The commands are above.", ""]
