@@ -19,7 +19,7 @@ import typer
 
 from .terminal import Device, Out, Overwrite, Seeds, app, command_line, share_cores, told
 
-# %% ../nbs/15_cli_volumes.ipynb #0e9b7af5
+# %% ../nbs/15_cli_volumes.ipynb #67612747
 @app.command()
 @told()
 def volumes(
@@ -40,6 +40,7 @@ def volumes(
     recipe: Annotated[str, typer.Option(help="How views differ: scanner, boxes (published) or none.")] = "scanner",
     weight: Annotated[float, typer.Option(help="Of Barlow Twins beside the distance loss, distances being in units of their mean.")] = .1,
     temperature: Annotated[float, typer.Option(help="Of SimCLR.")] = .5,
+    projector: Annotated[bool, typer.Option("--projector/--no-projector", help="Whether views are compared behind a projector; published: not.")] = True,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     folds: Annotated[int, typer.Option(min=2, help="Folds over the test subjects, at most as many as there are.")] = 10,
     place_crops: Annotated[int, typer.Option(min=1, help="Crops of each volume on which places are judged.")] = 60,
@@ -55,7 +56,7 @@ def volumes(
 ):
     "Where in the body is this crop? ISImed and its rivals on your own volumes, judged on subjects that were not trained on."
     from synthpi.volume_study import volume_study
-    _finish_volumes(volume_study(volumes, out, labels, [n.strip() for n in arms.split(",") if n.strip()] if arms else None, range(seeds), steps, size, n_volumes, n_crops, encoder, embedding, frame, pairs, rule, recipe, weight, temperature, lr,
+    _finish_volumes(volume_study(volumes, out, labels, [n.strip() for n in arms.split(",") if n.strip()] if arms else None, range(seeds), steps, size, n_volumes, n_crops, encoder, embedding, frame, pairs, rule, recipe, weight, temperature, projector, lr,
                                  folds, place_crops, region_crops, spacing_mm, _window(window), preset, sequence, precision, device, workers=share_cores(workers), overwrite=overwrite, command=command_line()), out)
 
 def _window(text):

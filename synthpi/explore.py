@@ -59,7 +59,7 @@ def nearest_in_others(
     if per_subject is not None: order = order[pd.Series(subject[others[order]]).groupby(subject[others[order]]).cumcount().to_numpy() < per_subject]
     return others[order[:k]], distance[order[:k]]
 
-# %% ../nbs/13_explore.ipynb #af0e7935
+# %% ../nbs/13_explore.ipynb #338fe6b7
 def nearest_crop(
     store, # `VolumeStore`
     volume:int, # Number of the volume
@@ -82,12 +82,12 @@ def neighbour_table(
     center_mm, # Their centres in the world, (N, 3)
     volume_id, # Number of each crop's volume, (N,)
     query:int, # Row of the crop whose neighbours are sought
-    frame:str="world_mm", # What `distance_mm` is counted in: "world_mm" or "mm_local"
+    frame:str="world_mm", # What `distance_mm` is counted in: "world_mm", "mm_centered" or "mm_local"
     label_names:Mapping[int, str]|None=None, # Names of labels; None shows their numbers
     **options, # For `nearest_in_others`: `k`, `per_subject`, `metric`
 )->pd.DataFrame: # Rows: the query, then its neighbours, nearest first. Columns: row, volume, subject, embedding_distance, distance_mm, and label where the store has labels
     "The query and its nearest crops in other subjects, with what is known of each."
-    if frame not in ("world_mm", "mm_local"): raise ValueError(f"frame={frame!r} arrived; expected 'world_mm' or 'mm_local', which count in mm.")
+    if frame not in ("world_mm", "mm_centered", "mm_local"): raise ValueError(f"frame={frame!r} arrived; expected 'world_mm', 'mm_centered' or 'mm_local', which count in mm.")
     center, volume_id = np.asarray(center_mm, float), np.asarray(volume_id)
     rows, distance = nearest_in_others(embeddings, np.asarray(store.subjects)[volume_id], query, **options)
     rows, distance = np.r_[query, rows], np.r_[0., distance]
@@ -263,7 +263,7 @@ def _side_by_side(*files):
     for k, p in enumerate(pictures): canvas.paste(p, (sum(q.width + 8 for q in pictures[:k]), (canvas.height - p.height)//2))
     return picture_png(np.array(canvas))
 
-# %% ../nbs/13_explore.ipynb #fd92d87a
+# %% ../nbs/13_explore.ipynb #aa6aae40
 def _check_crops(store, embeddings, center_mm, volume_id):
     z, c, v = np.asarray(embeddings), np.asarray(center_mm, float), np.asarray(volume_id)
     if z.ndim != 2 or c.shape != (len(z), 3) or v.shape != (len(z),) or not len(z) or v.dtype.kind not in "iu":
@@ -343,7 +343,7 @@ def explore_volume(
     crop_size:int|Sequence[int]=32, # Sides of the crops, voxels
     per_subject:int|None=1, # Most neighbours in one subject; None: any number
     metric:str="euclidean", # Or "cosine"
-    frame:str="world_mm", # What distances between places are counted in: "world_mm" or "mm_local"
+    frame:str="world_mm", # What distances between places are counted in: "world_mm", for scans that are not registered "mm_centered", or "mm_local"
     label_names:Mapping[int, str]|None=None, # Names of the labels
 )->VolumeExplorer: # Shows itself as the last value of a cell; a still picture without a kernel
     "Slide through a volume, click a voxel, and see the nearest crops in other subjects."

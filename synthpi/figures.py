@@ -22,10 +22,12 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from .core import to_rgb
 
-# %% ../nbs/14_figures.ipynb #2c3a6380
+# %% ../nbs/14_figures.ipynb #50a65afc
 _LOOKS = {"mean_rgb": ("#8A8A8A", "v"), "colour_histogram": ("#5F5F5F", "^"), "random_encoder": ("#A08060", "X"), "supervised": ("#1A1A1A", "s"),
           "siamese_unprivileged": ("#E69F00", "D"), "siamese_privileged": ("#009E73", "P"),
-          "trident": ("#0072B2", "o"), "trident_real_pairs": ("#CC79A7", "p")}
+          "trident": ("#0072B2", "o"), "trident_real_pairs": ("#CC79A7", "p"),
+          "position_atlas": ("#1A1A1A", "s"), "intensity_histogram": ("#5F5F5F", "^"), "shuffled": ("#8A8A8A", "v"), "isimed": ("#0072B2", "o"), "simclr": ("#E69F00", "D"), "barlow": ("#D55E00", "<"),
+          "barlow_isimed": ("#009E73", "P"), "two_head": ("#56B4E9", ">"), "regression": ("#CC79A7", "p")}
 _OTHERS = [("#D55E00", "<"), ("#56B4E9", ">"), ("#882255", "h"), ("#6A51A3", "*"), ("#B8A800", "d"), ("#1B4F3A", "8")]
 
 def _look(arms):

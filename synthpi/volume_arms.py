@@ -51,7 +51,7 @@ VOLUME_ARMS = {
     "two_head": VolumeArm("distances and Barlow Twins, a linear head for each", 2, True),
     "regression": VolumeArm("the place itself is predicted", 1, True)}
 
-# %% ../nbs/14_volume_arms.ipynb #7e996b22
+# %% ../nbs/14_volume_arms.ipynb #91792687
 def volume_loss(
     name:str, # A trained arm of `VOLUME_ARMS`
     width:int, # Of the encoder's representation
@@ -61,19 +61,21 @@ def volume_loss(
     pairs:str="off-diagonal", # Of the distance loss, see `DistanceLoss`
     weight:float=.1, # Of Barlow Twins beside the distance loss, whose distances are in units of their mean
     temperature:float=.5, # Of SimCLR
+    projector:bool=True, # SimCLR, Barlow Twins and `barlow_isimed` compare what a projector makes of the representation; False: the representation itself, as in the published baselines
 )->tuple[nn.Module, nn.Module]: # The head, and the loss
     "Head and loss of an arm; `ValueError` when it has none."
     if name not in VOLUME_ARMS or not VOLUME_ARMS[name].views: raise ValueError(f"arm {name!r} has nothing to train; expected one of {', '.join(n for n, a in VOLUME_ARMS.items() if a.views)}.")
     wide = [max(512, width)]*3
-    if name == "simclr": return Projector(width, wide), SimCLR(temperature=temperature)
-    if name == "barlow": return Projector(width, wide), BarlowTwins()
+    project = lambda: Projector(width, wide) if projector else nn.Identity()
+    if name == "simclr": return project(), SimCLR(temperature=temperature)
+    if name == "barlow": return project(), BarlowTwins()
     if name == "regression": return PositionHead(width), PositionRegression(*axis_scale(center_mm))
     distance = DistanceLoss(scale=mean_pair_distance(center_mm, volume_id, "off-diagonal" if pairs == "all" else pairs), pairs=pairs)
     if name == "isimed": return nn.Linear(width, embedding), distance
-    if name == "barlow_isimed": return Projector(width, wide), DistanceBarlow(distance, BarlowTwins(), weight)
+    if name == "barlow_isimed": return project(), DistanceBarlow(distance, BarlowTwins(), weight)
     return TwoHead(width, embedding, wide[-1]), TwoHeadLoss(embedding, distance, BarlowTwins(), weight)
 
-# %% ../nbs/14_volume_arms.ipynb #17259d90
+# %% ../nbs/14_volume_arms.ipynb #8cef2986
 def train_volume_arm(
     name:str, # A trained arm of `VOLUME_ARMS`
     store, # `VolumeStore`
@@ -95,7 +97,7 @@ def train_volume_arm(
     accelerator:Accelerator|None=None, # Device and precision
     on_step:Callable|None=None, # Called with the trainer after every step
     progress:str|None=None, # Name of a progress bar
-    **options, # For `volume_loss`: `embedding`, `pairs`, `weight`, `temperature`
+    **options, # For `volume_loss`: `embedding`, `pairs`, `weight`, `temperature`, `projector`
 )->tuple[nn.Module, nn.Module, Trainer]: # The encoder, the head, and the trainer with history, `seconds`, `interrupted`
     "Train one arm on random crops of some volumes."
     if frame == "voxel_local": raise ValueError("frame='voxel_local' arrived; distances are in mm: choose world_mm, mm_centered, mm_local or box.")
@@ -111,7 +113,7 @@ def train_volume_arm(
     trainer.fit()
     return net.eval(), head.eval(), trainer
 
-# %% ../nbs/14_volume_arms.ipynb #934a1068
+# %% ../nbs/14_volume_arms.ipynb #253fc14a
 class DistanceEmbedding(nn.Module):
     "Crops `(B, 1, X, Y, Z)` to embeddings `(B, D)` whose Euclidean distances estimate distances in the body, mm."
     def __init__(self,
@@ -131,11 +133,11 @@ class DistanceEmbedding(nn.Module):
         "Write the head; the encoder has a file of its own."
         write_safetensors(path, self.head.state_dict(), "synthpi-distances-1", head=_head_spec(self.head), scale=self.scale, about=about)
 
-def _head_spec(head): return [[m.in_features, m.out_features, m.bias is not None] if isinstance(m, nn.Linear) else [m.num_features] if isinstance(m, nn.BatchNorm1d) else [] for m in (head if isinstance(head, nn.Sequential) else [head])]
+def _head_spec(head): return [] if isinstance(head, nn.Identity) else [[m.in_features, m.out_features, m.bias is not None] if isinstance(m, nn.Linear) else [m.num_features] if isinstance(m, nn.BatchNorm1d) else [] for m in (head if isinstance(head, nn.Sequential) else [head])]
 
 def _head_from(spec):
     layers = [nn.Linear(*s) if len(s) == 3 else nn.BatchNorm1d(*s) if s else nn.ReLU() for s in spec]
-    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    return nn.Identity() if not layers else layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 def distance_head(
     name:str, # An arm

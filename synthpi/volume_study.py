@@ -109,7 +109,7 @@ def untrained_volume_encoder(
         for k in range(20): net(sample_crops(store, volumes[:16], max(1, 32//min(16, len(volumes))), size, seed=seed_for(seed, "untrained"), epoch=k)["crop"])
     return net.eval()
 
-# %% ../nbs/14_volume_study.ipynb #f1a04bff
+# %% ../nbs/14_volume_study.ipynb #2a216f54
 def volume_study(
     volumes:str|Path, # Folder (see `find_volumes`) or table (see `read_manifest`) of volumes
     out:str|Path, # Output folder
@@ -128,6 +128,7 @@ def volume_study(
     recipe:str="scanner", # How two views of a crop differ, a key of `CROP_RECIPES`
     weight:float=.1, # Of Barlow Twins beside the distance loss
     temperature:float=.5, # Of SimCLR
+    projector:bool=True, # See `volume_loss`
     lr:float=1e-3, # Peak learning rate of AdamW
     folds:int=10, # Of the test subjects, at most as many as there are
     place_crops:int=60, # Of each volume, to judge places
@@ -160,7 +161,7 @@ def volume_study(
     sides = [int(s) for s in np.broadcast_to(size, 3)]
     if min(sides) < 8: raise ValueError(f"size {size} arrived; expected crops of 8 voxels or more along each axis.")
     identity = {"synthpi": synthpi.__version__, "kind": "volumes", "volumes": _content(records, root), "labels": labels, "arms": names, "seeds": list(seeds), "steps": steps, "size": sides, "n_volumes": n_volumes, "n_crops": n_crops,
-                "encoder": encoder, "embedding": embedding, "frame": frame, "pairs": pairs, "rule": rule, "recipe": recipe, "weight": weight, "temperature": temperature, "lr": lr, "folds": folds, "place_crops": place_crops,
+                "encoder": encoder, "embedding": embedding, "frame": frame, "pairs": pairs, "rule": rule, "recipe": recipe, "weight": weight, "temperature": temperature, "projector": projector, "lr": lr, "folds": folds, "place_crops": place_crops,
                 "region_crops": region_crops, "spacing_mm": spacing_mm, "window": window, "precision": precision}
     again = claim_folder(out, identity, overwrite, [volumes] if volumes.is_dir() else [], ("study.json", "results.json", "report.html", "runs", "figures", "crops", "splits.json"))
     accelerator = make_accelerator(precision, cpu=device == "cpu")
@@ -180,7 +181,7 @@ def volume_study(
         if _done(out, n, k): continue
         bar.stage(f"{n} seed {k}" if VOLUME_ARMS[n].views or n == "random_encoder" else n)
         _run(out, n, k, store, splits["train"], lists, chosen, accelerator, lambda t, n=n: bar.work(cost(n)/steps), identity,
-             dict(steps=steps, encoder=encoder, size=sides, n_volumes=n_volumes, n_crops=n_crops, recipe=recipe, lr=lr, precision=precision, embedding=embedding, pairs=pairs, weight=weight, temperature=temperature))
+             dict(steps=steps, encoder=encoder, size=sides, n_volumes=n_volumes, n_crops=n_crops, recipe=recipe, lr=lr, precision=precision, embedding=embedding, pairs=pairs, weight=weight, temperature=temperature, projector=projector))
     bar.stage("Comparing the arms")
     subjects = {s: len({store.subjects[i] for i in v}) for s, v in splits.items()}
     known = label_names(volumes) if labels else {}

@@ -270,6 +270,13 @@ def test_arms_are_told_places_only_if_they_should_be(store, monkeypatch):
     for name, arm in VOLUME_ARMS.items():
         if arm.views: assert torch.equal(weights(name, False), weights(name, True)) == (not arm.places), name
 
+def test_without_a_projector_the_representation_itself_is_compared(store):
+    centers, volumes = torch.rand(30, 3)*100, torch.arange(30)//10
+    for name in ("simclr", "barlow", "barlow_isimed"):
+        assert isinstance(volume_loss(name, 8, centers, volumes, projector=False)[0], torch.nn.Identity) and sum(p.numel() for p in volume_loss(name, 8, centers, volumes)[0].parameters()) > 0
+    net, head, trainer = train_volume_arm("barlow_isimed", store, [0, 1], 1, size=8, n_volumes=2, n_crops=3, projector=False)
+    assert sum(p.numel() for p in head.parameters()) == 0
+
 def test_unknown_arms_and_frames_are_refused(store):
     with pytest.raises(ValueError, match="nothing to train"): volume_loss("position_atlas", 8, torch.rand(9, 3), torch.zeros(9, dtype=torch.long))
     with pytest.raises(ValueError, match="distances are in mm"): train_volume_arm("isimed", store, [0, 1], 1, frame="voxel_local")
