@@ -20,6 +20,7 @@ Modules:
 - `synthpi.crossval`: Grouped folds, an inner choice of C, and intervals in which subjects are drawn again
 - `synthpi.data`: Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
 - `synthpi.distance`: Position as privileged information: embeddings as far apart as the crops they came from
+- `synthpi.doctor`: What this machine has, what is missing for which feature, and what to do about it
 - `synthpi.evaluate`: Frozen features, a linear probe, intervals over patients, and the rank of a representation
 - `synthpi.explain`: Where in the image an encoder looks, and how it arranges a data set
 - `synthpi.explore`: A volume to slide through and to click on, with the crops that an encoder finds most alike in other subjects

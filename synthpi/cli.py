@@ -21,7 +21,7 @@ import typer
 
 from .terminal import Device, Out, Overwrite, Seeds, Workers, app, command_line, first, leave_group, share_cores, start_the_others, told
 
-# %% ../nbs/15_cli.ipynb #64e79f3d
+# %% ../nbs/15_cli.ipynb #b84336ba
 _Controls = Annotated[bool, typer.Option("--controls", help="Also the control arms: shuffled, blank, third view, haematoxylin.")]
 
 @app.command()
@@ -241,7 +241,7 @@ def _finish(results, out):
             typer.echo(f"error ratio siamese_unprivileged / trident, {r['augmentation']} augmentation: {r['text']}")
     typer.echo(f"\nReport: {out/'report.html'}\nNumbers: {out/'results.json'}\nEncoders: {out/'runs'}")
 
-from . import cli_volumes         # registers its commands, after those above
+from . import cli_volumes, doctor         # register their commands, after those above
 
 def main():
     "Entry point of the `synthpi` command."

@@ -19,7 +19,7 @@ import typer
 
 from .terminal import Device, Out, Overwrite, Seeds, app, command_line, share_cores, told
 
-# %% ../nbs/15_cli_volumes.ipynb #67612747
+# %% ../nbs/15_cli_volumes.ipynb #760fe7ac
 @app.command()
 @told()
 def volumes(
@@ -33,7 +33,7 @@ def volumes(
     n_volumes: Annotated[int, typer.Option(min=1, help="Volumes of a step; published: 64.")] = 8,
     n_crops: Annotated[int, typer.Option(min=1, help="Crops of each; published: 16.")] = 8,
     encoder: Annotated[str, typer.Option(help="resnet10_narrow, resnet18, resnet34, resnet50 or densenet121 (published).")] = "resnet10_narrow",
-    embedding: Annotated[int, typer.Option(min=1, help="Width of the embedding whose distances are compared.")] = 64,
+    embedding: Annotated[int, typer.Option(min=1, help="Width of the embedding whose distances are compared (barlow_isimed: that of its projector).")] = 64,
     frame: Annotated[str, typer.Option(help="Where places are counted from: world_mm for registered scans, mm_centered from the middle of the foreground, mm_local; auto looks.")] = "auto",
     pairs: Annotated[str, typer.Option(help="Pairs of the distance loss: off-diagonal, within or cross.")] = "off-diagonal",
     rule: Annotated[str, typer.Option(help="A crop is of a region when its center lies in it, or when it holds any voxel of it (lesions).")] = "center",
@@ -57,7 +57,15 @@ def volumes(
     "Where in the body is this crop? ISImed and its rivals on your own volumes, judged on subjects that were not trained on."
     from synthpi.volume_study import volume_study
     _finish_volumes(volume_study(volumes, out, labels, [n.strip() for n in arms.split(",") if n.strip()] if arms else None, range(seeds), steps, size, n_volumes, n_crops, encoder, embedding, frame, pairs, rule, recipe, weight, temperature, projector, lr,
-                                 folds, place_crops, region_crops, spacing_mm, _window(window), preset, sequence, precision, device, workers=share_cores(workers), overwrite=overwrite, command=command_line()), out)
+                                 folds, place_crops, region_crops, spacing_mm, _window(window), preset, sequence, precision, device, workers=_workers(workers), overwrite=overwrite, command=command_line()), out)
+
+def _workers(workers):
+    "Volumes are prepared before anything is trained: both may have all cores"
+    import torch
+    threads, workers = torch.get_num_threads(), share_cores(workers)
+    torch.set_num_threads(threads)
+    share_cores(0)
+    return workers
 
 def _window(text):
     "A named window, or LOW,HIGH"
@@ -75,7 +83,7 @@ def _finish_volumes(results, out):
     typer.echo("\n" + pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string())
     typer.echo(f"\nReport: {out/'report.html'}\nNumbers: {out/'results.json'}\nEncoders: {out/'runs'}")
 
-# %% ../nbs/15_cli_volumes.ipynb #86239b43
+# %% ../nbs/15_cli_volumes.ipynb #0249e4b4
 @app.command()
 @told()
 def embed(
@@ -98,6 +106,8 @@ def embed(
     from synthpi.volumes import VolumeStore
     share_cores(0)
     store, net = VolumeStore(volumes), load_encoder(encoder)
+    if (trained := net.about.get("spacing_mm")) and any(abs(a/b - 1) > .1 for a, b in zip(store.spacing_mm(0), trained)):
+        raise ValueError(f"{encoder} was trained on voxels of {trained} mm and {volumes} has {store.spacing_mm(0).round(3).tolist()} mm: prepare the volumes with that spacing.")
     sides, frame = size or net.about.get("size"), frame or net.about.get("frame", "world_mm")
     if sides is None: raise ValueError(f"{encoder} does not tell how large the crops of its training were: give --size.")
     embed_volumes(net, store, out, sides, stride, store.indices(split) if split else None, frame, tissue, batch, labels.split(",") if labels else None, device, overwrite)
@@ -119,13 +129,14 @@ def probe(
     import torch
     from synthpi.core import atomic_path
     from synthpi.patches import probe_table
+    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available(): raise ValueError(f"device {device!r} arrived; expected auto or cpu, or cuda where there is a CUDA device.")
     share_cores(0)
     table = probe_table(features, target, group, split, folds, seed, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
     if out is not None:
         with atomic_path(out) as tmp: table.to_csv(tmp, index=False)
 
-# %% ../nbs/15_cli_volumes.ipynb #7e1ca75d
+# %% ../nbs/15_cli_volumes.ipynb #20727fed
 def demo_volumes(
     out:Path, # Output folder
     quick:bool, # Fewer and smaller bodies, fewer steps
@@ -141,5 +152,5 @@ def demo_volumes(
     if not (data/"labels.csv").exists():            # written last
         typer.echo(f"Drawing simulated bodies into {data}")
         write_bodies(data, *((12, "mri", (48, 36, 48), 9.) if quick else (30, "mri", (72, 52, 72), 6.)), test_share=1/3)
-    _finish_volumes(volume_study(data, out, steps=20 if quick else 120, size=12 if quick else 16, place_crops=30 if quick else 60, region_crops=60 if quick else 120, seeds=range(seeds), overwrite=overwrite, device=device,
-                                 workers=share_cores(workers), command=command_line(), simulated=True), out)
+    _finish_volumes(volume_study(data, out, steps=20 if quick else 100, size=12 if quick else 16, place_crops=30 if quick else 60, region_crops=60 if quick else 120, seeds=range(seeds), overwrite=overwrite, device=device,
+                                 workers=_workers(workers), command=command_line(), simulated=True), out)

@@ -209,7 +209,7 @@ def _result(metric, logits, codes, known, C, fold, y, groups, classes)->CrossVal
     else: C = C.T
     return CrossValidation(metric, per_fold, logits, C, fold, y, groups, classes, by_metric)
 
-# %% ../nbs/12_crossval.ipynb #86171205
+# %% ../nbs/12_crossval.ipynb #1b6882e1
 def _concordance(y:np.ndarray, score:np.ndarray, codes:np.ndarray, n:int)->tuple[np.ndarray, np.ndarray]:
     "Concordant pairs (n, n) of positives (rows) and negatives (columns) of n groups, ties counting half; and all pairs"
     positives, members = score[y], codes[y]
@@ -234,7 +234,9 @@ def _replicates(cv:CrossValidation, n_boot:int, seed:int)->np.ndarray:
         w, (num, den) = draws[:, here], _concordance(y[rows, t], scores[rows, t], local, len(here))
         num, den = (np.einsum("ba,ac,bc->b", w, m, w, optimize=True) - (w**2 - w) @ np.diag(m) for m in (num, den))
         values[:, t, k] = np.where(den > 0, num/np.maximum(den, 1), np.nan)
-    return _nanmean(values, 2)
+    weight = np.stack([draws[:, np.unique(codes[cv.fold == k])].mean(1) for k in range(per_fold.shape[1])], 1)[:, None]*~np.isnan(values)      # a fold counts as often as its groups were drawn
+    total = weight.sum(2)
+    return np.where(total > 0, (weight*np.where(np.isnan(values), 0, values)).sum(2)/np.maximum(total, 1e-30), np.nan)
 
 def _interval(replicates:np.ndarray, level:float)->list[float]:
     "The middle of the replicates that have a value"

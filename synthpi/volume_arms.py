@@ -7,11 +7,11 @@ Docs: https://synthpi.github.io/synthpi/nbs/volume_arms.html.md"""
 # %% auto #0
 __all__ = ['VOLUME_ARMS', 'VolumeArm', 'volume_loss', 'train_volume_arm', 'DistanceEmbedding', 'distance_head', 'load_distances']
 
-# %% ../nbs/14_volume_arms.ipynb #904ba862
+# %% ../nbs/14_volume_arms.ipynb #da2fc13c
 """What a study of volumes compares: one name for one way of getting features of a crop
 
 An *arm* is a way of getting features for a crop of a volume: its place alone, its intensities, an untrained network, and networks trained by self-supervision with or without being told where the crop was cut.
-Every trained arm gets the same encoder, the same volumes and crops, the same number of steps and the same optimiser; they differ in loss and head. `train_volume_arm` trains one of them.
+Every trained arm gets the same encoder, the same volumes and crops, the same number of steps and the same optimiser; they differ in loss and head, and in views: some compare two changed views of a crop, which costs two forward passes, the others see the crop once and as it is. `train_volume_arm` trains one of them.
 """
 
 # %% ../nbs/14_volume_arms.ipynb #8487ba02
@@ -51,13 +51,13 @@ VOLUME_ARMS = {
     "two_head": VolumeArm("distances and Barlow Twins, a linear head for each", 2, True),
     "regression": VolumeArm("the place itself is predicted", 1, True)}
 
-# %% ../nbs/14_volume_arms.ipynb #91792687
+# %% ../nbs/14_volume_arms.ipynb #0666fc62
 def volume_loss(
     name:str, # A trained arm of `VOLUME_ARMS`
     width:int, # Of the encoder's representation
     center_mm:torch.Tensor, # Centres of training crops, (N, 3), which give the scale
     volume_id:torch.Tensor, # Their volumes, (N,)
-    embedding:int=64, # Width of the embedding whose distances are compared
+    embedding:int=64, # Width of the embedding whose distances are compared; that of `barlow_isimed` is as wide as its projector
     pairs:str="off-diagonal", # Of the distance loss, see `DistanceLoss`
     weight:float=.1, # Of Barlow Twins beside the distance loss, whose distances are in units of their mean
     temperature:float=.5, # Of SimCLR
@@ -75,7 +75,7 @@ def volume_loss(
     if name == "barlow_isimed": return project(), DistanceBarlow(distance, BarlowTwins(), weight)
     return TwoHead(width, embedding, wide[-1]), TwoHeadLoss(embedding, distance, BarlowTwins(), weight)
 
-# %% ../nbs/14_volume_arms.ipynb #8cef2986
+# %% ../nbs/14_volume_arms.ipynb #7b0e444d
 def train_volume_arm(
     name:str, # A trained arm of `VOLUME_ARMS`
     store, # `VolumeStore`
@@ -90,7 +90,7 @@ def train_volume_arm(
     recipe:str="scanner", # How two views of a crop differ, a key of `CROP_RECIPES`; arms with one view see the crop as it is
     lr:float=1e-3, # Peak learning rate of AdamW
     weight_decay:float=.01, # Of AdamW
-    minutes:float|None=None, # In place of `steps`: processor or wall time, see `Trainer`
+    minutes:float|None=None, # In place of `steps`: wall time
     seed:int=0, # Weights, order, crops, views
     run_dir:str|Path|None=None, # Checkpoint folder, see `Trainer`
     precision:str|None=None, # "fp32", "bf16" or "fp16"
@@ -107,8 +107,8 @@ def train_volume_arm(
     head, loss = volume_loss(name, net.width, seen["center_mm"], seen["volume_id"], **options)
     arm = VOLUME_ARMS[name]
     model = Branches([net], [head], (0,)*arm.views).to(memory_format=torch.channels_last_3d)
-    serve = lambda start: crop_batches(store, min(n_volumes, len(volumes)), n_crops, size, steps, start, seed, volumes, frame=frame)
-    trainer = Trainer(model, loss, torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay), serve, steps, minutes=minutes, step=distance_step if arm.places else paired_step,
+    serve = lambda start: crop_batches(store, min(n_volumes, len(volumes)), n_crops, size, 10**9 if minutes else steps, start, seed, volumes, frame=frame)
+    trainer = Trainer(model, loss, torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay), serve, None if minutes else steps, minutes=minutes, step=distance_step if arm.places else paired_step,
                       transform=CropViews(arm.views, recipe if arm.views > 1 else "none", seed), run_dir=run_dir, clip=2., precision=precision, accelerator=accelerator, on_step=on_step, progress=progress)
     trainer.fit()
     return net.eval(), head.eval(), trainer

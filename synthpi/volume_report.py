@@ -28,13 +28,14 @@ from .position_maps import distance_errors, plot_distance_errors, plot_folds, pl
 from .report import Report
 from .volume_arms import VOLUME_ARMS
 
-# %% ../nbs/14_volume_report.ipynb #08a1c6a7
+# %% ../nbs/14_volume_report.ipynb #b951cc37
 def _ci(x, digits=2): return f"{x['mean']:.{digits}f} [{x['ci'][0]:.{digits}f}, {x['ci'][1]:.{digits}f}]"
 
 def _against(c):
     "One comparison in words"
     low, high = c["ci"]
-    said = "is higher than" if low > 0 else "is lower than" if high < 0 else "cannot be told apart from"
+    sure = c["p_holm"] is not None and c["p_holm"] < .05
+    said = "is higher than" if sure and low > 0 else "is lower than" if sure and high < 0 else "cannot be told apart from"
     return f"{said} that of `{c['base']}` (difference {c['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; corrected t-test p = {_p(c['p'])}, after Holm's correction {_p(c['p_holm'])})"
 
 def _p(p): return "not known" if p is None or not np.isfinite(p) else "< 0.001" if p < .001 else f"{p:.3f}"
@@ -52,13 +53,13 @@ def volume_verdict(
     rows = {c["base"]: c for c in results.get("comparisons", []) if c["model"] == "isimed"}
     if not rows: return said
     said += f"\n\n**What is there, beyond where it is?** The mean AUC of `isimed` over {len(results['regions']['used'])} regions, {_ci(a['auc'], 3)}, "
-    said += "; it ".join(_against(rows[b]) for b in ("position_atlas", "barlow", "simclr", "random_encoder") if b in rows) + "."
+    said += "; it ".join(_against(rows[b]) for b in ("position_atlas", "barlow", "simclr", "random_encoder", *rows) if b in rows and (b in ("position_atlas", "barlow", "simclr", "random_encoder") or len(rows) == 1)) + "."
     best = max(arms, key=lambda n: arms[n]["auc"]["mean"])
     if best != "isimed": said += f" The highest of all arms is that of `{best}`, {_ci(arms[best]['auc'], 3)}."
-    if "position_atlas" in rows and not rows["position_atlas"]["ci"][0] > 0: said += " **So it is not shown here that `isimed` has learned more about these regions than where they are.**"
+    if "position_atlas" in rows and "is higher than" not in _against(rows["position_atlas"]): said += " **So it is not shown here that `isimed` has learned more about these regions than where they are.**"
     return said
 
-# %% ../nbs/14_volume_report.ipynb #0975a9fc
+# %% ../nbs/14_volume_report.ipynb #ba8fdaf6
 def plot_crops(
     store, # `VolumeStore`
     crops, # `CropList`
@@ -70,7 +71,7 @@ def plot_crops(
     starts, sides = crops.starts[0], np.array(crops.size)
     first = next(crops.batches(store, len(starts)))
     v, middles, world = int(first["volume_id"][0]), starts + (sides - 1)/2, first["center_mm"].numpy()
-    image, box = store.array(v)*store.scale, store.items[v]["box"]
+    image, box = store.array(v), store.items[v]["box"]
     middle = np.clip(np.round(box.mean(0)).astype(int), 0, np.array(image.shape) - 1)
     rows = np.random.default_rng(seed).permutation(len(starts))[:n]
     ncols = max(3, -(-len(rows)//2))
@@ -79,7 +80,7 @@ def plot_crops(
     for ax, axis, name in zip(upper.subplots(1, 3), range(3), ("sagittal", "coronal", "axial")):
         a, b = (k for k in range(3) if k != axis)
         near = np.abs(middles[:, axis] - middle[axis]) <= sides[axis]/2
-        ax.imshow(np.take(image, middle[axis], axis).T, cmap="gray", origin="lower", vmin=0, vmax=1)
+        ax.imshow(np.take(image, middle[axis], axis).T*store.scale, cmap="gray", origin="lower", vmin=0, vmax=1)
         ax.scatter(middles[near, a], middles[near, b], s=7, c="#E69F00", linewidths=0)
         ax.set_title(f"{name}, {near.sum()} crops", fontsize=8); ax.axis("off")
     for ax, row in zip(lower.subplots(2, ncols).flat, [*rows, *[None]*(2*ncols - len(rows))]):
@@ -113,11 +114,12 @@ def plot_places(
     plt.close(fig)
     return fig
 
-# %% ../nbs/14_volume_report.ipynb #d401430f
-_LIMITS = """- The volumes stand for the subjects and scanners that they come from, and for no other. Intervals resample test subjects (and training seeds where there are several); with few subjects they are rough.
+# %% ../nbs/14_volume_report.ipynb #3f4decf1
+_LIMITS = """- The volumes stand for the subjects and scanners that they come from, and for no other. Intervals resample test subjects (and training seeds where there are several); with few subjects they are too narrow (8 subjects: about 85 to 90 % in place of 95 %).
 - A region is where the voxels' labels say it is. If a network made the labels, the study measures agreement with that network.
 - Regions are tested by cross-validation among the test subjects: the probe of each fold has seen labelled crops of other test subjects, the encoders none. p values of the plain paired t-test over folds, which the paper reports, are too small, because folds share training crops; the corrected test allows for that.
-- `position_atlas` knows each crop's true place in the frame of the study, which no encoder is given at inference. An arm below it may still be useful; an arm above it has learned something that the place does not hold.
+- `position_atlas` knows each crop's true place in the frame of the study, which no encoder is given at inference. An arm below it may still be useful; an arm above it has learned something that the place, counted in this frame, does not hold; a frame that follows each body better would raise the atlas.
+- Arms with two views see two changed views of each crop at twice the forward passes, arms with one view the crop as it is: a difference between `isimed` and `barlow` is one of augmentation and computing as well.
 - Encoders are small and trained for a short time. Which arm wins can change with size, length, crop and data. Settings that an arm may need for itself (temperature, weights) are the same as in the call for all.
 - Nothing here is for clinical use."""
 
@@ -162,12 +164,13 @@ def _summary(report, results):
 - **Arms.** {f"{len(trained)} trained ones, each with the same encoder (`{s['encoder']}`, volumes in), {s['steps']} steps of {s['n_volumes']} volumes with {s['n_crops']} crops of {' x '.join(map(str, s['size']))} voxels, AdamW." if trained else 'None was trained.'} Every arm is judged by its frozen features, on test subjects.""")
 
 def _places(report, results, store, crops, load):
-    d, arms = results["data"], {n: a for n, a in results["arms"].items() if "position_r2" in a}
+    d, arms, pairs = results["data"], {n: a for n, a in results["arms"].items() if "position_r2" in a}, results["settings"]["pairs"]
+    if not arms: return
     report.section("Where is this crop?", "A ridge regression from frozen features to the middle of the crop, fitted on training subjects (its penalty chosen among them), scored on test subjects. R² is 1 for a perfect guess and 0 for always guessing the average place.")
     report.table(pd.DataFrame([{"arm": n, "what": VOLUME_ARMS[n].what, "R²": _ci(a["position_r2"], 3), "mean error, mm": _ci(a["position_mae_mm"], 1), **{f"{x}, mm": v for x, v in zip(("left-right", "posterior-anterior", "inferior-superior"), a["position_mae_axes_mm"])},
                                 "rank correlation of distances": a["distance_spearman"]["mean"], "RankMe": a["rankme"], "steps": a["steps"], "seconds": round(a["seconds"])} for n, a in arms.items()]).set_index("arm"),
                  "How well the place can be read, with 95 % intervals over test subjects. *Mean error*: mean over the axes of the mean absolute error; then each axis. *Rank correlation*: of distances between embeddings with distances between places, "
-                 "over all pairs of test crops; of the arm's own embedding where its loss asks for distances, else of its features. Seconds are of one training.", digits=2)
+                 f"over pairs of test crops ({pairs}; two million of them at most); of the arm's own embedding where its loss asks for distances, else of its features. Seconds are of one training.", digits=2)
     report.figure(plot_accuracy(arms, key="position_r2", chance=0), "position", "R² of the place on test subjects.", "R² of each arm as a dot with its interval")
     shown = [n for n in ("isimed", "barlow", "random_encoder") if n in arms] or list(arms)[:2]
     true = crops.positions(store, d["frame"])
@@ -177,12 +180,13 @@ def _places(report, results, store, crops, load):
     volume = crops.volume_ids(store)
     embeddings = {n: (f["z_place-test"] if "z_place-test" in (f := load(n)) else f["h_place-test"]) for n in (main, "random_encoder") if n in arms}
     report.section("Do distances agree?", f"`{main}` was asked to keep distances: two embeddings are to be as far apart as their crops are in the body.")
-    report.figure(plot_distance_errors(distance_errors(embeddings, true, volume, shuffle=main)), "distance_errors", "Errors |D_latent - D_physical| over pairs of test crops. Each row is scaled to millimetres by the factor that makes its own errors least; *shuffled* are the same embeddings in another order, "
+    report.figure(plot_distance_errors(distance_errors(embeddings, true, volume, shuffle=main, pairs=pairs)), "distance_errors", "Errors |D_latent - D_physical| over pairs of test crops. Each row is scaled to millimetres by the factor that makes its own errors least; *shuffled* are the same embeddings in another order, "
                   "which know nothing of places: a loss of this kind can only be said to work against that.", "Histograms of errors of distance for the arm, an untrained encoder and a shuffled control")
     maps = [n for n in (main, "barlow", "random_encoder") if n in arms]
-    features = {n: load(n)["h_place-test"] for n in maps}
+    rows = np.sort(np.random.default_rng(results["seeds"][0]).permutation(len(true))[:2000])
+    features, true = {n: load(n)["h_place-test"][rows] for n in maps}, true[rows]
     drawn = {n: embedding_map(h, seed=results["seeds"][0]) for n, h in features.items()}
-    report.figure(plot_positions(features[main], true, maps={"": drawn[main]}), "map", f"Features of `{main}`: UMAP and the first three principal components of the test crops, coloured by place along each axis of the body. Distances in a UMAP are not distances in the data.", "Scatter plots coloured by position")
+    report.figure(plot_positions(features[main], true, maps={"": drawn[main]}), "map", f"Features of `{main}`: UMAP and the first three principal components of {len(rows)} test crops, coloured by place along each axis of the body. Distances in a UMAP are not distances in the data.", "Scatter plots coloured by position")
     if len(maps) > 1: report.figure(plot_positions(features, true, maps=drawn), "maps", "The same crops in the features of several arms.", "Scatter plots of several arms coloured by position")
 
 def _regions(report, results):

@@ -57,14 +57,14 @@ def _auc_difference(a, b):
     replicates = _nanmean(_auc_replicates(a), 1) - _nanmean(_auc_replicates(b), 1)
     return {"difference": float(np.mean([cv.mean for cv in a]) - np.mean([cv.mean for cv in b])), "ci": _interval(replicates, .95)}
 
-# %% ../nbs/14_volume_scores.ipynb #393999d9
-def _place_scores(features, store, lists, frame):
+# %% ../nbs/14_volume_scores.ipynb #255fe5e2
+def _place_scores(features, store, lists, frame, pairs):
     "Place probe of each seed, and their scores together"
     fit, test = lists["place-train"], lists["place-test"]
     c, s = ({k: getattr(crops, what)(*args) for k, crops in (("fit", fit), ("test", test))} for what, args in (("positions", (store, frame)), ("subjects", (store,))))
     probes = [position_probe(f["h_place-train"], c["fit"], s["fit"], f["h_place-test"], c["test"], s["test"], n_boot=1) for f in features]
     scores = position_scores(c["test"], np.stack([p.predicted for p in probes]), s["test"])
-    agreements = [distance_agreement(f["z_place-test"] if "z_place-test" in f else f["h_place-test"], c["test"], scale="fit") for f in features]
+    agreements = [distance_agreement(f["z_place-test"] if "z_place-test" in f else f["h_place-test"], c["test"], test.volume_ids(store), pairs, scale="fit") for f in features]
     return probes, {"position_r2": scores["r2"], "position_mae_mm": scores["mae_mm"], "position_mae_axes_mm": scores["mae_axes_mm"],
                     "distance_spearman": {"mean": float(np.mean([a.spearman for a in agreements])), "per_seed": [a.spearman for a in agreements]},
                     "distance_error_mm": {"mean": float(np.mean([a.mean_abs_error for a in agreements])), "per_seed": [a.mean_abs_error for a in agreements]}}
@@ -83,6 +83,8 @@ def summarise_volumes(
     rule:str="center", # See `CropList.labels`
     folds:int=10, # Asked for; as many as there are test subjects if these are fewer
     frame:str="world_mm", # Of the places
+    pairs:str="off-diagonal", # Whose distances are compared: those of the loss
+    device="cpu", # Where probes are fitted
 )->dict: # `arms`; with labels also `regions` and `comparisons`. Writes the predicted places beside the features
     "Scores with intervals for every arm, and comparisons between arms."
     out, arms, cvs = Path(out), {}, {}
@@ -91,11 +93,12 @@ def summarise_volumes(
     if names:
         crops = lists["regions-test"]
         subjects, (values, y) = crops.subjects(store), crops.labels(store, rule)
-        keep, k = testable_regions(y, subjects), min(folds, len(np.unique(subjects)))
+        n = len(np.unique(subjects))
+        keep, k = testable_regions(y, subjects), min(folds, n) if n > 5 else n      # of five subjects or fewer each is a fold
         if not keep.any(): raise ValueError(f"none of the {len(values)} regions has 10 crops of 3 test subjects among the {len(crops)} crops (rule {rule!r}): give more crops a volume (region_crops), or leave the labels out (--no-labels).")
         regions = {"rule": rule, "folds": k, "used": [names[v] for v, on in zip(values, keep) if on], "left_out": [names[v] for v, on in zip(values, keep) if not on],
                    "positives": {names[v]: int(n) for v, n in zip(values, y.sum(0))}, "crops": len(crops), "subjects": int(len(np.unique(subjects)))}
-        fold, n = group_folds(subjects, k, seed=seed_for("regions")), len(np.unique(subjects))
+        fold = group_folds(subjects, k, seed=seed_for("regions"))
         inner = min(3, n - max(len(np.unique(subjects[fold == f])) for f in range(k)))       # of few subjects each is an inner fold
     for n in order:
         folders = [out/"runs"/f"{n}-seed{s}" for m, s in runs if m == n]
@@ -103,14 +106,14 @@ def summarise_volumes(
         records = [json.loads((f/"result.json").read_text(encoding="utf-8")) for f in folders]
         arms[n] = {"steps": records[0]["steps"], "seconds": float(np.mean([r["seconds"] for r in records]))}
         if n != "position_atlas":
-            probes, scores = _place_scores(features, store, lists, frame)
+            probes, scores = _place_scores(features, store, lists, frame, pairs)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*RankMe is capped by the rows.*")      # equally for all arms
                 arms[n] |= scores | {"rankme": float(np.mean([rankme(f["h_place-train"]) for f in features]))}
             for f, p, x in zip(folders, probes, features):
                 with atomic_path(f/"features.npz") as tmp: np.savez(tmp, **{**x, "predicted": p.predicted})
         if names:
-            cvs[n] = [cross_validate(f["h_regions-test"], y[:, keep], subjects, fold, _CS, inner=inner) for f in features]
+            cvs[n] = [cross_validate(f["h_regions-test"], y[:, keep], subjects, fold, _CS, inner=inner, device=device) for f in features]
             arms[n]["auc"] = _auc_scores(cvs[n], regions["used"])
     if not names: return {"arms": arms}
     comparisons = []

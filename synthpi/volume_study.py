@@ -15,8 +15,7 @@ crop's place be read from its features, do distances between embeddings follow t
 what it has done: a study that is interrupted goes on where it stopped when it is called again with the same arguments.
 """
 
-# %% ../nbs/14_volume_study.ipynb #3a80e3ed
-import json
+# %% ../nbs/14_volume_study.ipynb #2e0fedd3
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,13 +34,13 @@ from .generators import fingerprint
 from .models import ENCODERS, make_encoder, save_encoder
 from .positions import intensity_histogram, position_basis, position_probe
 from .trainer import make_accelerator
-from .volume_arms import VOLUME_ARMS, distance_head, train_volume_arm
-from .volume_scores import summarise_volumes
+from .volume_arms import VOLUME_ARMS, distance_head, train_volume_arm, volume_loss
+from .volume_scores import summarise_volumes, testable_regions
 from .volume_report import write_volume_report
 from .volume_sets import find_volumes, label_names, read_manifest, split_subjects, write_splits
 from .volumes import VolumeStore, prepare_volumes
 
-# %% ../nbs/14_volume_study.ipynb #8324f811
+# %% ../nbs/14_volume_study.ipynb #c6603419
 def study_records(
     volumes:str|Path, # Folder (see `find_volumes`) or table (see `read_manifest`)
     labels:bool|None=None, # True: labels are needed; False: they are not looked at; None: used if every volume has one
@@ -60,6 +59,7 @@ def study_records(
     splits = {r["split"] for r in records}
     if splits == {""}: records = split_subjects(records, {"train": .75, "test": .25}, seed)
     elif missing := {"train", "test"} - splits: raise ValueError(f"the splits {', '.join(map(repr, sorted(splits)))} arrived, without {' and '.join(sorted(missing))}; expected volumes in train and in test, or no splits at all.")
+    if len({r["subject"] for r in records if r["split"] == "train"}) < 2: raise ValueError("1 subject is in train; expected two or more: the penalty of the place probe is chosen on training subjects that it was not fitted on.")
     if (n := len({r["subject"] for r in records if r["split"] == "test"})) < 2 + labels: raise ValueError(f"{n} subjects are in test; expected {2 + labels} or more: intervals come from differences between subjects" + ", and a probe of regions is chosen and fitted on other subjects than it is tested on (or give --no-labels)."*labels)
     return records, volumes if volumes.is_dir() else volumes.parent, labels
 
@@ -75,14 +75,16 @@ def choose_frame(
     frame = "world_mm" if (sd/sides).max() <= most else "mm_centered"
     return frame, f"the middles of the {len(volumes)} training volumes' foreground boxes, whose sides are {sides[0]:.0f}, {sides[1]:.0f} and {sides[2]:.0f} mm, lie {sd[0]:.1f}, {sd[1]:.1f} and {sd[2]:.1f} mm apart in the world (standard deviation; left-right, posterior-anterior, inferior-superior)"
 
-# %% ../nbs/14_volume_study.ipynb #f7f0ddfe
+# %% ../nbs/14_volume_study.ipynb #70f5d810
 def _lists(out, store, splits, size, n_place, n_regions, labels, seed):
     "The study's crop lists, read where they are there"
     wanted = {"place-train": ("train", n_place, 0.), "place-test": ("test", n_place, 0.)} | ({"regions-test": ("test", n_regions, .5)} if labels else {})
     lists = {}
     for name, (split, n, share) in wanted.items():
         path = out/"crops"/f"{name}.json"
-        if not path.exists(): make_crop_list(store, splits[split], n, size, positive_share=share, seed=seed_for(seed, name)).write(path)
+        if not path.exists():
+            shutil.rmtree(out/"runs", ignore_errors=True)       # they would be features of other crops
+            make_crop_list(store, splits[split], n, size, positive_share=share, seed=seed_for(seed, name)).write(path)
         lists[name] = read_crop_list(path, store)
     return lists
 
@@ -109,7 +111,7 @@ def untrained_volume_encoder(
         for k in range(20): net(sample_crops(store, volumes[:16], max(1, 32//min(16, len(volumes))), size, seed=seed_for(seed, "untrained"), epoch=k)["crop"])
     return net.eval()
 
-# %% ../nbs/14_volume_study.ipynb #2a216f54
+# %% ../nbs/14_volume_study.ipynb #b57b328d
 def volume_study(
     volumes:str|Path, # Folder (see `find_volumes`) or table (see `read_manifest`) of volumes
     out:str|Path, # Output folder
@@ -147,6 +149,7 @@ def volume_study(
 )->dict: # What results.json holds
     "Train and compare the arms; writes results.json, report.html, figures, encoders, crop lists. Ctrl-C keeps what is done: the same call continues."
     out, volumes = Path(out), Path(volumes)
+    asked = labels
     records, root, labels = study_records(volumes, labels, preset, sequence)
     names = _arms_asked(arms, labels)
     if encoder not in ENCODERS: raise ValueError(f"encoder {encoder!r} arrived; expected one of {', '.join(ENCODERS)}.")
@@ -158,13 +161,22 @@ def volume_study(
     if recipe not in CROP_RECIPES: raise ValueError(f"recipe {recipe!r} arrived; expected one of {', '.join(CROP_RECIPES)}.")
     if rule not in ("center", "any") or folds < 2 or min(place_crops, region_crops, steps, n_volumes, n_crops) < 1 or n_volumes*n_crops < 2:
         raise ValueError(f"rule={rule!r}, folds={folds}, place_crops={place_crops}, region_crops={region_crops}, steps={steps}, n_volumes={n_volumes}, n_crops={n_crops} arrived; expected 'center' or 'any', 2 folds or more, and 1 or more of the others, two crops a step.")
-    sides = [int(s) for s in np.broadcast_to(size, 3)]
+    sides, n_volumes = [int(s) for s in np.broadcast_to(size, 3)], min(n_volumes, sum(r["split"] == "train" for r in records))
+    if recipe == "none" and any(VOLUME_ARMS[n].views > 1 for n in names): raise ValueError("recipe 'none' arrived with arms that compare two views, which would be the same: choose scanner or boxes, or the arms isimed and regression alone.")
     if min(sides) < 8: raise ValueError(f"size {size} arrived; expected crops of 8 voxels or more along each axis.")
     identity = {"synthpi": synthpi.__version__, "kind": "volumes", "volumes": _content(records, root), "labels": labels, "arms": names, "seeds": list(seeds), "steps": steps, "size": sides, "n_volumes": n_volumes, "n_crops": n_crops,
                 "encoder": encoder, "embedding": embedding, "frame": frame, "pairs": pairs, "rule": rule, "recipe": recipe, "weight": weight, "temperature": temperature, "projector": projector, "lr": lr, "folds": folds, "place_crops": place_crops,
-                "region_crops": region_crops, "spacing_mm": spacing_mm, "window": window, "precision": precision}
-    again = claim_folder(out, identity, overwrite, [volumes] if volumes.is_dir() else [], ("study.json", "results.json", "report.html", "runs", "figures", "crops", "splits.json"))
+                "region_crops": region_crops, "spacing_mm": spacing_mm, "window": window, "preset": preset, "sequence": sequence, "precision": precision}
+    try: make_encoder(encoder, 1, 3).eval()(torch.zeros(1, 1, *sides))
+    except RuntimeError as error: raise ValueError(f"size {sides} arrived; such crops are too small for {encoder} ({str(error)[:100]}): give a larger one (--size), 32 or more for densenet121.") from error
+    for n in names:
+        if VOLUME_ARMS[n].views: volume_loss(n, 8, torch.rand(9, 3), torch.arange(9)//3, embedding, pairs, weight, temperature, projector)      # refuses before anything is written
+    if pairs == "within" and n_crops < 2 or pairs == "cross" and n_volumes < 2: raise ValueError(f"pairs={pairs!r}, n_volumes={n_volumes}, n_crops={n_crops} arrived; expected two crops of a volume for 'within', two volumes for 'cross'.")
+    known = label_names(volumes) if labels else {}
     accelerator = make_accelerator(precision, cpu=device == "cpu")
+    if accelerator.num_processes > 1: raise ValueError(f"{accelerator.num_processes} processes arrived; expected one: start the study without accelerate launch or torchrun.")
+    untouched = (out/"study.json").is_file() and not any((out/n).exists() for n in ("runs", "results.json", "report.html"))      # nothing was computed that could be lost
+    again = claim_folder(out, identity, overwrite or untouched, [volumes] if volumes.is_dir() else [], ("study.json", "results.json", "report.html", "runs", "figures", "crops", "splits.json"))
     write_splits(out/"splits.json", records)
     runs = [(n, k) for n in names for k in (seeds if n not in ("position_atlas", "intensity_histogram") else seeds[:1])]
     cost = lambda n: steps*max(1, VOLUME_ARMS[n].views) if VOLUME_ARMS[n].views else .05*steps
@@ -173,10 +185,13 @@ def volume_study(
     store = prepare_volumes(records, out/"cache"/"volumes", spacing_mm, window, root=root, workers=workers)
     _one_spacing(store)
     bar.work(len(records)*.02*steps)
+    if asked is None and not labels and any(volumes.rglob("*label*")) if volumes.is_dir() else False: bar.say("Not every volume has labels, so regions are not judged; places are.")
     if again: bar.say(f"{out} holds this study: going on with what is there ({sum(_done(out, *r) for r in runs)} of {len(runs)} runs are finished).")
     splits = {s: store.indices(s) for s in ("train", "test")}
     chosen, why = choose_frame(store, splits["train"]) if frame == "auto" else (frame, "asked for")
     lists = _lists(out, store, splits, sides, place_crops, region_crops, labels, 0)
+    if labels and not testable_regions(lists["regions-test"].labels(store, rule)[1], lists["regions-test"].subjects(store)).any():
+        raise ValueError(f"no region has 10 crops of 3 test subjects among the {len(lists['regions-test'])} crops (rule {rule!r}): give more crops a volume (--region-crops), or leave the labels out (--no-labels).")
     for n, k in runs:
         if _done(out, n, k): continue
         bar.stage(f"{n} seed {k}" if VOLUME_ARMS[n].views or n == "random_encoder" else n)
@@ -184,14 +199,15 @@ def volume_study(
              dict(steps=steps, encoder=encoder, size=sides, n_volumes=n_volumes, n_crops=n_crops, recipe=recipe, lr=lr, precision=precision, embedding=embedding, pairs=pairs, weight=weight, temperature=temperature, projector=projector))
     bar.stage("Comparing the arms")
     subjects = {s: len({store.subjects[i] for i in v}) for s, v in splits.items()}
-    known = label_names(volumes) if labels else {}
+    name_of = {v: known.get(v, f"label {v}") for v in (lists["regions-test"].labels(store)[0] if labels else ())}
+    name_of = {v: n if list(name_of.values()).count(n) == 1 else f"{n} ({v})" for v, n in name_of.items()}
     results = {"schema": 1, "kind": "volumes", "command": command, "data": {"path": volumes.name, "simulated": simulated, "fingerprint": identity["volumes"], "volumes": {s: len(v) for s, v in splits.items()}, "subjects": subjects,
                "spacing_mm": store.spacing_mm(0).round(4).tolist(), "crop_mm": (store.spacing_mm(0)*sides).round(2).tolist(), "frame": chosen, "frame_because": why, "not_used": len(records) - sum(map(len, splits.values())),
-               "labels": {str(v): known.get(v, f"label {v}") for v in lists["regions-test"].labels(store)[0]} if labels else {}},
+               "labels": {str(v): n for v, n in name_of.items()}},
                "environment": environment(), "seeds": list(seeds), "settings": identity}
-    results |= summarise_volumes(out, store, lists, runs, {int(v): n for v, n in results["data"]["labels"].items()}, rule, folds, chosen)
-    write_volume_report(out, results, store, lists)
+    results |= summarise_volumes(out, store, lists, runs, name_of, rule, folds, chosen, pairs, accelerator.device)
     write_json(out/"results.json", results)
+    write_volume_report(out, results, store, lists)
     bar.close()
     return results
 
@@ -219,7 +235,7 @@ def _one_spacing(store):
 def _dir(out, name, seed): return out/"runs"/f"{name}-seed{seed}"
 def _done(out, name, seed): return (_dir(out, name, seed)/"result.json").exists()
 
-# %% ../nbs/14_volume_study.ipynb #2dc4b484
+# %% ../nbs/14_volume_study.ipynb #9291c52a
 def _run(out, name, seed, store, volumes, lists, frame, accelerator, on_step, identity, arguments):
     "Train one arm and read its features of all lists; result.json comes last"
     folder, record, head, net = _dir(out, name, seed), {"steps": 0, "seconds": 0.}, None, None
@@ -244,3 +260,4 @@ def _run(out, name, seed, store, volumes, lists, frame, accelerator, on_step, id
     write_json(folder/"run.json", {"arm": name, "seed": seed, "arguments": arguments, "frame": frame, "study": identity, "environment": environment()})
     shutil.rmtree(folder/"checkpoints", ignore_errors=True)      # finished: the encoder file holds what is kept
     write_json(folder/"result.json", record)
+    accelerator.free_memory()

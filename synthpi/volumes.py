@@ -184,7 +184,7 @@ def _prepare(record, root, out, s):
     except (ValueError, FileNotFoundError) as error: return record["name"], False, str(error)
     return record["name"], True, None
 
-# %% ../nbs/07_volumes.ipynb #5d16669e
+# %% ../nbs/07_volumes.ipynb #5a80d9e7
 def prepare_volumes(
     source:str|Path|Sequence[dict], # Folder of volumes (see `find_volumes`), table (see `read_manifest`), or records
     out:str|Path, # Folder of the store; what is there already is kept, and taken if it fits
@@ -225,7 +225,7 @@ def prepare_volumes(
             with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
                 try: results = [f.result() for f in as_completed([pool.submit(_prepare, *job) for job in jobs])]
                 except BrokenProcessPool as error:
-                    raise RuntimeError(f"a process that prepared volumes was ended from outside, perhaps for want of memory ({workers} workers): call again, with fewer workers; what is done is kept.") from error
+                    raise OSError(f"a process that prepared volumes was ended from outside, perhaps for want of memory ({workers} workers): call again, with fewer workers; what is done is kept.") from error
         else: results = [_prepare(*job) for job in jobs]
         if failed := sorted((name, why) for name, _, why in results if why):
             raise ValueError(f"{len(failed)} of {len(records)} volumes could not be prepared; correct them or leave them out, and call again:\n" + "\n".join(f"{name}: {why}" for name, why in failed[:20]) +

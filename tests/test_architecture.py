@@ -13,7 +13,7 @@ ALLOWED = {"core": set(), **{name: {"core"} for name in LEAVES.split()},
     "containers": {"core", "data"}, "stacks": {"core", "data", "containers"}, "presets": {"core", "data", "containers", "stacks"},
     "runtimes": {"core", "foreign"}, "generators": {"core", "foreign", "runtimes"}, "stains": {"core", "generators"}, "kid": {"core", "models"}, "quality": {"core", "tiling", "kid"}, "objectives": {"core", "generators"},
     "volumes": {"core", "volume_sets"}, "distance": {"core", "losses", "geometry"}, "trainer": {"core", "steps", "checkpoints", "watch"}, "batch_views": {"core", "recipes", "views"}, "translation": {"core", "generators", "objectives", "kid", "trainer"}, "pairs": {"core", "generators", "cache"}, "report": {"core", "figures"},
-    "crop_views": {"core", "batch_views"}, "crop_lists": {"core", "crops", "volume_sets"}, "crossval": {"core", "evaluate", "logistic"}, "explore": {"core", "crops"}, "position_maps": {"core", "explain", "figures", "geometry"}, "explore_map": {"core", "explain", "explore"}}
+    "doctor": {"core", "terminal"}, "crop_views": {"core", "batch_views"}, "crop_lists": {"core", "crops", "volume_sets"}, "crossval": {"core", "evaluate", "logistic"}, "explore": {"core", "crops"}, "position_maps": {"core", "explain", "figures", "geometry"}, "explore_map": {"core", "explain", "explore"}}
 for name in ("pretrain", "generator_run", "synthesise", "arms", "tileset", "tissue_report", "study", "patches", "volume_arms", "volume_scores", "volume_report", "volume_study", "cli_volumes", "cli"): ALLOWED[name] = set(ALLOWED)     # these put the rooms together, each all those before it
 
 def rooms(source):

@@ -316,8 +316,8 @@ def test_replicates_are_those_of_drawing_subjects_one_by_one():
                     positive, negative = cv.scores[(cv.groups == a) & cv.y], cv.scores[(cv.groups == b) & ~cv.y]
                     good += (positive[:, None] > negative).sum() + .5*(positive[:, None] == negative).sum()
                     pairs += len(positive)*len(negative)
-            if pairs: folds.append(good/pairs)
-        np.testing.assert_allclose(value, np.mean(folds), rtol=1e-12)
+            if pairs: folds.append((good/pairs, len(copies)/len(np.unique(cv.groups[cv.fold == k]))))
+        np.testing.assert_allclose(value, np.average([a for a, _ in folds], weights=[w for _, w in folds]), rtol=1e-12)
 
 def test_intervals_cover_at_their_nominal_rate():
     rng = np.random.default_rng(0)

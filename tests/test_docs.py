@@ -66,3 +66,8 @@ def test_every_public_name_is_documented(pages):
 def test_site_builds(pages):
     run(["quarto", "render"], cwd=pages, check=True)
     assert (pages/"_docs/nbs/core.html").exists()
+
+def test_the_tests_that_the_differences_name_are_there():
+    text = "".join(c.source for c in nbformat.read(ROOT/"nbs/differences.ipynb", 4).cells)
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", text)
+    assert named and not [n for n in named if not re.search(rf"^def {n[1]}\(", (ROOT/f"tests/{n[0]}.py").read_text(encoding="utf-8"), re.M)]
