@@ -28,7 +28,7 @@ from .position_maps import distance_errors, plot_distance_errors, plot_folds, pl
 from .report import Report
 from .volume_arms import VOLUME_ARMS
 
-# %% ../nbs/14_volume_report.ipynb #b951cc37
+# %% ../nbs/14_volume_report.ipynb #ae243c34
 def _ci(x, digits=2): return f"{x['mean']:.{digits}f} [{x['ci'][0]:.{digits}f}, {x['ci'][1]:.{digits}f}]"
 
 def _against(c):
@@ -36,7 +36,9 @@ def _against(c):
     low, high = c["ci"]
     sure = c["p_holm"] is not None and c["p_holm"] < .05
     said = "is higher than" if sure and low > 0 else "is lower than" if sure and high < 0 else "cannot be told apart from"
-    return f"{said} that of `{c['base']}` (difference {c['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; corrected t-test p = {_p(c['p'])}, after Holm's correction {_p(c['p_holm'])})"
+    return f"{said} that of `{c['base']}` (difference {c['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; corrected t-test p {_is(c['p'])}, after Holm's correction {_p(c['p_holm'])})"
+
+def _is(p): return _p(p) if _p(p)[0] in "<n" else f"= {_p(p)}"
 
 def _p(p): return "not known" if p is None or not np.isfinite(p) else "< 0.001" if p < .001 else f"{p:.3f}"
 
@@ -53,10 +55,11 @@ def volume_verdict(
     rows = {c["base"]: c for c in results.get("comparisons", []) if c["model"] == "isimed"}
     if not rows: return said
     said += f"\n\n**What is there, beyond where it is?** The mean AUC of `isimed` over {len(results['regions']['used'])} regions, {_ci(a['auc'], 3)}, "
-    said += "; it ".join(_against(rows[b]) for b in ("position_atlas", "barlow", "simclr", "random_encoder", *rows) if b in rows and (b in ("position_atlas", "barlow", "simclr", "random_encoder") or len(rows) == 1)) + "."
+    bases = [b for b in ("position_atlas", "barlow", "simclr", "random_encoder") if b in rows] or list(rows)
+    said += "; it ".join(_against(rows[b]) for b in bases) + "."
     best = max(arms, key=lambda n: arms[n]["auc"]["mean"])
     if best != "isimed": said += f" The highest of all arms is that of `{best}`, {_ci(arms[best]['auc'], 3)}."
-    if "position_atlas" in rows and "is higher than" not in _against(rows["position_atlas"]): said += " **So it is not shown here that `isimed` has learned more about these regions than where they are.**"
+    if "position_atlas" in rows and "is higher than" not in _against(rows["position_atlas"]): said += " **So it is not shown here that ISImed has learned more about these regions than where they are.**"
     return said
 
 # %% ../nbs/14_volume_report.ipynb #ba8fdaf6

@@ -111,7 +111,7 @@ def untrained_volume_encoder(
         for k in range(20): net(sample_crops(store, volumes[:16], max(1, 32//min(16, len(volumes))), size, seed=seed_for(seed, "untrained"), epoch=k)["crop"])
     return net.eval()
 
-# %% ../nbs/14_volume_study.ipynb #b57b328d
+# %% ../nbs/14_volume_study.ipynb #cd440421
 def volume_study(
     volumes:str|Path, # Folder (see `find_volumes`) or table (see `read_manifest`) of volumes
     out:str|Path, # Output folder
@@ -170,7 +170,7 @@ def volume_study(
     try: make_encoder(encoder, 1, 3).eval()(torch.zeros(1, 1, *sides))
     except RuntimeError as error: raise ValueError(f"size {sides} arrived; such crops are too small for {encoder} ({str(error)[:100]}): give a larger one (--size), 32 or more for densenet121.") from error
     for n in names:
-        if VOLUME_ARMS[n].views: volume_loss(n, 8, torch.rand(9, 3), torch.arange(9)//3, embedding, pairs, weight, temperature, projector)      # refuses before anything is written
+        if VOLUME_ARMS[n].views: volume_loss(n, 8, torch.arange(27.).view(9, 3), torch.arange(9)//3, embedding, pairs, weight, temperature, projector)      # refuses before anything is written
     if pairs == "within" and n_crops < 2 or pairs == "cross" and n_volumes < 2: raise ValueError(f"pairs={pairs!r}, n_volumes={n_volumes}, n_crops={n_crops} arrived; expected two crops of a volume for 'within', two volumes for 'cross'.")
     known = label_names(volumes) if labels else {}
     accelerator = make_accelerator(precision, cpu=device == "cpu")
@@ -185,7 +185,7 @@ def volume_study(
     store = prepare_volumes(records, out/"cache"/"volumes", spacing_mm, window, root=root, workers=workers)
     _one_spacing(store)
     bar.work(len(records)*.02*steps)
-    if asked is None and not labels and any(volumes.rglob("*label*")) if volumes.is_dir() else False: bar.say("Not every volume has labels, so regions are not judged; places are.")
+    if asked is None and not labels: bar.say("Not every volume has labels, so places are judged, and regions are not.")
     if again: bar.say(f"{out} holds this study: going on with what is there ({sum(_done(out, *r) for r in runs)} of {len(runs)} runs are finished).")
     splits = {s: store.indices(s) for s in ("train", "test")}
     chosen, why = choose_frame(store, splits["train"]) if frame == "auto" else (frame, "asked for")

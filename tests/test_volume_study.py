@@ -199,6 +199,30 @@ def test_crops_are_kept_when_the_files_change_beneath(source, data, tmp_path):
     result = study_of(data, tmp_path/"out", "--arms", "intensity_histogram")
     assert result.exit_code == 2 and "place-test.json" in result.output
 
+def test_a_call_that_failed_before_it_computed_anything_may_be_corrected(data, tmp_path):
+    (data/"labels.csv").write_text((data/"labels.csv").read_text().replace("heart", "liver").replace("lung", "liver"))       # three regions of one name
+    kept = (data/"body_003.nii.gz").read_bytes()
+    (data/"body_003.nii.gz").write_bytes(b"no volume")
+    assert study_of(data, tmp_path/"out", "--arms", "position_atlas").exit_code == 2
+    (data/"body_003.nii.gz").write_bytes(kept)
+    result = study_of(data, tmp_path/"out", "--arms", "position_atlas")             # an arm without a place probe is enough
+    assert result.exit_code == 0, result.output
+    r = results_of(tmp_path/"out")
+    assert len(set(r["data"]["labels"].values())) == len(r["data"]["labels"]) and {"liver (3)", "liver (4)", "liver (5)"} <= set(r["data"]["labels"].values())
+
+def test_new_crops_do_not_meet_old_features(source, tmp_path):
+    assert study_of(source, tmp_path/"out", "--arms", "intensity_histogram").exit_code == 0
+    before = (tmp_path/"out"/"runs"/"intensity_histogram-seed0"/"result.json").stat().st_mtime_ns
+    (tmp_path/"out"/"crops"/"place-test.json").unlink()
+    assert study_of(source, tmp_path/"out", "--arms", "intensity_histogram").exit_code == 0
+    assert (tmp_path/"out"/"runs"/"intensity_histogram-seed0"/"result.json").stat().st_mtime_ns > before
+
+@pytest.mark.parametrize("flags,message", [(["--weight", "-1"], "weight=-1"), (["--encoder", "densenet121", "--size", "16"], "too small for densenet121"), (["--recipe", "none"], "recipe 'none' arrived with arms that compare two views"),
+                                           (["--pairs", "within", "--n-crops", "1"], "two crops of a volume for 'within'"), (["--temperature", "0"], "temperature")])
+def test_what_an_arm_would_refuse_is_refused_before_anything_is_written(source, tmp_path, flags, message):
+    result = study_of(source, tmp_path/"out", *flags)
+    assert result.exit_code == 2 and message in result.output and not (tmp_path/"out").exists(), result.output
+
 # The frame
 
 def test_frame_is_the_worlds_only_for_registered_scans(source, tmp_path):
