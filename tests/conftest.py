@@ -1,4 +1,7 @@
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)      # started in the background, tests and their children would not hear Ctrl-C
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")     # no look for a newer release
 os.environ.setdefault("OMP_NUM_THREADS", "1")              # two test processes share the cores; more threads than cores wait for each other
