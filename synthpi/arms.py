@@ -84,7 +84,7 @@ class _Columns:
         column, rows = self.extra[name]
         return {name: self.ds.select_columns([column])[int(rows[i])][column]}
 
-# %% ../nbs/14_arms.ipynb #40151eb4
+# %% ../nbs/14_arms.ipynb #1841bd23
 def classify_step(model, loss, batch):
     "The step of the supervised arm: cross-entropy of the logits."
     logits = model(*batch["views"])[0]
@@ -93,7 +93,7 @@ def classify_step(model, loss, batch):
 def train_arm(
     name:str, # A trained arm of `ARMS`
     ds, # Records with the arm's columns; for `supervised` also `label`
-    setting:str="weak", # Augmentation of the primary views, a key of `SETTINGS`
+    setting:str|Callable="weak", # Augmentation of the primary views: a key of `SETTINGS`, or a recipe of `synthpi.recipes`
     steps:int=300, # Optimiser steps
     encoder:str="resnet10_narrow", # Name for `make_encoder`
     size:int=64, # Side of the views, pixels
@@ -109,12 +109,13 @@ def train_arm(
     "Train one arm. VICReg, mode `mean`; projector of three layers as wide as the representation, at least 512."
     arm = ARMS[name]
     if not arm.columns: raise ValueError(f"arm {name!r} has nothing to train; expected one of {', '.join(n for n, a in ARMS.items() if a.columns)}.")
+    if not callable(SETTINGS.get(setting, setting)): raise ValueError(f"setting {setting!r} arrived; expected {' or '.join(SETTINGS)}, or a recipe such as synthpi.recipes.histology.")
     set_seed(seed_for(seed, "weights"))
     encoders = [make_encoder(encoder) for _ in range(max(arm.layout) + 1)]
     supervised = name == "supervised"
     heads = [nn.Linear(encoders[0].width, max(ds["label"]) + 1)] if supervised else [Projector(e.width, 3*[max(512, e.width)]) for e in encoders]
     model = Branches(encoders, heads, arm.layout).to(memory_format=torch.channels_last)
-    recipe = {column: SETTINGS[setting] if column == "primary" else weak for column in arm.columns}
+    recipe = {column: SETTINGS.get(setting, setting) if column == "primary" else weak for column in arm.columns}
     views = Views(ds, [(column, recipe[column]) for column in arm.columns], size, seed=seed)
     trainer = Trainer(model, None if supervised else VICReg(mode="mean"), torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4), steps=steps, run_dir=run_dir,
                       train_dl=lambda start: batches(views, batch_size, steps, start, workers), step=classify_step if supervised else paired_step,

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p for p in (ROOT/"synthpi").glob("*.py") if p.stem[0] != "_")
-LEAVES = "phantoms bodies geometry volume_sets crops data foreign cache recipes views models memory batchnorm losses steps checkpoints watch tiling evaluate logistic comparisons neighbours positions explain figures terminal"
+LEAVES = "phantoms bodies geometry volume_sets crops data foreign cache recipes views models memory batchnorm losses steps checkpoints watch tiling evaluate logistic comparisons neighbours regression positions explain figures terminal"
 ALLOWED = {"core": set(), **{name: {"core"} for name in LEAVES.split()},
     "containers": {"core", "data"}, "stacks": {"core", "data", "containers"}, "presets": {"core", "data", "containers", "stacks"},
     "runtimes": {"core", "foreign"}, "generators": {"core", "foreign", "runtimes"}, "stains": {"core", "generators"}, "kid": {"core", "models"}, "quality": {"core", "tiling", "kid"}, "objectives": {"core", "generators"},
