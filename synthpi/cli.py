@@ -1,7 +1,7 @@
 """The study from a terminal: on simulated tiles, and on your own
 
 `synthpi demo` runs the whole study on simulated tiles, with nothing but what is installed. `synthpi tissue` runs the same study on folders. `synthpi pretrain` trains one
-encoder, on one device or, started by `accelerate launch`, on many. `synthpi volumes` (see [the command line for volumes](15_cli_volumes.html)) is the study of volumes. `synthpi generator` trains a generator on a small set, `synthpi pairs` gives every tile of a folder its synthetic second image, and `synthpi convert` reads a published set in its own layout. Flags are the arguments of
+encoder, on one device or, started by `accelerate launch`, on many. `synthpi volumes` (see [the command line for volumes](15_cli_volumes.ipynb)) is the study of volumes. `synthpi generator` trains a generator on a small set, `synthpi pairs` gives every tile of a folder its synthetic second image, and `synthpi convert` reads a published set in its own layout. Flags are the arguments of
 `synthpi.study.tissue_study`, `synthpi.pretrain.pretrain`, `synthpi.generator_run.train_generator`, `synthpi.synthesise.synthesise` and `synthpi.presets.read_preset`; an error says what arrived, what was expected and what to do, and ends with exit code 2; Ctrl-C keeps what is done and ends with 130.
 
 Docs: https://synthpi.github.io/synthpi/nbs/cli.html.md"""
@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/cli.html.md"""
 # %% auto #0
 __all__ = ['demo', 'tissue', 'pretrain', 'generator', 'pairs', 'convert', 'main']
 
-# %% ../nbs/15_cli.ipynb #d0453cfa
+# %% ../nbs/15_cli.ipynb #ed21bc41
 import json
 import shlex
 from pathlib import Path
@@ -19,9 +19,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from .terminal import Device, Out, Overwrite, Seeds, Workers, app, command_line, first, leave_group, share_cores, start_the_others, told
+from .terminal import Device, Out, Overwrite, Seeds, Workers, app, command_line, first, leave_group, names, share_cores, start_the_others, told
 
-# %% ../nbs/15_cli.ipynb #b84336ba
+# %% ../nbs/15_cli.ipynb #1a1e6705
 _Controls = Annotated[bool, typer.Option("--controls", help="Also the control arms: shuffled, blank, third view, haematoxylin.")]
 
 @app.command()
@@ -82,7 +82,6 @@ def tissue(
 ):
     "The study on your own tiles: every arm at weak and strong augmentation, the better one chosen on validation data."
     from synthpi.study import tissue_study
-    names = lambda text: [n.strip() for n in text.split(",") if n.strip()] if text else None
     _finish(tissue_study(tiles, out, pairs=pairs, generator=generator, arms=names(arms), controls=controls, seeds=range(seeds), steps=steps, epochs=epochs, size=size,
             encoder=encoder, batch_size=batch_size, generator_steps=generator_steps, generator_crop=generator_crop, um_per_px_tiles=um_per_px_tiles, um_per_px_pairs=um_per_px_pairs, same_scale=same_scale, generator_um_per_px=generator_um_per_px,
             group_column=group_column, hard_pair=names(hard_pair), on_bad=on_bad, device=device, workers=share_cores(workers), overwrite=overwrite, command=command_line()), out)
@@ -241,7 +240,7 @@ def _finish(results, out):
             typer.echo(f"error ratio siamese_unprivileged / trident, {r['augmentation']} augmentation: {r['text']}")
     typer.echo(f"\nReport: {out/'report.html'}\nNumbers: {out/'results.json'}\nEncoders: {out/'runs'}")
 
-from . import cli_volumes, doctor         # register their commands, after those above
+from . import cli_explain, cli_volumes, doctor         # register their commands, after those above
 
 def main():
     "Entry point of the `synthpi` command."

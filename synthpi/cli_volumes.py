@@ -10,16 +10,16 @@ Docs: https://synthpi.github.io/synthpi/nbs/cli_volumes.html.md"""
 # %% auto #0
 __all__ = ['volumes', 'embed', 'probe', 'demo_volumes']
 
-# %% ../nbs/15_cli_volumes.ipynb #e2ee628e
+# %% ../nbs/15_cli_volumes.ipynb #9378796a
 import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .terminal import Device, Out, Overwrite, Seeds, app, command_line, share_cores, told
+from .terminal import Device, Out, Overwrite, Seeds, app, command_line, names, share_cores, told
 
-# %% ../nbs/15_cli_volumes.ipynb #760fe7ac
+# %% ../nbs/15_cli_volumes.ipynb #eb235b64
 @app.command()
 @told()
 def volumes(
@@ -56,16 +56,8 @@ def volumes(
 ):
     "Where in the body is this crop? ISImed and its rivals on your own volumes, judged on subjects that were not trained on."
     from synthpi.volume_study import volume_study
-    _finish_volumes(volume_study(volumes, out, labels, [n.strip() for n in arms.split(",") if n.strip()] if arms else None, range(seeds), steps, size, n_volumes, n_crops, encoder, embedding, frame, pairs, rule, recipe, weight, temperature, projector, lr,
-                                 folds, place_crops, region_crops, spacing_mm, _window(window), preset, sequence, precision, device, workers=_workers(workers), overwrite=overwrite, command=command_line()), out)
-
-def _workers(workers):
-    "Volumes are prepared before anything is trained: both may have all cores"
-    import torch
-    threads, workers = torch.get_num_threads(), share_cores(workers)
-    torch.set_num_threads(threads)
-    share_cores(0)
-    return workers
+    _finish_volumes(volume_study(volumes, out, labels, names(arms), range(seeds), steps, size, n_volumes, n_crops, encoder, embedding, frame, pairs, rule, recipe, weight, temperature, projector, lr,
+                                 folds, place_crops, region_crops, spacing_mm, _window(window), preset, sequence, precision, device, workers=share_cores(workers, beside=False), overwrite=overwrite, command=command_line()), out)
 
 def _window(text):
     "A named window, or LOW,HIGH"
@@ -83,7 +75,7 @@ def _finish_volumes(results, out):
     typer.echo("\n" + pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string())
     typer.echo(f"\nReport: {out/'report.html'}\nNumbers: {out/'results.json'}\nEncoders: {out/'runs'}")
 
-# %% ../nbs/15_cli_volumes.ipynb #0249e4b4
+# %% ../nbs/15_cli_volumes.ipynb #a61c56ef
 @app.command()
 @told()
 def embed(
@@ -110,7 +102,7 @@ def embed(
         raise ValueError(f"{encoder} was trained on voxels of {trained} mm and {volumes} has {store.spacing_mm(0).round(3).tolist()} mm: prepare the volumes with that spacing.")
     sides, frame = size or net.about.get("size"), frame or net.about.get("frame", "world_mm")
     if sides is None: raise ValueError(f"{encoder} does not tell how large the crops of its training were: give --size.")
-    embed_volumes(net, store, out, sides, stride, store.indices(split) if split else None, frame, tissue, batch, labels.split(",") if labels else None, device, overwrite)
+    embed_volumes(net, store, out, sides, stride, store.indices(split) if split else None, frame, tissue, batch, names(labels), device, overwrite)
     typer.echo(f"Embeddings: {out}\nNext: " + shlex.join(["synthpi", "probe", "--features", str(out), "--target", "labels" if labels else "position"]))
 
 @app.command()
@@ -126,17 +118,16 @@ def probe(
     device: Device = "auto",
 ):
     "What frozen features know: where a crop was, in which region, or a label of tiles; with intervals over subjects."
-    import torch
-    from synthpi.core import atomic_path
+    from synthpi.core import atomic_path, choose_device
     from synthpi.patches import probe_table
-    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available(): raise ValueError(f"device {device!r} arrived; expected auto or cpu, or cuda where there is a CUDA device.")
+    device = choose_device(device)
     share_cores(0)
-    table = probe_table(features, target, group, split, folds, seed, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    table = probe_table(features, target, group, split, folds, seed, device)
     typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
     if out is not None:
         with atomic_path(out) as tmp: table.to_csv(tmp, index=False)
 
-# %% ../nbs/15_cli_volumes.ipynb #20727fed
+# %% ../nbs/15_cli_volumes.ipynb #071d943b
 def demo_volumes(
     out:Path, # Output folder
     quick:bool, # Fewer and smaller bodies, fewer steps
@@ -153,4 +144,4 @@ def demo_volumes(
         typer.echo(f"Drawing simulated bodies into {data}")
         write_bodies(data, *((12, "mri", (48, 36, 48), 9.) if quick else (30, "mri", (72, 52, 72), 6.)), test_share=1/3)
     _finish_volumes(volume_study(data, out, steps=20 if quick else 100, size=12 if quick else 16, place_crops=30 if quick else 60, region_crops=60 if quick else 120, seeds=range(seeds), overwrite=overwrite, device=device,
-                                 workers=_workers(workers), command=command_line(), simulated=True), out)
+                                 workers=share_cores(workers, beside=False), command=command_line(), simulated=True), out)

@@ -10,7 +10,8 @@ Docs: https://synthpi.github.io/synthpi/nbs/core.html.md"""
 
 # %% auto #0
 __all__ = ['seed_for', 'set_seed', 'random_states', 'set_random_states', 'to_rgb', 'show_images', 'atomic_path', 'write_json',
-           'tensor_bytes', 'write_safetensors', 'read_safetensors', 'claim_folder', 'Progress', 'environment']
+           'tensor_bytes', 'write_safetensors', 'read_safetensors', 'choose_device', 'claim_folder', 'Progress',
+           'environment']
 
 # %% ../nbs/00_core.ipynb #dc6cf0a7
 import contextlib
@@ -201,6 +202,16 @@ def read_safetensors(
     missing = sorted({*needs} - header.keys())
     if missing: raise ValueError(f"the header of {path} lacks {', '.join(missing)}; expected a file written by save_{kind}.")
     return {k: json.loads(v) for k, v in header.items() if k != "format"}, tensors
+
+# %% ../nbs/00_core.ipynb #5c063096
+def choose_device(
+    device:str="auto", # "auto", "cpu" or "cuda"
+)->str: # "cpu" or "cuda"
+    "Where to compute; `ValueError` for another word, and for CUDA where there is none."
+    there = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda"): raise ValueError(f"device {device!r} arrived; expected 'auto', 'cpu' or 'cuda' (CUDA_VISIBLE_DEVICES chooses among several).")
+    if device == "cuda" and not there: raise ValueError("device 'cuda' arrived and no CUDA device was found; use 'auto' or 'cpu', and see synthpi doctor.")
+    return "cuda" if there and device != "cpu" else "cpu"
 
 # %% ../nbs/00_core.ipynb #2e5c34c5
 _WRITES = ("study.json", "results.json", "report.html", "runs", "figures", "generator.safetensors", "generator")

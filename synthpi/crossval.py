@@ -167,7 +167,7 @@ def cross_validate(
     y:np.ndarray, # Labels (N,), or targets (N, T) bool
     groups:Sequence, # Group of every row, for example its subject
     folds:int|Sequence=10, # Number of folds, or the fold of every row
-    Cs:Sequence[float]=10.**np.arange(-4, 5), # Candidates; C is the inverse strength of the L2 penalty
+    Cs:Sequence[float]=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4), # Candidates; C is the inverse strength of the L2 penalty
     metric:str="auc", # "auc" for two classes or for targets; "accuracy", "balanced_accuracy" or "macro_f1" for labels
     seed:int=0, # Of the folds
     device="cpu", # Where to fit
@@ -209,7 +209,7 @@ def _result(metric, logits, codes, known, C, fold, y, groups, classes)->CrossVal
     else: C = C.T
     return CrossValidation(metric, per_fold, logits, C, fold, y, groups, classes, by_metric)
 
-# %% ../nbs/12_crossval.ipynb #1b6882e1
+# %% ../nbs/12_crossval.ipynb #8137de9f
 def _concordance(y:np.ndarray, score:np.ndarray, codes:np.ndarray, n:int)->tuple[np.ndarray, np.ndarray]:
     "Concordant pairs (n, n) of positives (rows) and negatives (columns) of n groups, ties counting half; and all pairs"
     positives, members = score[y], codes[y]
@@ -243,31 +243,51 @@ def _interval(replicates:np.ndarray, level:float)->list[float]:
     known = replicates[np.isfinite(replicates)]
     return np.quantile(known, [(1 - level)/2, (1 + level)/2]).tolist() if len(known) else [float("nan")]*2
 
+def _arm(cvs)->list[CrossValidation]:
+    "The cross-validations of an arm, one per training seed, on the same rows, labels, groups and folds"
+    cvs = [cvs] if isinstance(cvs, CrossValidation) else list(cvs)
+    if not cvs: raise ValueError("0 cross-validations arrived; expected one, or one per training seed.")
+    _same(cvs, "training seeds")
+    return cvs
+
+def _same(cvs, what:str):
+    for name in ("y", "groups", "fold"):
+        if not all(np.array_equal(getattr(cvs[0], name), getattr(cv, name)) for cv in cvs): raise ValueError(f"the {what} differ in {name}; expected the same rows in the same folds: give all the same `folds` array.")
+
+def _arm_replicates(cvs:list, n_boot:int, seed:int)->np.ndarray:
+    "Replicates (n_boot, T) averaged over the training seeds that were drawn; a drawn subject is the same in all of them"
+    rng = np.random.default_rng([seed_for("seeds"), seed])
+    weight = rng.multinomial(len(cvs), np.full(len(cvs), 1/len(cvs)), n_boot)/len(cvs)
+    return sum(weight[:, [s]]*_replicates(cv, n_boot, seed) for s, cv in enumerate(cvs))
+
 def auc_intervals(
-    cv:CrossValidation, # With metric "auc"
+    cv:CrossValidation|Sequence[CrossValidation], # With metric "auc"; of an arm that was trained with several seeds one per seed, on the same rows, labels, groups and folds
     n_boot:int=2000, # Replicates
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage
-)->dict: # mean, ci [low, high], per_fold (K,) mean over targets, missing (folds without a value), per_target: list of mean, ci
-    "Mean AUC over folds with a percentile bootstrap interval over groups; over all targets, and for each."
-    replicates = _replicates(cv, n_boot, seed)
-    if len(np.unique(cv.groups)) < 2: warnings.warn("all rows are of one group, so there is nothing to resample.")
-    each = [dict(mean=float(m), ci=_interval(r, level)) for m, r in zip(cv.per_target, replicates.T)]
-    return dict(mean=cv.mean, ci=_interval(_nanmean(replicates, 1), level), per_fold=cv.fold_means.tolist(), missing=cv.missing, per_target=each)
+)->dict: # mean, ci [low, high], per_fold (K,) mean over targets, per_seed, missing (folds without a value), per_target: list of mean, ci
+    "Mean AUC over folds with a percentile bootstrap interval over groups and training seeds; over all targets, and for each."
+    cvs = _arm(cv)
+    replicates = _arm_replicates(cvs, n_boot, seed)
+    if len(np.unique(cvs[0].groups)) < 2: warnings.warn("all rows are of one group, so there is nothing to resample.")
+    each = [dict(mean=float(m), ci=_interval(r, level)) for m, r in zip(np.mean([c.per_target for c in cvs], 0), replicates.T)]
+    return dict(mean=float(np.mean([c.mean for c in cvs])), ci=_interval(_nanmean(replicates, 1), level), per_fold=np.mean([c.fold_means for c in cvs], 0).tolist(),
+                per_seed=[c.mean for c in cvs], missing=cvs[0].missing, per_target=each)
 
 def auc_difference(
-    a:CrossValidation, # One arm
-    b:CrossValidation, # The other, on the same rows, labels, groups and folds
+    a:CrossValidation|Sequence[CrossValidation], # One arm; several training seeds as for `auc_intervals`
+    b:CrossValidation|Sequence[CrossValidation], # The other, on the same rows, labels, groups and folds
     n_boot:int=2000, # Replicates
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage
 )->dict: # difference (a - b), ci [low, high], per_target: list of difference, ci
     "Difference of two mean AUCs with a paired bootstrap interval: both arms are scored on the same draws."
-    for name in ("y", "groups", "fold"):
-        if not np.array_equal(getattr(a, name), getattr(b, name)): raise ValueError(f"the arms differ in {name}; expected the same rows in the same folds: give both the same `folds` array.")
-    replicates = _replicates(a, n_boot, seed) - _replicates(b, n_boot, seed)
-    each = [dict(difference=float(m), ci=_interval(r, level)) for m, r in zip(a.per_target - b.per_target, replicates.T)]
-    return dict(difference=a.mean - b.mean, ci=_interval(_nanmean(replicates, 1), level), per_target=each)
+    a, b = _arm(a), _arm(b)
+    _same([a[0], b[0]], "arms")
+    of_a, of_b = (_arm_replicates(arm, n_boot, seed) for arm in (a, b))
+    targets = np.mean([c.per_target for c in a], 0) - np.mean([c.per_target for c in b], 0)
+    each = [dict(difference=float(m), ci=_interval(r, level)) for m, r in zip(targets, (of_a - of_b).T)]
+    return dict(difference=float(np.mean([c.mean for c in a]) - np.mean([c.mean for c in b])), ci=_interval(_nanmean(of_a, 1) - _nanmean(of_b, 1), level), per_target=each)
 
 # %% ../nbs/12_crossval.ipynb #315a2676
 def _draw_rows(rng, codes:np.ndarray, groups:np.ndarray, share:float)->np.ndarray:
@@ -306,7 +326,7 @@ def label_budget(
     shares:Sequence[float]=(.01, .05, .1, 1.), # Shares of the training set
     repeats:int=5, # Draws per share; the whole set is fitted once
     unit:str="rows", # What a share is of: "rows" or "groups"
-    Cs:Sequence[float]=10.**np.arange(-4, 5), # Candidates
+    Cs:Sequence[float]=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4), # Candidates
     seed:int=0, # Of the draws and the inner folds
     device="cpu", # Where to fit
     inner:int=3, # Inner folds

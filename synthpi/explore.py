@@ -14,27 +14,23 @@ Docs: https://synthpi.github.io/synthpi/nbs/explore.html.md"""
 
 # %% auto #0
 __all__ = ['PLANES', 'nearest_in_others', 'nearest_crop', 'neighbour_table', 'render_slice', 'voxel_at', 'plot_neighbours',
-           'ClickablePicture', 'picture_png', 'Explorer', 'VolumeExplorer', 'explore_volume']
+           'VolumeExplorer', 'explore_volume']
 
-# %% ../nbs/13_explore.ipynb #d6061315
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
+# %% ../nbs/13_explore.ipynb #2261eecd
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import anywidget
 import ipywidgets as widgets
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import traitlets
-from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from .core import to_rgb
 from .crops import crops_at
+from .pictures import ClickablePicture, Explorer, picture_png, side_by_side
 
 # %% ../nbs/13_explore.ipynb #4c2ce9f8
 def nearest_in_others(
@@ -181,89 +177,7 @@ def plot_neighbours(
     plt.close(fig)
     return fig
 
-# %% ../nbs/13_explore.ipynb #0f310c7c
-class ClickablePicture(anywidget.AnyWidget):
-    "A PNG that calls `on_click` functions with where it was clicked, as fractions from its left and upper edge."
-    _esm = """
-    function render({ model, el }) {
-      const img = document.createElement("img"), fallback = model.get("fallback");
-      let url = null;
-      function draw() {
-        const old = url;
-        url = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
-        img.src = url; img.alt = model.get("alt");
-        img.style.cursor = model.get("clickable") ? "crosshair" : "default";
-        if (old) URL.revokeObjectURL(old);
-      }
-      function hide() {       // the still picture, which stands in the notebook for readers without a kernel
-        if (!fallback) return;
-        for (const other of document.images)
-          if (other !== img && other.src.includes(fallback)) (other.closest(".jp-OutputArea-child, .output_area") || other).style.display = "none";
-      }
-      img.style.maxWidth = "100%"; img.style.display = "block"; img.draggable = false;
-      img.addEventListener("click", (e) => {
-        if (!model.get("clickable")) return;
-        const box = img.getBoundingClientRect();
-        model.send({ click: [(e.clientX - box.left)/box.width, (e.clientY - box.top)/box.height] });
-      });
-      model.on("change:png change:alt change:clickable", draw);
-      draw(); hide(); requestAnimationFrame(hide);
-      el.appendChild(img);
-      return () => { model.off("change:png change:alt change:clickable", draw); if (url) URL.revokeObjectURL(url); };
-    }
-    export default { render };
-    """
-    png = traitlets.Bytes(b"").tag(sync=True)
-    alt = traitlets.Unicode("").tag(sync=True)
-    clickable = traitlets.Bool(False).tag(sync=True)
-    fallback = traitlets.Unicode("").tag(sync=True)
-
-    def on_click(self,
-        f:Callable[[float, float], object], # Called with x and y in [0, 1]
-    )->None:
-        "Call a function at each click."
-        self.clickable = True
-        def told(_, message, buffers):
-            if isinstance(message, dict) and "click" in message: f(*(min(max(float(t), 0.), 1.) for t in message["click"]))
-        self.on_msg(told)
-
-def picture_png(
-    picture:np.ndarray|Figure, # As of `to_rgb`, or a figure
-)->bytes: # A PNG file
-    "A picture as the bytes that `ClickablePicture` shows."
-    out = io.BytesIO()
-    if isinstance(picture, Figure):
-        with plt.rc_context({"savefig.bbox": None}): picture.savefig(out, format="png", dpi=100)         # cut to its content, clicks would miss
-    else: Image.fromarray(to_rgb(picture)).save(out, "png")
-    return out.getvalue()
-
-# %% ../nbs/13_explore.ipynb #67963774
-class _Box(widgets.VBox):
-    def __repr__(self): return "(Run this cell in a notebook to explore.)"               # what stands for the widget where it cannot be drawn
-
-class Explorer:
-    "Widgets, and a picture of their first view that stays where no kernel runs. `widget` is what is shown, `still()` gives that picture as PNG."
-    def __init__(self,
-        widget:widgets.Widget, # What is shown
-        picture:ClickablePicture, # One of its pictures
-        still:Callable[[], bytes], # Gives the first view as PNG
-        alt:str, # What the still picture shows
-    ): self.widget, self.picture, self.still, self.alt = _Box([widget]), picture, still, alt
-
-    def _ipython_display_(self):
-        text = base64.b64encode(self.still()).decode()
-        self.picture.fallback = text[len(text)//2:][:64]
-        display({"image/png": text, "text/plain": self.alt}, metadata={"image/png": {"alt": self.alt}}, raw=True)
-        display(self.widget)
-
-def _side_by_side(*files):
-    "PNGs in a row, as one"
-    pictures = [Image.open(io.BytesIO(f)).convert("RGB") for f in files]
-    canvas = Image.new("RGB", (sum(p.width + 8 for p in pictures) - 8, max(p.height for p in pictures)), "white")
-    for k, p in enumerate(pictures): canvas.paste(p, (sum(q.width + 8 for q in pictures[:k]), (canvas.height - p.height)//2))
-    return picture_png(np.array(canvas))
-
-# %% ../nbs/13_explore.ipynb #aa6aae40
+# %% ../nbs/13_explore.ipynb #5dec2897
 def _check_crops(store, embeddings, center_mm, volume_id):
     z, c, v = np.asarray(embeddings), np.asarray(center_mm, float), np.asarray(volume_id)
     if z.ndim != 2 or c.shape != (len(z), 3) or v.shape != (len(z),) or not len(z) or v.dtype.kind not in "iu":
@@ -286,7 +200,7 @@ class VolumeExplorer(Explorer):
         picture = ClickablePicture()
         box = widgets.VBox([widgets.HBox([self.volume, self.plane], layout=wrap), widgets.HBox([picture, widgets.VBox([*self.sliders, self.list])], layout=wrap), self.found])
         self._place()
-        super().__init__(box, picture, lambda: _side_by_side(self.picture.png, self.found.png), "")
+        super().__init__(box, picture, lambda: side_by_side(self.picture.png, self.found.png), "")
         picture.on_click(self.click)
         self.volume.observe(lambda _: (self._place(), self.show()), "value")
         for w in (self.plane, *self.sliders): w.observe(lambda _: self.show(), "value")

@@ -1,7 +1,8 @@
-"""Click a point of an embedding map: its image, its synthetic partner, its saliency, its nearest neighbours
+"""Hover over an embedding map, click a point: its image, its synthetic partner, its saliency, its nearest neighbours
 
-A map of a data set is a picture of dots; what it says is in the images behind them. `explore_map` shows, for the point that is clicked, the image, the synthetic one made for it, the saliency, and the nearest
-images by distance of the *features*, which is what the map had to bend. Like every explorer it needs a kernel to answer, and leaves a picture of its first view where there is none. **Synthetic images are training aids, not findings.**
+A map of a data set is a picture of dots; what it says is in the images behind them. `explore_map` names the point under the pointer and shows its image; for the point that is clicked it shows the image, the synthetic one made for it, the
+saliency, and the nearest images by distance of the *features*, which is what the map had to bend. Like every explorer it needs a kernel to answer, and leaves a picture of its first view where there is none.
+**Synthetic images are training aids, not findings.**
 
 ```python
 explore_map(embedding_map(h), tiles, labels, classes, synthetic=stained, features=h, groups=patients)
@@ -14,20 +15,24 @@ Docs: https://synthpi.github.io/synthpi/nbs/explore_map.html.md"""
 # %% auto #0
 __all__ = ['plot_points', 'point_at', 'plot_point', 'MapExplorer', 'explore_map']
 
-# %% ../nbs/13_explore_map.ipynb #bbff786c
+# %% ../nbs/13_explore_map.ipynb #0e945ae5
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from .core import to_rgb
-from .explain import _COLOURS, _MARKERS, saliency_display
-from .explore import ClickablePicture, Explorer, _side_by_side, nearest_in_others, picture_png
+from .explain import saliency_display
+from .explore import nearest_in_others
+from .maps import COLOURS, MARKERS
+from .pictures import ClickablePicture, Explorer, picture_png, side_by_side
 
-# %% ../nbs/13_explore_map.ipynb #31785dd3
+# %% ../nbs/13_explore_map.ipynb #ab6a10f2
 def plot_points(
     coords, # (N, 2)
     labels, # Class indices, (N,); negative for unlabelled
@@ -45,7 +50,7 @@ def plot_points(
     if (~shown).any(): ax.scatter(*coords[~shown].T, s=6, c="#C8C8C8", marker=".", linewidths=0)
     for c in [-1, *range(len(classes))]:
         i = shown & (labels < 0 if c < 0 else labels == c)
-        if i.any(): ax.scatter(*coords[i].T, s=area, c="#777777" if c < 0 else _COLOURS[c % 12], marker="." if c < 0 else _MARKERS[(c + c//12) % 12], linewidths=.3, edgecolors="white", label="unlabelled" if c < 0 else classes[c])
+        if i.any(): ax.scatter(*coords[i].T, s=area, c="#777777" if c < 0 else COLOURS[c % 12], marker="." if c < 0 else MARKERS[(c + c//12) % 12], linewidths=.3, edgecolors="white", label="unlabelled" if c < 0 else classes[c])
     for rows, width, wide in ((list(near), 1, 2.5), ([] if chosen is None else [chosen], 2.2, 5)): ax.scatter(*coords[rows].T, s=wide*area + 20, facecolors="none", edgecolors="black", linewidths=width, zorder=3)
     ax.set_xticks([]); ax.set_yticks([]); ax.margins(.05)
     if shown.any():
@@ -53,6 +58,11 @@ def plot_points(
         for text in legend.get_texts(): text.set_parse_math(False)
     plt.close(fig)
     return fig
+
+def _places(fig, coords):
+    "Where points of the map are in the picture: fractions from the left and the upper edge, (N, 2)"
+    fig.draw_without_rendering()                                                        # the layout settles when it is drawn
+    return fig.transFigure.inverted().transform(fig.axes[0].transData.transform(np.asarray(coords, float)))*[1, -1] + [0, 1]
 
 def point_at(
     fig:Figure, # Of `plot_points`
@@ -62,9 +72,7 @@ def point_at(
     shown=None, # Which points can be meant, (N,) bool; None is all
 )->int|None: # Row; None if no point can be meant
     "The point of the map that lies nearest to a place in the picture."
-    fig.draw_without_rendering()                                                        # the layout settles when it is drawn
-    places = fig.transFigure.inverted().transform(fig.axes[0].transData.transform(np.asarray(coords, float)))*fig.get_size_inches()
-    distance = np.linalg.norm(places - np.array([x, 1 - y])*fig.get_size_inches(), axis=1)
+    distance = np.linalg.norm((_places(fig, coords) - [x, y])*fig.get_size_inches(), axis=1)
     if shown is not None: distance[~np.asarray(shown)] = np.inf
     return int(distance.argmin()) if np.isfinite(distance).any() else None
 
@@ -101,26 +109,39 @@ def plot_point(
     plt.close(fig)
     return fig
 
-# %% ../nbs/13_explore_map.ipynb #fb45880a
+# %% ../nbs/13_explore_map.ipynb #cff0e5c4
 class MapExplorer(Explorer):
-    "What `explore_map` gives: `filter` and `point` can be read and set, `near` holds the rows of the neighbours."
+    "What `explore_map` gives: `filter` (classes), `patients` (None without `groups`) and `point` can be read and set, `near` holds the rows of the neighbours."
     def __init__(self, coords, images, labels, classes, synthetic, saliency, features, groups, k, metric):
+        once = lambda x: lru_cache(256)(x) if callable(x) else x                         # what is computed is computed once for a point
         self.coords, self.labels, self.classes, self.features, self.groups, self.k, self.metric = coords, labels, classes, features, groups, k, metric
-        self._behind, self._fig, self.near = {"images": images, "synthetic": synthetic, "saliency": saliency, "groups": groups}, None, []
+        self._behind, self._fig, self.near, self.patients = {"images": once(images), "synthetic": once(synthetic), "saliency": once(saliency), "groups": groups}, None, [], None
         every = [*([-1] if (labels < 0).any() else []), *range(len(classes))]
-        self.filter = widgets.SelectMultiple(options=[(classes[c] if c >= 0 else "unlabelled", c) for c in every], value=every, rows=min(max(len(every), 3), 10), description="classes")
-        self.point = widgets.BoundedIntText(value=0, min=0, max=len(coords) - 1, description="point")
-        picture, self.found = ClickablePicture(), ClickablePicture()
-        wrap = widgets.Layout(flex_flow="row wrap")
-        super().__init__(widgets.HBox([picture, widgets.VBox([self.filter, self.point, self.found])], layout=wrap), picture, lambda: _side_by_side(self.picture.png, self.found.png), "")
+        choice = lambda options, what: widgets.SelectMultiple(options=options, value=[v for _, v in options], rows=min(max(len(options), 3), 8), description=what, layout={"max_width": "100%"})
+        self.filter = choice([(classes[c] if c >= 0 else "unlabelled", c) for c in every], "classes")
+        if groups is not None:
+            names, self._whose = np.unique(groups.astype(str), return_inverse=True)
+            self.patients = choice([(str(name), i) for i, name in enumerate(names)], "patients")
+        self.point = widgets.BoundedIntText(value=0, min=0, max=len(coords) - 1, description="point", layout={"max_width": "100%"})
+        filters = [self.filter, *([] if self.patients is None else [self.patients])]
+        picture, self.found, wrap = ClickablePicture(), ClickablePicture(), widgets.Layout(flex_flow="row wrap")
+        box = widgets.HBox([picture, widgets.VBox([widgets.HBox(filters, layout=wrap), self.point, self.found], layout={"max_width": "100%"})], layout=wrap)
+        super().__init__(box, picture, lambda: side_by_side(self.picture.png, self.found.png), "")
         picture.on_click(self.click)
-        self.filter.observe(lambda _: self.show(), "value")
-        self.point.observe(lambda _: self.show(), "value")
+        picture.on_hover([f"point {r}: {self._name(r)}" + ("" if groups is None else f"\n{groups[r]}") for r in range(len(coords))], self._thumbnail)
+        for w in (*filters, self.point): w.observe(lambda _: self.show(), "value")
         self.show()
         self.alt = f"{self.picture.alt} {self.found.alt}"
 
+    def _name(self, row): return self.classes[self.labels[row]] if self.labels[row] >= 0 else "unlabelled"
+
+    def _thumbnail(self, row):
+        image = Image.fromarray(_item(self._behind["images"], row))
+        image.thumbnail((192, 192))
+        return picture_png(np.array(image))
+
     @property
-    def shown(self): return np.isin(self.labels, self.filter.value)
+    def shown(self): return np.isin(self.labels, self.filter.value) & (True if self.patients is None else np.isin(self._whose, self.patients.value))
 
     def click(self,
         x:float, # From the left edge (0) to the right one (1)
@@ -132,14 +153,14 @@ class MapExplorer(Explorer):
 
     def show(self)->None:
         "Draw what is chosen."
-        row = self.point.value
+        row, shown = self.point.value, self.shown
         alone = np.arange(len(self.coords))
         self.near, distance = nearest_in_others(self.features, alone if self.groups is None else self.groups, row, self.k, None, self.metric)
-        self._fig = plot_points(self.coords, self.labels, self.classes, self.shown, row, self.near)
+        self._fig = plot_points(self.coords, self.labels, self.classes, shown, row, self.near)
+        self.picture.put(np.where(shown[:, None], _places(self._fig, self.coords), np.nan))
         self.picture.png, self.found.png = picture_png(self._fig), picture_png(plot_point(row, self.near, distance, labels=self.labels, classes=self.classes, **self._behind))
-        name = lambda r: self.classes[self.labels[r]] if self.labels[r] >= 0 else "unlabelled"
-        self.picture.alt = f"Map of {len(self.coords)} points, {int(self.shown.sum())} of them in colour; point {row} is ringed. The number chooses the same as a click."
-        self.found.alt = f"Point {row}, {name(row)}, and its nearest: " + "; ".join(f"point {r}, {name(r)}" for r in self.near) + "."
+        self.picture.alt = f"Map of {len(self.coords)} points, {int(shown.sum())} of them in colour; point {row} is ringed. The number chooses the same as a click."
+        self.found.alt = f"Point {row}, {self._name(row)}, and its nearest: " + "; ".join(f"point {r}, {self._name(r)}" for r in self.near) + "."
 
 def explore_map(
     coords, # (N, 2), or what `embedding_map` returned
@@ -147,13 +168,13 @@ def explore_map(
     labels=None, # Class indices, (N,); negative for unlabelled; None: all are
     classes:Sequence[str]=(), # Class names
     synthetic=None, # Synthetic partners, as `images`
-    saliency=None, # Signed maps (N, 3, H, W), or a function of the row
+    saliency=None, # Signed maps (N, 3, H, W), or a function of the row, called once for each point that is chosen
     features=None, # What neighbours are sought by, (N, R); None: the map's coordinates, which bend distances
     groups:Sequence|None=None, # Patients, (N,): neighbours are of others
     k:int=5, # Neighbours shown
     metric:str="euclidean", # Or "cosine"
 )->MapExplorer: # Shows itself as the last value of a cell; a still picture without a kernel
-    "Click a point of a map and see what is behind it."
+    "Hover over a map, click a point, and see what is behind it."
     coords = np.asarray(coords["coords"] if isinstance(coords, Mapping) else coords, float)
     if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) < 2 or not np.isfinite(coords).all(): raise ValueError(f"coordinates of shape {coords.shape} arrived; expected finite (N, 2) of 2 points or more.")
     labels = np.full(len(coords), -1) if labels is None else np.asarray(labels)

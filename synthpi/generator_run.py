@@ -16,7 +16,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/generator_run.html.md"""
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Made', 'read_training_images', 'train_generator', 'tested_on']
 
-# %% ../nbs/14_generator_run.ipynb #57e600fe
+# %% ../nbs/14_generator_run.ipynb #8fcb9b78
 import inspect
 import json
 import shutil
@@ -27,12 +27,11 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from datasets import Dataset, Image as ImageFeature
 from filelock import FileLock, Timeout
 
 import synthpi
-from .core import atomic_path, claim_folder, environment, seed_for, show_images, write_json
+from .core import choose_device, claim_folder, environment, seed_for, show_images, write_json
 from .data import assert_disjoint, check_images, image_folder, pair_folders
 from .generators import NETWORKS, ModuleGenerator, fingerprint, load_generator, save_generator
 from .objectives import CUT, CycleGAN, Objective, Pix2Pix, Regression
@@ -67,7 +66,7 @@ def read_training_images(
     if same := sorted(files(pairs, x) & files(privileged, y)): raise ValueError(f"{len(same)} files are in both folders ({same[0].name}); expected primary images in one and privileged ones in the other.")
     return x, y.rename_column("primary", "privileged")
 
-# %% ../nbs/14_generator_run.ipynb #67aeff8f
+# %% ../nbs/14_generator_run.ipynb #dc10a005
 _FILES = ("generator.safetensors", "results.json", "report.html", "figures", "samples", "history.csv", "run.json", "checkpoints", "test")
 
 def train_generator(
@@ -102,8 +101,7 @@ def train_generator(
     "Train and judge a generator. `ValueError` for input or arguments that cannot work, before anything is written."
     out = Path(out)
     if isinstance(objective, str) and objective not in OBJECTIVES: raise ValueError(f"objective {objective!r} arrived; expected one of {', '.join(OBJECTIVES)}.")
-    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} arrived; expected 'auto' or 'cpu'" + (", or 'cuda', and no CUDA device was found." if device == "cuda" else " or 'cuda'."))
+    choose_device(device)
     if not 0 <= test < 1: raise ValueError(f"test={test} arrived; expected a part of the groups, 0 or more and below 1.")
     x, y = read_training_images(pairs, privileged, group_column, on_bad)
     if um_per_px is None and "um_per_px" not in x.column_names:

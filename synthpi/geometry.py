@@ -1,6 +1,6 @@
 """Distances between crops: which pairs, how far, and how well embeddings follow
 
-What the losses of [distance](10_distance.html) and their evaluation share: exact pairwise distances, the choice of pairs, the *stress* between two sets of distances, a typical distance to scale by, and
+What the losses of [distance](10_distance.ipynb) and their evaluation share: exact pairwise distances, the choice of pairs, the *stress* between two sets of distances, a typical distance to scale by, and
 `distance_agreement`, which says how well embeddings of crops not seen keep the distances in the body:
 
 ```python

@@ -212,7 +212,7 @@ def fit_logistic(
     x:np.ndarray, # Features (N, R)
     y:np.ndarray, # Labels (N,), two classes or more; or targets (N, T) bool, one regression each
     train:np.ndarray|None=None, # Training rows (F, N) or (N,) bool; None for all
-    Cs:Sequence[float]|np.ndarray=10.**np.arange(-4, 5), # Inverse strengths of the penalty, (n_C,); or (F, n_C, T), own ones for every training set and target
+    Cs:Sequence[float]|np.ndarray=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4), # Inverse strengths of the penalty, (n_C,); or (F, n_C, T), own ones for every training set and target
     tol:float=1e-8, # A fit is done when its next full step is expected to lower the objective by less than this share of it
     max_iter:int=3000, # Passes at most; a warning counts the fits that are not done by then
     device="cpu", # Where to compute, in float64

@@ -16,7 +16,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/patches.html.md"""
 # %% auto #0
 __all__ = ['embed_volumes', 'Embeddings', 'read_embeddings', 'read_features', 'probe_table']
 
-# %% ../nbs/14_patches.ipynb #3440f950
+# %% ../nbs/14_patches.ipynb #167592b5
 import hashlib
 import json
 import warnings
@@ -33,12 +33,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .core import atomic_path, seed_for
+from .core import atomic_path, choose_device, seed_for
 from .crops import _sides, grid_crops
 from .crossval import auc_intervals, cross_validate
-from .evaluate import _check_finite, _frozen
+from .evaluate import _frozen, check_finite
 from .generators import fingerprint
-from .positions import PositionProbe, position_probe
+from .positions import position_probe
 from .volume_sets import _some
 
 # %% ../nbs/14_patches.ipynb #aaf5ef6f
@@ -62,19 +62,17 @@ def _table(columns, h):
     h = np.ascontiguousarray(h, np.float32)
     return pa.table({**columns, "embedding": pa.FixedSizeListArray.from_arrays(pa.array(h.ravel()), h.shape[1])})
 
-# %% ../nbs/14_patches.ipynb #ad152b17
+# %% ../nbs/14_patches.ipynb #abf23e52
 _FORMAT = "synthpi-embeddings-1"
 _TEXT = ("volume", "subject", "split")
 
-def _check_run(encoder, store, out, volumes, labels, frame, device, overwrite):
+def _check_run(encoder, store, out, volumes, labels, frame, overwrite):
     "Volumes, rules and label values of a run that can begin"
     if not isinstance(encoder, nn.Module): raise TypeError(f"a {type(encoder).__name__} arrived as encoder; expected a module (K, 1, X, Y, Z) to (K, R): open a file with load_encoder.")
     spec = getattr(encoder, "spec", {})
     if spec.get("spatial_dims", 3) != 3 or spec.get("in_channels", 1) != 1: raise ValueError(f"an encoder for {spec['in_channels']} channels in {spec['spatial_dims']} dimensions arrived; expected one for volumes: make_encoder(..., in_channels=1, spatial_dims=3).")
     if out.suffix != ".parquet": raise ValueError(f"out={str(out)!r} arrived; expected the name of a file that ends in .parquet.")
     if out.exists() and not overwrite: raise ValueError(f"{out} exists already: choose another name, or overwrite=True to replace it.")
-    if device not in ("auto", "cpu", "cuda"): raise ValueError(f"device {device!r} arrived; expected 'auto', 'cpu' or 'cuda'.")
-    if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device 'cuda' arrived and no CUDA device was found; use 'auto' or 'cpu'.")
     volumes = list(range(len(store))) if volumes is None else [int(i) for i in volumes]
     if odd := [i for i in volumes if not 0 <= i < len(store)]: raise IndexError(f"volume {odd[0]} of {len(store)}")
     if not volumes or len(set(volumes)) < len(volumes): raise ValueError(f"the volumes {volumes} arrived; expected one at least, and each once.")
@@ -104,8 +102,8 @@ def embed_volumes(
     "Embeddings of grids of crops, as one file; `ValueError` before anything is computed when it cannot be done as told."
     out, sides = Path(out), _sides(size)
     steps = sides if stride is None else _sides(stride)
-    volumes, rules, values = _check_run(encoder, store, out, volumes, labels, frame, device, overwrite)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = choose_device(device)
+    volumes, rules, values = _check_run(encoder, store, out, volumes, labels, frame, overwrite)
     keys = {store.names[i]: store.items[i]["key"] for i in volumes}
     facts = {"format": _FORMAT, "encoder": fingerprint(encoder), "architecture": getattr(encoder, "spec", None) or {"custom": type(encoder).__name__}, "size": sides.tolist(), "stride": steps.tolist(), "frame": frame,
              "tissue": float(tissue), "labels": list(rules), "values": values if rules else [], "preparation": store.settings, "volumes": keys, "store": hashlib.sha256(json.dumps(sorted(keys.items())).encode()).hexdigest()}
@@ -117,7 +115,7 @@ def embed_volumes(
                 for b in grid_crops(store, i, sides, steps, batch, "voxel_local", tissue, labels=bool(rules)):
                     h = encoder(b["crop"].to(place)).float().cpu()
                     if h.ndim != 2 or len(h) != len(b["crop"]): raise ValueError(f"the encoder gave shape {tuple(h.shape)} for {len(b['crop'])} crops; expected (K, R): pool and flatten inside it.")
-                    parts.append(_table(_columns(store, i, b, sides, frame, rules, values), _check_finite(h.numpy(), f"embeddings of {store.names[i]}")))
+                    parts.append(_table(_columns(store, i, b, sides, frame, rules, values), check_finite(h.numpy(), f"embeddings of {store.names[i]}")))
                 if not parts:
                     empty.append(store.names[i])
                     continue

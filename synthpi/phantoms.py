@@ -43,10 +43,10 @@ STAINS = np.array([[.650, .704, .286],          # haematoxylin
 
 def beer_lambert(
     amounts:np.ndarray, # Stain in every pixel, (..., S)
-    stains:np.ndarray=STAINS, # Optical density per unit of each stain, (S, 3)
+    stains:np.ndarray|None=None, # Optical density per unit of each stain, (S, 3); None: `STAINS`
 )->np.ndarray: # Transmitted light in [0, 1], (..., 3)
     "Light that passes through `amounts` of stain."
-    return 10**-(amounts @ stains)
+    return 10**-(amounts @ (STAINS if stains is None else stains))
 
 # %% ../nbs/01_phantoms.ipynb #b982584d
 class Lab(NamedTuple):

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 
-from .explain import embedding_map
+from .maps import embedding_map
 from .figures import _STYLE, _given, _look
 from .geometry import Agreement, distance_agreement
 

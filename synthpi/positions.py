@@ -131,7 +131,7 @@ def position_probe(
     test_h:np.ndarray, # Test features (M, R)
     test_mm:np.ndarray, # Their positions (M, A)
     test_groups:Sequence, # Their subjects, none of them in training
-    alphas:Sequence[float]=10.**np.arange(-3, 7), # Candidate penalties
+    alphas:Sequence[float]=(1e-3, .01, .1, 1., 10., 100., 1e3, 1e4, 1e5, 1e6), # Candidate penalties
     folds:int=5, # Of the training subjects, to choose among them
     n_boot:int=2000, # Replicates
     seed:int=0, # Of the resampling

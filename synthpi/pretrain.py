@@ -17,7 +17,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/pretrain.html.md"""
 # %% auto #0
 __all__ = ['LOSSES', 'RECIPES', 'layout_of', 'Run', 'tiles_to_train', 'pretrain']
 
-# %% ../nbs/14_pretrain.ipynb #23532dad
+# %% ../nbs/14_pretrain.ipynb #eaae9ba4
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from torch import nn
 import synthpi
 from .batch_views import BatchViews
 from .batchnorm import synchronise_batchnorm
-from .core import atomic_path, claim_folder, environment, seed_for, set_seed, write_json
+from .core import atomic_path, choose_device, claim_folder, environment, seed_for, set_seed, write_json
 from .data import check_images, image_folder
 from .generators import fingerprint
 from .losses import BarlowTwins, SimCLR, VICReg
@@ -63,7 +63,7 @@ def layout_of(
     primary = 1 if method == "siamese" and sources else 2
     return (0,)*primary + tuple(range(1, sources + 1)), ("primary",)*primary + extra
 
-# %% ../nbs/14_pretrain.ipynb #ccc5ddc4
+# %% ../nbs/14_pretrain.ipynb #1efa5450
 class Run(NamedTuple):
     "What a training leaves behind."
     folder:Path # With encoder.safetensors, history.csv, history.png, run.json, checkpoints
@@ -127,9 +127,9 @@ def pretrain(
     out, pairs_cache = Path(out), [Path(c) for c in pairs_cache]
     layout, columns = layout_of(method, len(pairs_cache))
     for name, value, known in (("loss", loss, LOSSES), ("augmentation", augmentation, RECIPES), ("privileged_augmentation", privileged_augmentation, RECIPES),
-                               ("augment_on", augment_on, ("auto", "workers", "device")), ("device", device, ("auto", "cpu", "cuda"))):
+                               ("augment_on", augment_on, ("auto", "workers", "device"))):
         if value not in known: raise ValueError(f"{name} {value!r} arrived; expected one of {', '.join(known)}.")
-    if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device 'cuda' arrived and no CUDA device was found; use 'auto' or 'cpu'.")
+    choose_device(device)
     if resume and overwrite: raise ValueError("both resume and overwrite arrived; give resume to go on with what is in the folder, or overwrite to replace it.")
     if steps is not None and epochs is not None: raise ValueError(f"steps={steps} and epochs={epochs} arrived; give one of them.")
     if steps is None and epochs is None and minutes is None: epochs = 100

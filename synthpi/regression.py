@@ -46,7 +46,7 @@ def cross_regress(
     y:np.ndarray, # Quantities (N,) or (N, T)
     groups:Sequence, # Group of every row, for example its patient
     folds:int=8, # Number of folds, at most the number of groups
-    alphas:Sequence[float]=10.**np.arange(-1, 6), # Candidates for the penalty, features being standardised
+    alphas:Sequence[float]=(.1, 1., 10., 100., 1e3, 1e4, 1e5), # Candidates for the penalty, features being standardised
     inner:int=4, # Inner folds, at most the number of training groups
     seed:int=0, # Decides which groups share a fold
 )->Regression: # Predictions for every row

@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/study.html.md"""
 # %% auto #0
 __all__ = ['tissue_study', 'summarise']
 
-# %% ../nbs/14_study.ipynb #9df4afdc
+# %% ../nbs/14_study.ipynb #fc6aed41
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,18 +23,19 @@ from accelerate import Accelerator
 
 import synthpi
 from .arms import ARMS, SETTINGS, add_controls, train_arm, untrained_encoder
-from .core import Progress, claim_folder, environment, write_json
+from .core import Progress, choose_device, claim_folder, environment, write_json
 from .data import check_images, image_folder, pair_folders
-from .evaluate import colour_histogram, error_reduction, interval, rankme, score_intervals, scores
+from .evaluate import colour_histogram, error_reduction, interval, score_intervals, scores
 from .generators import StainGenerator, fingerprint, load_generator, save_generator
 from .models import ENCODERS, save_encoder
 from .pairs import add_privileged, cut_pairs, refuse_overlap
 from .quality import pair_quality
+from .ranks import rankme
 from .tileset import TileSet, choose_hard_pair, features_of, load_tiles, score_run
 from .tissue_report import write_report
 from .translation import fit_generator, translate_records
 
-# %% ../nbs/14_study.ipynb #2f7a49b8
+# %% ../nbs/14_study.ipynb #75dfec85
 _UNET_COST = 12.     # seconds that a U-Net needs for a pixel, in units of what resnet10_narrow needs for one; only the progress bar uses it
 
 def tissue_study(
@@ -72,8 +73,7 @@ def tissue_study(
     if pairs and generator: raise ValueError("both pairs and a generator arrived; give the pairs to train a generator on them, or the generator file.")
     names = _choose_arms(arms, controls, bool(pairs), bool(pairs or generator))
     if encoder not in ENCODERS: raise ValueError(f"encoder {encoder!r} arrived; expected one of {', '.join(ENCODERS)}.")
-    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} arrived; expected 'auto' or 'cpu'" + (", or 'cuda', and no CUDA device was found." if device == "cuda" else " or 'cuda'."))
+    choose_device(device)
     if pairs and (generator_crop % 16 or generator_crop < 32): raise ValueError(f"generator_crop={generator_crop} arrived; expected a multiple of 16 of at least 32 (--generator-crop).")
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds {list(seeds)} arrived; expected one or more different ones.")
     out = Path(out)

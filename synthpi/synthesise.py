@@ -16,7 +16,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/synthesise.html.md"""
 # %% auto #0
 __all__ = ['STAINS', 'NOTE', 'choose_generator', 'plot_pairs', 'Pairs', 'synthesise']
 
-# %% ../nbs/14_synthesise.ipynb #2a7b1738
+# %% ../nbs/14_synthesise.ipynb #bf547d24
 import inspect
 import time
 import warnings
@@ -32,13 +32,13 @@ from tqdm.auto import tqdm
 
 import synthpi
 from .cache import Processes, read_manifest
-from .core import atomic_path, claim_folder, environment, to_rgb, write_json
+from .core import atomic_path, choose_device, claim_folder, environment, to_rgb, write_json
 from .data import check_images, image_folder
 from .generators import StainGenerator, load_generator
 from .pairs import add_privileged, check_generator
 from .stains import Macenko
 
-# %% ../nbs/14_synthesise.ipynb #a76afd51
+# %% ../nbs/14_synthesise.ipynb #0b1205b2
 STAINS = {**{stain: lambda stain=stain: StainGenerator(stain) for stain in ("haematoxylin", "eosin", "dab")}, "macenko": Macenko} # Generators that need no training, by their names on the command line
 
 def choose_generator(
@@ -49,10 +49,8 @@ def choose_generator(
     options:dict|None=None, # Other arguments of `load_generator`, for a network of others: `range`, `entry`, `norm`, `padding`, `multiple`, `name`
 ): # With `translate`, on its device
     "A generator by name, from a file, or as it is."
-    if device not in ("auto", "cpu", "cuda"): raise ValueError(f"device {device!r} arrived; expected 'auto', 'cpu' or 'cuda'.")
-    if device == "cuda" and not torch.cuda.is_available(): raise ValueError("device 'cuda' arrived and no CUDA device was found; use 'auto' or 'cpu'.")
-    if device != "cpu" and torch.cuda.is_available(): device = str(PartialState().device) if Processes().n > 1 else "cuda"
-    else: device = "cpu"
+    device = choose_device(device)
+    if device == "cuda" and Processes().n > 1: device = str(PartialState().device)
     if strange := sorted(set(options or {}) - set(inspect.signature(load_generator).parameters)): raise ValueError(f"{', '.join(strange)} arrived for the generator; expected arguments of load_generator: range, entry, norm, padding, multiple, name.")
     if isinstance(generator, str) and generator in STAINS and (um_per_px or licence or options): raise ValueError(f"a scale, licence or options arrived for {generator!r}; expected none: stain separation has none of these.")
     if isinstance(generator, str) and generator in STAINS: return STAINS[generator]()

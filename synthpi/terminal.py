@@ -9,7 +9,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/terminal.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Out', 'Seeds', 'Overwrite', 'Device', 'Workers', 'first', 'told', 'start_the_others', 'leave_group',
-           'share_cores', 'command_line']
+           'share_cores', 'names', 'command_line']
 
 # %% ../nbs/15_terminal.ipynb #febc910d
 import contextlib
@@ -52,7 +52,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another st
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Workers = Annotated[Optional[int], typer.Option(min=0, help="Worker processes for decoding and augmenting; default: one for each second core, up to 4.")]
 
-# %% ../nbs/15_terminal.ipynb #da08596f
+# %% ../nbs/15_terminal.ipynb #9c66c521
 def start_the_others()->None:
     """`accelerate launch --cpu --num_processes 2` starts one process, in silence, unless it is given an MPI host file. Where it was asked for more, this process
     becomes the launcher that starts them."""
@@ -79,6 +79,7 @@ def leave_group()->None:
 
 def share_cores(
     workers:int|None, # Worker processes asked for; None: one for each second core, up to 4
+    beside:bool=True, # They work while this process computes; False: they are done before it does, which so gets every core
 )->int: # Worker processes to start
     """Cores that the workers do not need do the arithmetic. Two busy threads on one core wait for each other: with both cores of a small machine taken by
     another program, two threads were seen to take twenty times as long as one."""
@@ -86,8 +87,15 @@ def share_cores(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, cores//int(os.environ.get("LOCAL_WORLD_SIZE", 1)))       # several training processes on this machine share them
     workers = min(4, cores//2) if workers is None else workers
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers*beside)))
     return workers
+
+
+def names(
+    text:str|None, # Names separated by commas
+)->list[str]|None: # Without the spaces around them; None for nothing
+    "What an option holds that may name several things."
+    return [n.strip() for n in text.split(",") if n.strip()] if text else None
 
 
 def command_line():

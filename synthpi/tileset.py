@@ -20,8 +20,10 @@ from datasets import Dataset
 from torch import nn
 
 from .data import assert_disjoint, check_images, check_labels, image_folder, split_by_group
-from .evaluate import colour_histogram, extract_features, linear_probe, mean_rgb, rankme, restain, scores
+from .evaluate import colour_histogram, extract_features, mean_rgb, restain, scores
 from .generators import fingerprint
+from .probes import linear_probe
+from .ranks import rankme
 from .views import Images
 
 # %% ../nbs/14_tileset.ipynb #bcffa69b

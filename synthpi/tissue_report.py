@@ -22,8 +22,9 @@ from torch import nn
 from .arms import ARMS
 from .core import seed_for, to_rgb
 from .evaluate import compare, extract_features
-from .explain import embedding_map, guided_gradcam, plot_map, saliency_grid
+from .explain import guided_gradcam, saliency_grid
 from .figures import pair_gallery, plot_accuracy, plot_augmentation, plot_confusion, plot_losses, plot_recall
+from .maps import align_maps, embedding_map, plot_map
 from .models import load_encoder
 from .quality import worst_pairs
 from .report import Report
@@ -202,10 +203,11 @@ def _saliency(report, out, results, data, encoders):
                   "Every map is scaled to its own range: compare where, not how much.", "Grid of test tiles and saliency maps, one column for each arm")
 
 def _maps(report, data, encoders, seed):
-    maps = {n: embedding_map(extract_features(e, data.images["test"]), seed=seed) for n, e in encoders.items()}
+    y, groups = data.labels["test"], data.groups["test"] if 1 < len(set(data.groups["test"])) < len(data.groups["test"]) else None
+    maps = align_maps({n: embedding_map(extract_features(e, data.images["test"]), seed=seed, labels=y, groups=groups) for n, e in encoders.items()})
     trust = ", ".join(f"{n} {m['trustworthiness']:.2f}" for n, m in maps.items())
-    report.section("How the encoders arrange the tiles").figure(plot_map(maps, data.labels["test"], data.classes), "map", "UMAP of the frozen features of the test tiles, coloured by a class that the self-supervised encoders "
-                   f"were never told. Trustworthiness of the maps (1: all neighbours are real ones): {trust}.", "Scatter plots of the test tiles, one for each arm")
+    report.section("How the encoders arrange the tiles").figure(plot_map(maps, y, data.classes), "map", "UMAP of the frozen features of the test tiles, coloured by a class that the self-supervised encoders "
+                   f"were never told. Trustworthiness of the maps (1: all neighbours are real ones): {trust}. *Same class* counts neighbours" + " of other patients (groups)"*(groups is not None) + "; each map is turned onto the first.", "Scatter plots of the test tiles, one for each arm")
 
 def _record(report, results):
     report.section("What this does not show", _LIMITS)

@@ -8,13 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p for p in (ROOT/"synthpi").glob("*.py") if p.stem[0] != "_")
-LEAVES = "phantoms bodies geometry volume_sets crops data foreign cache recipes views models memory batchnorm losses steps checkpoints watch tiling evaluate logistic comparisons neighbours regression positions explain figures terminal"
+LEAVES = "phantoms bodies geometry volume_sets crops data foreign cache recipes views cards memory batchnorm losses steps checkpoints watch tiling logistic comparisons feature_cache neighbours regression positions explain maps pictures figures terminal"
 ALLOWED = {"core": set(), **{name: {"core"} for name in LEAVES.split()},
     "containers": {"core", "data"}, "stacks": {"core", "data", "containers"}, "presets": {"core", "data", "containers", "stacks"},
     "runtimes": {"core", "foreign"}, "generators": {"core", "foreign", "runtimes"}, "stains": {"core", "generators"}, "kid": {"core", "models"}, "quality": {"core", "tiling", "kid"}, "objectives": {"core", "generators"},
     "volumes": {"core", "volume_sets"}, "distance": {"core", "losses", "geometry"}, "trainer": {"core", "steps", "checkpoints", "watch"}, "batch_views": {"core", "recipes", "views"}, "translation": {"core", "generators", "objectives", "kid", "trainer"}, "pairs": {"core", "generators", "cache"}, "report": {"core", "figures"},
-    "doctor": {"core", "terminal"}, "crop_views": {"core", "batch_views"}, "crop_lists": {"core", "crops", "volume_sets"}, "crossval": {"core", "evaluate", "logistic"}, "explore": {"core", "crops"}, "position_maps": {"core", "explain", "figures", "geometry"}, "explore_map": {"core", "explain", "explore"}}
-for name in ("pretrain", "generator_run", "synthesise", "arms", "tileset", "tissue_report", "study", "patches", "volume_arms", "volume_scores", "volume_report", "volume_study", "cli_volumes", "cli"): ALLOWED[name] = set(ALLOWED)     # these put the rooms together, each all those before it
+    "doctor": {"core", "terminal"}, "crop_views": {"core", "batch_views"}, "crop_lists": {"core", "crops", "volume_sets"}, "crossval": {"core", "evaluate", "logistic"}, "explore": {"core", "crops", "pictures"}, "position_maps": {"core", "maps", "figures", "geometry"},
+    "explore_map": {"core", "explain", "explore", "maps", "pictures"}, "explore_pairs": {"core", "pictures"}, "sanity": {"core", "explain"}, "models": {"core", "cards"}, "evaluate": {"core", "comparisons", "feature_cache"}, "probes": {"core", "evaluate"}, "ranks": {"core", "evaluate"}}
+for name in ("pretrain", "generator_run", "synthesise", "arms", "tileset", "tissue_report", "explain_run", "study", "patches", "volume_arms", "volume_scores", "volume_report", "volume_study", "cli_volumes", "cli_explain", "cli"): ALLOWED[name] = set(ALLOWED)     # these put the rooms together, each all those before it
 
 def rooms(source):
     "The modules of synthpi that `source` imports, at its top or inside a function"

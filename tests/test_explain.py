@@ -1,14 +1,20 @@
-"Guided-GradCAM against its formula written out; what coverage sees; the model as it was found. (UMAP, slow to compile, is in the notebook.)"
+"Guided-GradCAM against its formula written out, in images and volumes; what coverage sees; the model as it was found."
+import gc
+import random
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.networks.blocks import MemoryEfficientSwish, Swish
 from monai.networks.nets import DenseNet121, ResNet
 from torch import nn
 
-from synthpi.explain import coverage, guided_gradcam, plot_map, saliency_display, saliency_grid
+from synthpi.distance import TwoHead
+from synthpi.explain import Dimension, Similarity, coverage, guided_gradcam, saliency_display, saliency_grid, saliency_maps, saliency_volume, strongest_voxel
+from synthpi.models import make_encoder
+from synthpi.volume_arms import DistanceEmbedding
 
 
 class Guided(torch.autograd.Function):
@@ -38,20 +44,27 @@ def with_rule(model, rule):
     return model
 
 
-def by_hand(model, images, target, layer):
+def by_hand(model, images, score, layer):
+    "`score` is a function of the outputs, or a class for each image"
+    if not callable(score): score = lambda y, c=score: y[range(len(y)), c]
     plain, guided = with_rule(model, lambda x: x*(x > 0)), with_rule(model, Guided.apply)
     seen = []
     hook = plain.get_submodule(layer).register_forward_hook(lambda m, x, out: (seen.append(out), out.clone())[1])
     x = images.clone().requires_grad_()
-    score = plain(x)[range(len(x)), target].sum()
-    dA, = torch.autograd.grad(score, seen[0])
+    dA, = torch.autograd.grad(score(plain(x)).sum(), seen[0])
     hook.remove()
-    alpha = dA.sum((2, 3))/(dA.shape[2]*dA.shape[3])
-    cam = torch.einsum("bk,bkuv->buv", alpha, seen[0]).clamp(min=0)
-    cam = F.interpolate(cam[:, None], size=images.shape[2:], mode="bilinear", align_corners=False)
+    A, space = seen[0], tuple(range(2, images.ndim))
+    alpha = dA.sum(space)/A[0, 0].numel()
+    cam = sum(alpha[:, k].reshape(-1, *[1]*len(space))*A[:, k] for k in range(A.shape[1])).clamp(min=0)
+    cam = F.interpolate(cam[:, None], size=images.shape[2:], mode="bilinear" if len(space) == 2 else "trilinear", align_corners=False)
     x = images.clone().requires_grad_()
-    g, = torch.autograd.grad(guided(x)[range(len(x)), target].sum(), x)
+    g, = torch.autograd.grad(score(guided(x)).sum(), x)
     return (g*cam).detach()
+
+
+def close(ours, expected):
+    assert ours.shape == expected.shape and expected.abs().max() > 0
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5*expected.abs().max().item())      # float32 sums in another order
 
 
 class PreActivation(nn.Module):
@@ -107,11 +120,89 @@ def test_equals_the_formula(name, images):
     target = [0, 1, 2, 3, 0]
     ours = guided_gradcam(net, images, torch.tensor(target))
     expected = by_hand(net, images, target, layer)
-    assert ours.shape == images.shape and expected.abs().max() > 0
-    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5*expected.abs().max().item())      # float32 sums in another order
+    close(ours, expected)
     assert torch.equal(ours, guided_gradcam(net, images, torch.tensor(target), layer=layer))           # the default layer is the one named
     in_parts = guided_gradcam(net, images, torch.tensor(target), batch_size=2)
-    torch.testing.assert_close(in_parts, ours, rtol=1e-3, atol=1e-5*expected.abs().max().item())
+    close(in_parts, ours)
+
+
+def volume_networks():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv3d(1, 6, 3), nn.ReLU(inplace=True), nn.Conv3d(6, 8, 3, stride=2), nn.BatchNorm3d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 5))
+    narrow, dense = (make_encoder(name, in_channels=1, spatial_dims=3) for name in ("resnet10_narrow", "densenet121"))
+    nets = {"plain": (plain, "2", (2, 1, 9, 10, 11)), "resnet10_narrow": (narrow, None, (2, 1, 20, 16, 24)), "densenet121": (dense, None, (1, 1, 32, 32, 32))}
+    for net, _, shape in nets.values():
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm3d): m.running_mean.uniform_(-.2, .2), m.running_var.uniform_(.5, 2)
+    return nets
+
+
+@pytest.mark.parametrize("name", ["plain", "resnet10_narrow", "densenet121"])
+def test_equals_the_formula_in_volumes(name):
+    net, layer, shape = volume_networks()[name]
+    net.double()            # a DenseNet adds so many float32 numbers in another order that little could be told
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    if layer is None:
+        kept, wide = {}, [(k, m) for k, m in net.named_modules() if isinstance(m, nn.Conv3d) and max(m.kernel_size) > 1]
+        hooks = [m.register_forward_hook(lambda m, x, out, k=k: kept.update({k: out.shape})) for k, m in wide]
+        net.eval()(x)
+        for h in hooks: h.remove()
+        layer = [k for k, shape in kept.items() if max(shape[2:]) > 1][-1]
+    reference, found = torch.rand(net(x).shape[1], dtype=torch.float64), []
+    k = next(k for k in range(9) if by_hand(net, x, lambda z: z[:, k], layer).any())        # Grad-CAM of a dimension for which no channel speaks is zero
+    for target, score in ((Dimension(k), lambda z: z[:, k]), (Similarity(-reference), lambda z: -(z*reference).sum(1)/z.norm(dim=1)/reference.norm()), (Similarity(reference), lambda z: (z*reference).sum(1)/z.norm(dim=1)/reference.norm())):
+        ours = guided_gradcam(net, x, target)
+        torch.testing.assert_close(ours, by_hand(net, x, score, layer), rtol=1e-6, atol=1e-9*ours.abs().max().item())
+        assert ours.shape == x.shape
+        found.append(ours.any())
+    assert found[0] and sum(found) >= 2
+    assert coverage(net, x[:1]).guided.all()
+
+
+def test_what_can_be_explained(images):
+    net, layer = networks()["resnet"]
+    encoder, images = net[0].eval(), F.interpolate(images, size=48)
+    reference, each = torch.rand(128), torch.rand(5, 128)
+    unit = lambda z: z/z.norm(dim=1, keepdim=True)
+    hand = lambda score: by_hand(encoder, images, score, "layer4.0.conv2")
+    close(guided_gradcam(encoder, images, Similarity(reference)), hand(lambda z: (unit(z)*unit(reference[None])).sum(1)))
+    close(guided_gradcam(encoder, images, Similarity(each, "distance"), batch_size=2), hand(lambda z: -(z - each).square().sum(1).sqrt()))
+    close(guided_gradcam(encoder, images, Dimension(7)), hand(lambda z: z[:, 7]))
+    close(guided_gradcam(encoder, images, lambda z: (z[:, :3]*torch.tensor([1., -2, .5])).sum(1)), hand(lambda z: z[:, 0] - 2*z[:, 1] + .5*z[:, 2]))
+    heads = TwoHead(128, 6, 9)
+    close(guided_gradcam(nn.Sequential(encoder, heads), images, Dimension(2)), by_hand(nn.Sequential(encoder, heads.distance), images, lambda z: z[:, 2], "0.layer4.0.conv2"))
+    ball = DistanceEmbedding(encoder, nn.Linear(128, 4), 12.5)
+    close(guided_gradcam(ball, images, Dimension(3)), by_hand(ball, images, lambda z: z[:, 3], "encoder.layer4.0.conv2"))
+
+
+def test_targets_that_do_not_fit_are_refused(images):
+    net, _ = networks()["in-place"]
+    for target, said in ((Dimension(4), "dimension 4 arrived"), (Dimension(-1), "dimension -1"), (Similarity(torch.ones(3)), r"\(3,\) arrived"), (Similarity(torch.ones(4, 4)), r"\(4, 4\) arrived"), (.5, "float32"),
+                         (torch.ones(5), "float32"), ([0, 1], r"shape \(2,\)"), (torch.zeros(5, 1, dtype=torch.long), r"\(5, 1\)"), (lambda z: z.sum(), r"gave shape \(\) for 5"), (lambda z: z, r"\(5, 4\) for 5")):
+        with pytest.raises(ValueError, match=said): guided_gradcam(net, images, target)
+    with pytest.raises(ValueError, match="kind='dot'"): Similarity(torch.ones(3), "dot")
+    with pytest.raises(ValueError, match="1 of its values not finite"): Similarity(torch.tensor([1., float("nan")]))
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, x): return self.net(x), x
+    with pytest.raises(ValueError, match="gave a tuple"): guided_gradcam(Two(), images)
+    with pytest.raises(ValueError, match=r"gave shape \(1, 8, 22, 22\)"): guided_gradcam(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), images)
+    with pytest.raises(ValueError, match="uint8"): guided_gradcam(net, (images*255).byte())
+    with pytest.raises(ValueError, match="batch_size=0"): guided_gradcam(net, images, batch_size=0)
+
+
+def test_the_parts_of_the_product(images):
+    net, _ = networks()["in-place"]
+    maps = saliency_maps(net, images, 1, batch_size=2)
+    assert list(maps) == ["guided_gradcam", "gradcam", "guided_backprop", "gradient"] and maps["gradcam"].shape == (5, 1, 24, 24) and maps["gradcam"].min() >= 0
+    assert torch.equal(maps["guided_gradcam"], maps["guided_backprop"]*maps["gradcam"])
+    x = images.clone().requires_grad_()
+    close(maps["gradient"], torch.autograd.grad(deepcopy(net).eval()(x)[:, 1].sum(), x)[0])
+    assert not torch.allclose(maps["gradient"], maps["guided_backprop"])
+    gelu = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    assert saliency_maps(gelu, images, 0, methods=["gradcam", "gradient"]).keys() == {"gradcam", "gradient"}     # these do not need the rule
+    with pytest.raises(ValueError, match="gelu in 1"): saliency_maps(gelu, images, 0, methods=["guided_backprop"])
+    with pytest.raises(ValueError, match="lime"): saliency_maps(gelu, images, 0, methods=["lime"])
 
 
 def test_the_target(images):
@@ -128,7 +219,8 @@ def test_the_target(images):
 def state(net):
     return ({k: v.clone() for k, v in net.state_dict().items()}, [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()],
             [None if p.grad is None else p.grad.clone() for p in net.parameters()], [getattr(m, "inplace", None) for m in net.modules()],
-            [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in net.modules()])
+            [{k: list(v.items()) if isinstance(v, dict) else v for k, v in vars(m).items() if "hook" in k} for m in net.modules()],
+            [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()])
 
 
 def same(a, b):
@@ -137,22 +229,82 @@ def same(a, b):
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(a[3], b[3]))
 
 
+class Restless(nn.Module):
+    "Draws random numbers, counts its calls in a buffer, and may end any of them"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.at, self.error = None, None
+    def forward(self, x):
+        self.calls = self.calls + 1             # another tensor in its place, as well as other values
+        torch.rand(3)
+        if self.at is not None and self.calls >= self.at: raise self.error
+        return x + 0*F.dropout(x, .5, training=True)
+
+
+def backward_error(error):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+        @staticmethod
+        def backward(ctx, g): raise error
+    return Stop.apply
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_model_is_left_as_found(images, frozen):
     net, _ = networks()["in-place"]
+    restless = Restless()
+    net.head.insert(0, restless)
     net.train(); net.norm.eval()
     net(images).sum().backward()
-    net.conv1.register_forward_hook(lambda m, x, out: None)      # the owner's hook stays
+    net.conv1.register_forward_hook(lambda m, x, out: None)      # the owner's hooks stay
+    net.act.register_forward_pre_hook(lambda m, x: None)
+    net.norm.register_full_backward_hook(lambda m, gin, gout: None)
     if frozen: net.requires_grad_(False)
-    before, pixels = state(net), images.clone()
+    before, pixels, own = state(net), images.clone(), restless.calls
     with torch.no_grad(): maps = guided_gradcam(net, images, 1)
     same(before, state(net))
+    assert restless.calls is own
     with pytest.raises(ValueError): guided_gradcam(net, images, 9)
     same(before, state(net))
     with pytest.raises(RuntimeError): guided_gradcam(net, images[:, :2], 0)          # fails in the middle of a forward pass
     same(before, state(net))
+    for error in (KeyboardInterrupt, RuntimeError("no room")):
+        for at in (2, 3, 4, 5, 6):                                                   # while the network is watched, in Grad-CAM, in guided back-propagation, in the next batch
+            restless.at, restless.error = at, error
+            with pytest.raises(error if isinstance(error, type) else RuntimeError): guided_gradcam(net, images, 1, batch_size=3)
+            restless.at = None
+            same(before, state(net))
     assert torch.equal(images, pixels) and not images.requires_grad and not maps.requires_grad
     with torch.inference_mode(): assert torch.equal(guided_gradcam(net, images, 1), maps)
+
+
+def test_an_interrupt_in_the_backward_pass_leaves_the_model(images):
+    class Stopped(Uses): pass
+    net = Stopped(backward_error(KeyboardInterrupt()))
+    before = state(net)
+    with pytest.raises(KeyboardInterrupt): guided_gradcam(net, images, 0)
+    same(before, state(net))
+
+
+def live(): return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+
+def test_memory_does_not_grow_over_a_thousand_images():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    images, seen, calls = torch.rand(1000, 1, 10, 10), [], []
+    hook = net[2].register_forward_hook(lambda m, x, out: (calls.append(1), len(calls) % 100 == 50 and seen.append(live()))[:0] or None)
+    gc.collect()
+    start = live()
+    maps = guided_gradcam(net, images, 0, batch_size=4)
+    hook.remove()
+    gc.collect()
+    assert len(calls) == 1 + 2*250 and len(seen) == 5 and max(seen[1:]) <= seen[0]        # no batch leaves a tensor behind
+    assert live() == start + 1                                                             # only the maps are left
+    some = [0, 3, 501, 999]
+    close(torch.cat([guided_gradcam(net, images[i:i + 1], 0) for i in some]), maps[some])  # batched as one by one
 
 
 def test_layer_choice(images):
@@ -162,18 +314,28 @@ def test_layer_choice(images):
     assert torch.equal(guided_gradcam(ones, images, 0), guided_gradcam(ones, images, 0, layer="2"))      # not "5": its map is one pixel
     flat = nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 3)); flat(images)
     with pytest.raises(ValueError, match="0 convolutions"): guided_gradcam(flat, images, 0)
+    with pytest.raises(ValueError, match="its convolutions are 0, 2, 5"): guided_gradcam(ones, images, 0, layer="nowhere")
+    with pytest.raises(ValueError, match="'7' gave shape"): guided_gradcam(ones, images, 0, layer="7")
+    with pytest.raises(ValueError, match="ran 0 times"): guided_gradcam(ones, images, 0, layer=nn.Conv2d(3, 3, 3))
+    twice = nn.Conv2d(4, 4, 3)
+    again = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), twice, nn.ReLU(), twice, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="'2' ran 2 times"): guided_gradcam(again, images, 0)
 
 
 class Uses(nn.Module):
     def __init__(self, f):
         super().__init__()
         self.conv, self.act, self.head, self.f = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 3), f
-    def forward(self, x): return self.head(self.f(self.act(self.conv(x))).mean((2, 3)))
+    def forward(self, x):
+        h = self.f(self.act(self.conv(x))).mean((2, 3))
+        return self.head(F.pad(h, (0, 4 - h.shape[1])))         # a gated unit halves the channels
 
 
 @pytest.mark.parametrize("f", [F.relu, torch.relu, lambda x: x.relu(), lambda x: x.relu_(), lambda x: F.relu(x, inplace=True),
                                lambda x: x.clamp(min=0), lambda x: torch.clamp_min(x, 0), lambda x: F.threshold(x, 0, 0), F.gelu, F.silu,
-                               F.leaky_relu, F.relu6, nn.ReLU6(), nn.GELU(), nn.PReLU(), nn.ELU(), nn.Hardswish(), nn.Mish()])
+                               F.leaky_relu, F.relu6, nn.ReLU6(), nn.GELU(), nn.GELU("tanh"), nn.PReLU(), nn.ELU(), nn.SELU(), nn.Hardswish(), nn.Mish(), nn.SiLU(inplace=True), nn.Softplus(), Swish(), MemoryEfficientSwish(),
+                               lambda x: x*torch.sigmoid(1.7*x), lambda x: .5*x*(1 + torch.tanh(.8*(x + .04*x**3))), lambda x: x*(x > 0), lambda x: torch.where(x > 0, x, .1*x), lambda x: torch.maximum(x, torch.zeros_like(x)),
+                               lambda x: x.masked_fill(x < 0, 0), lambda x: torch.maximum(x, torch.zeros(())), lambda x: torch.clamp(x, min=torch.zeros(())), lambda x: x.clip(0), lambda x: F.glu(x, 1), lambda x: x[:, :2]*x[:, 2:].sigmoid()])
 def test_unguided_activations_are_seen_and_refused(f, images):
     net = Uses(f)
     table = coverage(net, images)
@@ -181,7 +343,8 @@ def test_unguided_activations_are_seen_and_refused(f, images):
     with pytest.raises(ValueError, match="1 activations would not be guided"): guided_gradcam(net, images, 0)
 
 
-@pytest.mark.parametrize("f", [nn.ReLU(), torch.sigmoid, lambda x: F.normalize(x), lambda x: x.clamp(-1, 1), lambda x: x.clamp(max=3)])
+@pytest.mark.parametrize("f", [nn.ReLU(), torch.sigmoid, lambda x: F.normalize(x), lambda x: x.clamp(-1, 1), lambda x: x.clamp(max=3), lambda x: x*torch.sigmoid(x.mean((2, 3), keepdim=True)), lambda x: x*torch.sigmoid(x.flip(1)),
+                               lambda x: torch.tanh(x), lambda x: F.layer_norm(x, x.shape[1:]), lambda x: x*x, lambda x: torch.softmax(x, 1)*x])
 def test_what_is_no_rectifier_is_not_held_against_a_model(f, images):
     assert coverage(Uses(f), images).guided.all()
     assert torch.isfinite(guided_gradcam(Uses(f), images, 0)).all()
@@ -198,6 +361,30 @@ def test_transformers_are_refused_although_their_fused_path_hides_the_activation
     net = ViT().eval().requires_grad_(False)
     assert coverage(net, images)[["operation", "guided"]].values.tolist() == [[activation, False]]
     with pytest.raises(ValueError, match=f"{activation} in layer"): guided_gradcam(net, images, 0)
+
+
+def test_activations_that_only_look_like_modules_of_relu_are_refused(images):
+    class Concatenated(nn.ReLU):
+        def forward(self, x): return torch.relu(x) + torch.relu(-x)
+    with pytest.raises(ValueError, match="would not be guided"): guided_gradcam(Uses(Concatenated()), images, 0)
+    for ask in (lambda net: guided_gradcam(net, images, 0), lambda net: coverage(net, images)):
+        with pytest.raises(ValueError, match="f is TorchScript"): ask(Uses(torch.jit.script(nn.ReLU())))
+    class Renamed(nn.ReLU): pass
+    assert coverage(Uses(Renamed()), images).guided.all()
+    with pytest.raises(ValueError, match="DataParallel"): guided_gradcam(nn.DataParallel(Uses(nn.ReLU())), images, 0)
+
+
+def test_attention_alone_is_no_rectifier(images):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch, self.norm, self.mix, self.act, self.head = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True), nn.ReLU(), nn.Linear(8, 3)
+        def forward(self, x):
+            t = self.norm(self.act(self.patch(x)).flatten(2).mT)
+            return self.head((t + self.mix(t, t, t)[0]).mean(1))
+    net = Attends().eval()
+    assert coverage(net, images)[["module", "guided"]].values.tolist() == [["act", True]]
+    close(guided_gradcam(net, images, 1), by_hand(net, images, [1]*5, "patch"))
 
 
 def test_a_model_without_rectifiers_is_refused(images):
@@ -227,18 +414,21 @@ def test_grid_has_a_row_per_class_present_and_literal_names():
     with pytest.raises(ValueError, match="0 of 2 images"): saliency_grid(x[:2], {"a": x}, [-1, -1], {"a": [0, 0]}, ["c"])
 
 
-def test_map_shows_every_class_once_in_the_legend_with_its_own_look():
-    labels = np.r_[np.arange(14), -1]
-    coords = {"a": np.random.rand(15, 2), "b": {"coords": np.random.rand(15, 2), "trustworthiness": .876}}
-    fig = plot_map(coords, labels, [f"${i}" for i in range(14)])
-    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["unlabelled"] + [f"${i}" for i in range(14)]
-    looks = {(tuple(c.get_facecolor()[0]), c.get_paths()[0].vertices.tobytes()) for c in fig.axes[0].collections}
-    assert len(looks) == 15 and "0.88" in fig.axes[1].get_title()
-    fig.draw_without_rendering()
-    with pytest.raises(ValueError, match="b has 3 points"): plot_map({"b": np.zeros((3, 2))}, labels, ["x"])
-
-def test_a_map_leaves_the_number_of_threads_alone():
-    from synthpi.explain import embedding_map
-    before = torch.get_num_threads()
-    embedding_map(np.random.default_rng(0).normal(size=(40, 8)))
-    assert torch.get_num_threads() == before
+def test_planes_of_a_volume():
+    m = torch.zeros(1, 6, 7, 8)
+    m[0, 2, 4, 5], m[0, 2, 1, 1], m[0, 5, 4, 5] = -3., 1., 1.
+    assert strongest_voxel(m) == strongest_voxel(m[0].numpy()) == (2, 4, 5)
+    volume = torch.rand(1, 6, 7, 8)
+    fig = saliency_volume(volume, m, spacing_mm=(1, 2, 4))
+    titles = lambda fig: [ax.get_title() for ax in fig.axes[:3]]
+    assert titles(fig) == ["left-right: voxel 2", "posterior-anterior: voxel 4", "inferior-superior: voxel 5"] and "0% of" in fig._suptitle.get_text()
+    gray, drawn = fig.axes[0].images
+    assert np.array_equal(gray.get_array(), volume[0, 2].T) and drawn.get_array().shape == (8, 7) and fig.axes[0].get_aspect() == 2 and fig.axes[2].get_aspect() == 2 and fig.axes[1].get_aspect() == 4
+    assert drawn.get_array()[5, 4] == -1 and (drawn.get_alpha() > 0).sum() == 2
+    assert titles(saliency_volume(volume, m, "centre"))[0].endswith("voxel 3") and "82% of" not in saliency_volume(volume, m, "centre")._suptitle.get_text()
+    assert saliency_volume(volume, m, (0, 0, 0))._suptitle.get_text().startswith("100%") and "zero everywhere" in saliency_volume(volume, 0*m)._suptitle.get_text()
+    for at in ("middle", (1, 2), (6, 0, 0), (-1, 0, 0)):
+        with pytest.raises(ValueError, match="expected 'strongest'"): saliency_volume(volume, m, at)
+    with pytest.raises(ValueError, match="show one at a time"): saliency_volume(volume, m[0, 0])
+    with pytest.raises(ValueError, match="not finite"): strongest_voxel(m/0)
+    assert saliency_display(torch.ones(1, 4, 5)).shape == (4, 5)

@@ -9,13 +9,18 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import traitlets
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from matplotlib import pyplot as plt
 from nbconvert import HTMLExporter
 from nibabel import Nifti1Image
@@ -24,8 +29,10 @@ from PIL import Image
 from synthpi.bodies import write_bodies
 from synthpi.crops import crops_at, grid_crops
 from synthpi.explain import saliency_display
-from synthpi.explore import PLANES, ClickablePicture, explore_volume, nearest_crop, nearest_in_others, neighbour_table, picture_png, plot_neighbours, render_slice, voxel_at
+from synthpi.explore import PLANES, explore_volume, nearest_crop, nearest_in_others, neighbour_table, plot_neighbours, render_slice, voxel_at
 from synthpi.explore_map import explore_map, plot_point, plot_points, point_at
+from synthpi.explore_pairs import CAVEAT, explore_pairs, plot_pair, rank_pairs, score_table
+from synthpi.pictures import ClickablePicture, ComparePicture, picture_png, side_by_side
 from synthpi.volumes import prepare_volumes
 
 RNG = np.random.default_rng(0)
@@ -200,6 +207,36 @@ def test_a_clickable_picture_hears_clicks_and_nothing_else():
     assert heard == [(.5, .25), (0, 1)]
 
 
+def test_places_have_names_and_thumbnails_are_asked_for(monkeypatch):
+    p, asked, sent = ClickablePicture(), [], []
+    monkeypatch.setattr(p, "send", lambda message, buffers: sent.append((message, buffers)))
+    p.on_hover(["a", "b"])
+    p._handle_custom_msg({"hover": 0}, [])
+    assert not p.thumbnails and not sent and p.names == ["a", "b"]
+    p.on_hover(["a", "b", "c"], lambda k: asked.append(k) or bytes([k]))
+    for message in ({"hover": 2}, {"hover": 3}, {"hover": -1}, {"hover": True}, {"hover": None}, {"click": [0, 0]}, "hover", {"hover": 0}): p._handle_custom_msg(message, [])
+    assert p.thumbnails and asked == [2, 0] and sent == [({"thumbnail": 2}, [b"\2"]), ({"thumbnail": 0}, [b"\0"])]
+    p.put(np.array([[0, .5], [np.nan, .1], [1, .25]]))
+    assert np.array_equal(np.frombuffer(p.places, "<f4").reshape(3, 2), np.float32([[0, .5], [np.nan, .1], [1, .25]]), equal_nan=True)
+    for bad in ([[0, .5]], [[0, .5, 1]]*3):
+        with pytest.raises(ValueError, match="for 3 names"): p.put(bad)
+
+
+def test_two_pictures_are_mixed_within_bounds():
+    p, steps = ComparePicture(first=b"1", second=b"2"), []
+    p.on_step(steps.append)
+    for message in ({"step": 1}, {"step": -1}, {"step": 0}, {"step": "1"}, {"step": [1]}, 1): p._handle_custom_msg(message, [])
+    assert steps == [1, -1]
+    for trait, bad in (("share", -.1), ("share", 1.1), ("mix", "fade"), ("names", ["one"]), ("width", 0)):
+        with pytest.raises(traitlets.TraitError): setattr(p, trait, bad)
+
+
+def test_pictures_side_by_side():
+    a, b = RNG.integers(0, 255, (10, 4, 3), np.uint8), RNG.integers(0, 255, (4, 6, 3), np.uint8)
+    row = np.array(Image.open(io.BytesIO(side_by_side(picture_png(a), picture_png(b)))))
+    assert row.shape == (10, 4 + 8 + 6, 3) and np.array_equal(row[:, :4], a) and np.array_equal(row[3:7, 12:], b) and (row[:, 4:12] == 255).all() and (row[:3, 12:] == 255).all()
+
+
 def test_exploring(bodies):
     z, c, v = listing(bodies)
     e = explore_volume(bodies, z, c, v, volume=1, crop_size=6, k=3)
@@ -243,22 +280,50 @@ def test_what_does_not_fit_is_refused(bodies, change, words):
     with pytest.raises(ValueError, match=words): explore_volume(bodies, *change(*listing(bodies)), crop_size=6)
 
 
+def three(bodies):
+    z = np.random.default_rng(2).normal(size=(40, 6))
+    return {"volume": lambda: explore_volume(bodies, *listing(bodies), crop_size=6), "map": lambda: explore_map(COORDS, IMAGES, LABEL, CLASSES, features=z, groups=GROUPS), "pairs": lambda: explore_pairs(PAIRS, SCORES, true="true", better=BETTER)}
+
+
 @pytest.mark.filterwarnings("ignore:Your element with mimetype")                           # the widget, which a page cannot show
-def test_a_still_picture_stays_without_a_kernel(bodies, monkeypatch):
+@pytest.mark.parametrize("which,words", [("volume", "nearest in other subjects"), ("map", "and its nearest"), ("pairs", CAVEAT)])
+def test_a_still_picture_stays_without_a_kernel(bodies, monkeypatch, which, words):
     shown = []
-    monkeypatch.setattr("synthpi.explore.display", lambda data, **options: shown.append((data, options)))
-    e = explore_volume(bodies, *listing(bodies), crop_size=6)
+    monkeypatch.setattr("synthpi.pictures.display", lambda data, **options: shown.append((data, options)))
+    e = three(bodies)[which]()
     e._ipython_display_()
     (still, options), (widget, _) = shown
-    assert options["raw"] and options["metadata"]["image/png"]["alt"] == still["text/plain"] and "nearest in other subjects" in still["text/plain"]
+    assert options["raw"] and options["metadata"]["image/png"]["alt"] == still["text/plain"] and words in still["text/plain"]
     assert widget is e.widget and "Run this cell" in repr(widget) and len(e.picture.fallback) == 64 and e.picture.fallback in still["image/png"]
-    picture = np.array(Image.open(io.BytesIO(base64.b64decode(still["image/png"]))))
-    first = np.array(Image.open(io.BytesIO(e.picture.png)))
-    top = (picture.shape[0] - first.shape[0])//2
-    assert np.array_equal(picture[top:top + first.shape[0], :first.shape[1]], first)
+    picture = np.array(Image.open(io.BytesIO(base64.b64decode(still["image/png"]))).convert("RGB"))
+    if which == "pairs": assert np.array_equal(picture, np.array(Image.open(io.BytesIO(picture_png(e._figure(2.4)))).convert("RGB")))
+    else:
+        first = np.array(Image.open(io.BytesIO(e.picture.png)).convert("RGB"))
+        top = (picture.shape[0] - first.shape[0])//2
+        assert np.array_equal(picture[top:top + first.shape[0], :first.shape[1]], first)
     outputs = [nbformat.v4.new_output("display_data", still, metadata=options["metadata"]), nbformat.v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "x", "version_major": 2, "version_minor": 0}})]
     html = HTMLExporter(template_name="classic").from_notebook_node(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("e", outputs=outputs)]))[0]
     assert f'alt="{still["text/plain"]}"' in html and e.picture.fallback in html           # a page shows the picture, with its text
+
+
+@pytest.mark.parametrize("name", ["13_pictures", "13_explore", "13_explore_map", "13_explore_pairs"])
+def test_pages_store_no_widgets(name):
+    "A page that holds their state would fetch code from elsewhere, draw them as the lessons left them, and hide the still picture"
+    nb = json.loads((Path(__file__).parents[1]/f"nbs/{name}.ipynb").read_text(encoding="utf-8"))
+    assert "widgets" not in nb["metadata"]
+    assert any("image/png" in o.get("data", {}) for c in nb["cells"] for o in c.get("outputs", []) if o["output_type"] == "display_data")
+
+
+def test_colab_is_told_to_draw_widgets(monkeypatch):
+    "Where google.colab is present, the first picture enables its manager of widgets"
+    import anywidget._util as util
+    called, colab = [], types.ModuleType("google.colab.output")
+    colab.enable_custom_widget_manager = lambda: called.append(1)
+    monkeypatch.setitem(sys.modules, "google.colab.output", colab)
+    util.enable_custom_widget_manager_once.cache_clear()
+    for picture in (ClickablePicture, ComparePicture, ClickablePicture): picture()
+    util.enable_custom_widget_manager_once.cache_clear()
+    assert called == [1]
 
 
 # the map
@@ -338,6 +403,33 @@ def test_exploring_a_map():
     assert explore_map(COORDS, IMAGES, features=z, metric="cosine").near.tolist() == nearest_in_others(z, np.arange(40), 0, 5, None, "cosine")[0].tolist() != nearest_in_others(z, np.arange(40), 0, 5, None)[0].tolist()
 
 
+def test_points_are_named_where_they_are_drawn_and_patients_filter():
+    e = explore_map(COORDS, IMAGES, LABEL, CLASSES, groups=GROUPS)
+    assert e.picture.names[5] == "point 5: $a\np" and e.picture.names[4] == "point 4: unlabelled\np" and len(e.picture.names) == 40
+    assert explore_map(COORDS, IMAGES, LABEL, CLASSES).picture.names[5] == "point 5: $a" and explore_map(COORDS, IMAGES).patients is None
+    places = lambda: np.frombuffer(e.picture.places, "<f4").reshape(-1, 2)
+    for r in (0, 13, 39): assert point_at(e._fig, COORDS, *places()[r]) == r
+    e.patients.value, e.filter.value = [1, 3], [-1, 0, 1]                                  # q and s
+    expected = np.isin(GROUPS, ["q", "s"]) & (LABEL < 2)
+    assert e.shown.tolist() == expected.tolist() == np.isfinite(places()).all(1).tolist() and f"{expected.sum()} of them in colour" in e.picture.alt
+    for x in np.linspace(.1, .9, 5): e.click(x, .5); assert expected[e.point.value]
+    e.filter.value = [2]
+    assert np.isfinite(places()).all(1).tolist() == (np.isin(GROUPS, ["q", "s"]) & (LABEL == 2)).tolist()
+    whole = np.array(Image.open(io.BytesIO(e._thumbnail(3))))
+    assert np.array_equal(whole, IMAGES[3])
+    assert Image.open(io.BytesIO(explore_map(COORDS, lambda r: np.zeros((300, 600, 3), np.uint8))._thumbnail(0))).size == (192, 96)
+
+
+def test_a_saliency_is_computed_once_for_points_that_are_chosen():
+    asked = {"images": [], "synthetic": [], "saliency": []}
+    def told(what, x): return lambda r: asked[what].append(r) or x[r]
+    e = explore_map(COORDS, told("images", IMAGES), LABEL, CLASSES, synthetic=told("synthetic", IMAGES), saliency=told("saliency", np.zeros((40, 3, 8, 8))), groups=GROUPS)
+    for r in (7, 31, 7, 0): e.point.value = r
+    e.filter.value, e.patients.value = [1], [0, 2]
+    e._thumbnail(20)
+    assert asked["saliency"] == asked["synthetic"] == [0, 7, 31] and len(set(asked["images"])) == len(asked["images"]) and 20 in asked["images"]
+
+
 @pytest.mark.parametrize("change,words", [
     ({"coords": COORDS[:, :1]}, r"shape \(40, 1\)"), ({"coords": np.full((40, 2), np.nan)}, "finite"), ({"coords": COORDS[:1]}, "2 points or more"), ({"labels": LABEL + 1}, "up to 3 arrived with 3 classes"), ({"labels": LABEL/2}, "float64"),
     ({"images": IMAGES[1:]}, "39 images arrived for 40"), ({"synthetic": IMAGES[1:], "groups": GROUPS[:3]}, "39 synthetic, 3 groups"), ({"features": COORDS[1:]}, "39 features"), ({"saliency": IMAGES[1:]}, "39 saliency"), ({"labels": LABEL[1:]}, "39 labels")])
@@ -345,42 +437,153 @@ def test_what_does_not_fit_on_a_map_is_refused(change, words):
     with pytest.raises(ValueError, match=words): explore_map(**{"coords": COORDS, "images": IMAGES, "labels": LABEL, "classes": CLASSES, **change})
 
 
+# pairs
+def solid(*rgb): return np.full((12, 10, 3), rgb, np.uint8)
+
+
+PAIRS = [{"primary": solid(200, i, 0), "privileged": solid(0, i, 200), "true": None if i == 4 else solid(0, 200, i), "group": "<ab>"[i % 4]} for i in range(9)]
+SCORES = pd.DataFrame({"pair": [8, 0, 1, 2, 3, 4, 5, 6], "group": [PAIRS[i]["group"] for i in (8, 0, 1, 2, 3, 4, 5, 6)],
+                       "ssim": [.5, .9, .1, .5, np.nan, .7, .3, .2], "l1": [.4, .3, .9, .2, .1, .8, .05, .6], "nuclei": [3, 1, 4, 1, 5, 9, 2, 6], "said": list("abcdefgh")})
+BETTER = {"ssim": "higher", "l1": "lower"}
+
+
+def test_pairs_are_ranked_as_by_hand():
+    assert rank_pairs(SCORES).pair.tolist() == [0, 1, 2, 3, 4, 5, 6, 8]
+    assert rank_pairs(SCORES, "ssim").pair.tolist() == [1, 6, 5, 2, 8, 4, 0, 3]               # 2 and 8 are equal, 3 has no value
+    assert rank_pairs(SCORES, "ssim", False).pair.tolist() == [0, 4, 2, 8, 5, 6, 1, 3]
+    assert rank_pairs(SCORES, "l1", False, group="a").pair.tolist() == [1, 5]
+    assert rank_pairs(SCORES, "said", False).said.tolist() == list("hgfedcba")
+    with pytest.raises(ValueError, match="by='psnr' arrived; expected one of the columns pair, group, ssim"): rank_pairs(SCORES, "psnr")
+    t = score_table(SCORES, 5, BETTER)
+    assert t.measure.tolist() == ["ssim", "l1", "nuclei"] and t.value.tolist() == [.3, .05, 2] and t.place[:2].tolist() == [5, 1] and t.place.isna().tolist() == [False, False, True] and t.of.tolist() == [7, 8, 8] and t.better.tolist() == ["higher", "lower", ""]
+    assert score_table(SCORES, 8, BETTER).place[0] == 3 and score_table(SCORES, 2, BETTER).place[0] == 3    # equal values share a place
+    assert score_table(SCORES, 3, BETTER).place.isna().tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="0 rows of scores are of pair 7"): score_table(SCORES, 7)
+
+
+def test_a_pair_beside_each_other():
+    fig = plot_pair(*(PAIRS[1][k] for k in ("primary", "privileged", "true")), "$x")
+    assert [ax.get_title() for ax in fig.axes] == ["primary (real)", "synthetic", "true (real)"] and fig._suptitle.get_text() == f"$x\n{CAVEAT}" and "findings" in CAVEAT
+    for ax, k in zip(fig.axes, ("primary", "privileged", "true")): assert np.array_equal(ax.images[0].get_array(), PAIRS[1][k])
+    fig.draw_without_rendering()
+    assert fig not in map(plt.figure, plt.get_fignums()) and len(plot_pair(solid(1, 2, 3), solid(1, 2, 3)).axes) == 2
+    assert plot_pair(np.zeros((2000, 1000), np.uint8), solid(1, 2, 3)).axes[0].images[0].get_array().shape == (960, 480, 3)
+
+
+def colour(png): return tuple(int(v) for v in np.array(Image.open(io.BytesIO(png)))[5, 5])
+
+
+def test_exploring_pairs():
+    e = explore_pairs(PAIRS, SCORES, true="true", better=BETTER)
+    assert [v for _, v in e.sort.options] == ["pair", "ssim", "l1", "nuclei"] and e.sort.value == "ssim" and e.order.label == "worst first"
+    order = []
+    for _ in range(9): order.append(e.pair); e.picture._handle_custom_msg({"step": 1}, [])
+    assert order == [1, 6, 5, 2, 8, 4, 0, 3, 3] and e.place.value == 8 and "(no value)" in e.info.value
+    for _ in range(9): e.step(-1)
+    assert e.place.value == 1 and e.pair == 1
+    assert colour(e.picture.first) == (200, 1, 0) and colour(e.picture.second) == (0, 1, 200) and e.picture.names == ["primary (real)", "synthetic"]
+    assert e.picture.alt == "Place 1 of 8 by ssim (0.1), worst first: pair 1, patient a." and "10 x 12 pixels" in e.info.value and e.table.equals(score_table(SCORES, 1, BETTER)) and "<td>0.1</td>" in e.list.value
+    e.picture.share = 1.
+    e.order.value = False
+    assert e.order.label == "best first" and e.pair == 0 and e.picture.share == 1 and "&lt;" in e.info.value          # the share stays; names are escaped
+    e.sort.value = "l1"                                                                     # lower is better, and the worst comes first again
+    assert e.order.label == "worst first" and e.pair == 1 and [o for o, _ in e.order.options] == ["worst first", "best first"]
+    e.place.value = 3
+    e.order.value = True
+    assert e.place.value == 1 and e.pair == 5
+    e.sort.value = "nuclei"
+    assert [o for o, _ in e.order.options] == ["lowest first", "highest first"] and e.pair == 0
+    assert [o for o, _ in e.group.options] == ["all (8)", "< (3)", "> (1)", "a (2)", "b (2)"]
+    e.group.value = 2
+    assert e.ranking.pair.tolist() == [5, 1] and e.place.max == 2 and "Place 1 of 2 of a by nuclei (2), lowest first: pair 5, patient a" in e.info.value
+    e.group.value = -1
+    e.sort.value = "pair"
+    e.place.value = 4                                                                       # pair 3
+    assert e.pair == 3 and "by number of the pair, lowest first" in e.info.value
+    e.compare.value = ("true", "privileged")
+    assert colour(e.picture.first) == (0, 200, 3) and e.picture.names == ["true (real)", "synthetic"]
+    e.compare.value = ("primary", "true")
+    assert colour(e.picture.second) == (0, 200, 3) and "true (real)" in e.found.alt
+    found = e.found.png
+    e.step(1)                                                                               # no true image is known of pair 4
+    assert e.pair == 4 and e.compare.value == ("primary", "privileged") and len(e.compare.options) == 1 and e.found.png != found and "true" not in e.found.alt
+    e.step(1)
+    assert len(e.compare.options) == 3
+
+
+def test_exploring_pairs_without_scores_and_of_a_dataset(tmp_path):
+    e = explore_pairs([{"primary": solid(i, 0, 0), "privileged": np.zeros((24, 20), np.uint8)} for i in range(3)])
+    assert [o for o in e.sort.options] == [("number of the pair", "pair")] and not e._groups and e.list.value == "" and "primary 10 x 12 pixels, synthetic 20 x 24 pixels" in e.info.value and "patient" not in e.info.value
+    alone = explore_pairs(PAIRS, SCORES.assign(group=range(8)), better=BETTER)
+    assert not alone._groups                                                                # one pair of each: nothing to filter
+    quality = types.SimpleNamespace(scores=SCORES, table=pd.DataFrame({"better": {"l1": "lower", "ssim": "higher", "kid": "lower"}}))
+    ds = Dataset.from_list([{k: Image.fromarray(r[k]) if k != "group" else r[k] for k in ("primary", "privileged", "group")} for r in PAIRS], features=Features({"primary": ImageFeature(), "privileged": ImageFeature(), "group": Value("string")}))
+    e = explore_pairs(ds, quality, true=[r["true"] for r in PAIRS], sort="l1", worst=False, width=8)
+    assert e.order.label == "best first" and e.pair == 5 and e.better["ssim"] == "higher" and len(e._images()) == 3 and e.picture.width == 8
+    assert colour(e.picture.second) == (0, 5, 200)
+    assert explore_pairs(ds).group.options[1] == ("< (3)", 0)
+    large = explore_pairs([{"primary": np.zeros((300, 900), np.uint8), "privileged": np.zeros((300, 900), np.uint8)}], width=100)
+    assert Image.open(io.BytesIO(large.picture.first)).size == (200, 67)
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"pairs": []}, "0 pairs"), ({"quality": SCORES.drop(columns="pair")}, "expected `pair`"), ({"quality": SCORES.assign(pair=1)}, "once at most"), ({"quality": SCORES.assign(pair=range(2, 10))}, "from 0 to 8"), ({"quality": SCORES[:0]}, "expected `pair`"),
+    ({"true": "mask"}, "the pairs have no mask but primary"), ({"pairs": [{"primary": 0}]*9}, "have no privileged but primary"), ({"true": [None]*3}, "3 true images arrived for 9 pairs"), ({"sort": "psnr"}, "sort='psnr' arrived; expected 'pair' or one of ssim, l1, nuclei"),
+    ({"quality": None, "better": {}, "sort": "ssim"}, "no measure: give quality="), ({"better": {"ssim": "up"}}, r"better=\{'ssim': 'up'\}")])
+def test_pairs_that_do_not_fit_are_refused(change, words):
+    with pytest.raises(ValueError, match=words): explore_pairs(**{"pairs": PAIRS, "quality": SCORES, "better": BETTER, **change})
+
+
 # in a browser
-CELL = """
-import tempfile, numpy as np
+CELLS = ["""
+import tempfile, numpy as np, pandas as pd
 from pathlib import Path
 from synthpi.bodies import write_bodies
 from synthpi.crops import grid_crops
 from synthpi.explore import explore_volume
+from synthpi.explore_map import explore_map
+from synthpi.explore_pairs import explore_pairs
 from synthpi.volumes import prepare_volumes
 tmp = Path(tempfile.mkdtemp(dir="."))
 store = prepare_volumes(write_bodies(tmp/"bodies", n_subjects=3, shape=(24, 18, 24), spacing_mm=18.), tmp/"store")
 batches = [b for i in range(len(store)) for b in grid_crops(store, i, 6, 6)]
 crop, center_mm, volume_id = (np.concatenate([b[k].numpy() for b in batches]) for k in ("crop", "center_mm", "volume_id"))
-e = explore_volume(store, crop.reshape(len(crop), -1), center_mm, volume_id, crop_size=6)
-e
-"""
+explore_volume(store, crop.reshape(len(crop), -1), center_mm, volume_id, crop_size=6)
+""", """
+rng = np.random.default_rng(0)
+coords = np.array([[0, 0], [1, 0], [0, 1], [1, 1.]])
+explore_map(coords, rng.integers(0, 255, (4, 16, 16, 3), np.uint8), [0, 1, 0, 1], ["round", "long"], groups=["p1", "p1", "p2", "p2"], k=2)
+""", """
+solid = lambda *rgb: np.full((40, 40, 3), rgb, np.uint8)
+pairs = [{"primary": solid(250, 0, 0), "privileged": solid(0, 0, 250), "true": solid(0, 250, 0), "group": g} for g in ("p1", "p1", "p2", "p2")]
+explore_pairs(pairs, pd.DataFrame({"pair": range(4), "group": [p["group"] for p in pairs], "ssim": [.4, .1, .3, .2], "l1": [.1, .2, .3, .4]}), true="true", better={"ssim": "higher", "l1": "lower"})
+"""]
 
 
 @contextlib.contextmanager
 def jupyter(folder):
-    "JupyterLab on a free port, with settings of its own; gives its address"
+    "JupyterLab on a free port, with settings of its own; gives a function that waits for it and gives its address"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    for name, settings in (("notebook-extension/tracker", {"windowingMode": "none"}), ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False})):
+        file = folder/".lab/@jupyterlab"/f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(settings))
     env = {**os.environ, **{f"JUPYTER_{k}_DIR": str(folder/f".{k}") for k in ("CONFIG", "RUNTIME")}, "JUPYTERLAB_SETTINGS_DIR": str(folder/".lab"), "JUPYTERLAB_WORKSPACES_DIR": str(folder/".spaces"),
            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))}
     log = open(folder/"lab.log", "w")
-    lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=test", f"--ServerApp.root_dir={folder}"],
+    lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=test", f"--ServerApp.root_dir={folder}", "--LabApp.extension_manager=readonly"],
                            env=env, stdout=log, stderr=log)
-    try:
-        for _ in range(240):
+    def ready():
+        for _ in range(600):
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2).close()
-                break
+                return f"http://127.0.0.1:{port}"
             assert lab.poll() is None, (folder/"lab.log").read_text()[-2000:]
-            time.sleep(.5)
-        yield f"http://127.0.0.1:{port}"
+            time.sleep(.2)
+        raise AssertionError((folder/"lab.log").read_text()[-2000:])
+    try: yield ready
     finally:
         lab.terminate()
         try: lab.wait(20)
@@ -388,93 +591,165 @@ def jupyter(folder):
         log.close()
 
 
-@pytest.fixture
-def page(request, tmp_path):
-    "A page of a notebook with one cell, run in JupyterLab"
+@pytest.fixture(scope="module")
+def page(request, tmp_path_factory):
+    "One notebook in JupyterLab, each of its cells an explorer, all of them run"
     if not request.config.getoption("--browser", False): pytest.skip("drives a browser: pytest --browser")
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(request.param)], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), tmp_path/"try.ipynb")
-    with jupyter(tmp_path) as address, sync_api.sync_playwright() as p:
+    folder = tmp_path_factory.mktemp("lab")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.strip()) for c in CELLS], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), folder/"try.ipynb")
+    with jupyter(folder) as ready, sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])          # None: the one of `playwright install chromium`
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(90_000)
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.goto(f"{address}/lab/tree/try.ipynb?token=test")
+        page.goto(f"{ready()}/doc/tree/try.ipynb?token=test")
         page.locator(".jp-Notebook .cm-content").first.click()
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(state="attached")
-        page.keyboard.press("Shift+Enter")
+        for _ in CELLS: page.keyboard.press("Shift+Enter")
         yield page
         browser.close()
 
 
+@pytest.fixture
+def cell(request, page):
+    "The output of a cell, once its pictures are there"
+    output = page.locator(".jp-Notebook .jp-CodeCell").nth(request.param).locator(".jp-OutputArea").first
+    output.locator("img[src^='blob:']:visible").nth(1).wait_for()
+    still = output.locator("img[src^='data:image/png']")
+    still.wait_for(state="hidden")                                                          # the live one took its place
+    assert still.count() == 1 and all(i.get_attribute("alt") is not None for i in output.locator("img[src^='blob:']").all())
+    yield output
+    assert not [p for p in page.problems if "widget" in p.lower() or "render" in p.lower()], page.problems
+
+
 def other(page, locator, attribute, before):
     "The attribute of an element once it is another than before"
-    for _ in range(300):
+    for _ in range(900):
         now = locator.get_attribute(attribute)
         if now != before: return now
-        page.wait_for_timeout(100)
+        page.wait_for_timeout(50)
     raise AssertionError(f"{attribute} is still {before}")
 
 
-@pytest.mark.parametrize("page", [CELL], indirect=True)
-def test_a_click_in_the_browser_moves_the_explorer(page):
-    pictures = page.locator(".jp-OutputArea img[src^='blob:']")
-    pictures.nth(1).wait_for()
+@pytest.mark.parametrize("cell", [0], indirect=True)
+def test_a_click_in_the_browser_moves_the_explorer(page, cell):
+    pictures = cell.locator("img[src^='blob:'][alt]:not([alt=''])")
     assert pictures.count() == 2
-    still = page.locator(".jp-OutputArea img[src^='data:image/png']")
-    assert still.count() == 1 and not still.is_visible()                                   # the live one took its place
     slice_, found = pictures.nth(0), pictures.nth(1)
     assert slice_.evaluate("i => i.complete && i.naturalWidth") == 360 and found.evaluate("i => i.naturalWidth") > 300
-    alt, near, url, table = slice_.get_attribute("alt"), found.get_attribute("alt"), slice_.get_attribute("src"), page.locator(".jp-OutputArea table").inner_text()
+    alt, near, url, table = slice_.get_attribute("alt"), found.get_attribute("alt"), slice_.get_attribute("src"), cell.locator("table").inner_text()
     box = slice_.bounding_box()
     slice_.click(position={"x": .8*box["width"], "y": .3*box["height"]})
     clicked = other(page, slice_, "alt", alt)
     other(page, found, "alt", near)
-    assert slice_.get_attribute("src") != url and page.locator(".jp-OutputArea table").inner_text() != table
+    assert slice_.get_attribute("src") != url and cell.locator("table").inner_text() != table
     x, y, z = json.loads(clicked.split("voxel (")[1].split(")")[0].join("[]"))
     x0, y0, z0 = json.loads(alt.split("voxel (")[1].split(")")[0].join("[]"))
     assert z == z0 and x > x0 and y > y0                                                   # to the right and to the front
-    page.get_by_role("button", name="sagittal").click()
+    cell.get_by_role("button", name="sagittal").click()
     turned = other(page, slice_, "alt", clicked)
     assert "sagittal" in turned
-    page.locator(".widget-slider [role=slider]").first.focus()
+    cell.locator(".widget-slider [role=slider]").first.focus()
     page.keyboard.press("ArrowRight")
     assert f"({x + 1}, {y}, {z})" in other(page, slice_, "alt", turned)
-    assert not [p for p in page.problems if "widget" in p.lower() or "render" in p.lower()], page.problems
 
 
-MAP = """
-import numpy as np
-from synthpi.explore_map import explore_map
-rng = np.random.default_rng(0)
-coords = np.array([[0, 0], [1, 0], [0, 1], [1, 1.]])
-e = explore_map(coords, rng.integers(0, 255, (4, 16, 16, 3), np.uint8), [0, 1, 0, 1], ["round", "long"], k=2)
-e
-"""
-
-
-@pytest.mark.parametrize("page", [MAP], indirect=True)
-def test_a_click_in_the_browser_chooses_a_point_of_the_map(page):
-    map_, found = page.locator(".jp-OutputArea img[src^='blob:']").nth(0), page.locator(".jp-OutputArea img[src^='blob:']").nth(1)
-    found.wait_for()
-    still = page.locator(".jp-OutputArea img[src^='data:image/png']")
-    assert still.count() == 1 and not still.is_visible()
+@pytest.mark.parametrize("cell", [1], indirect=True)
+def test_a_click_in_the_browser_chooses_a_point_of_the_map(page, cell):
+    pictures = cell.locator("img[src^='blob:'][alt]:not([alt=''])")
+    map_, found, tip = pictures.nth(0), pictures.nth(1), cell.locator("div[aria-hidden=true]:has(img)").first
     alt, behind = map_.get_attribute("alt"), found.get_attribute("alt")
-    assert "point 0 is ringed" in alt
+    assert "point 0 is ringed" in alt and not tip.is_visible()
     box = map_.bounding_box()
-    map_.click(position={"x": .9*box["width"], "y": .1*box["height"]})                     # the upper right corner
+    corner = {"x": .93*box["width"], "y": .07*box["height"]}
+    map_.hover(position=corner)                                                            # the upper right corner
+    tip.wait_for()
+    assert tip.inner_text() == "point 3: long\np2"
+    tip.locator("img").wait_for()
+    assert tip.locator("img").evaluate("i => i.decode().then(() => i.naturalWidth)") == 16 and map_.get_attribute("alt") == alt
+    map_.hover(position={"x": .5*box["width"], "y": .4*box["height"]})                     # near to none
+    tip.wait_for(state="hidden")
+    map_.click(position=corner)
     clicked = other(page, map_, "alt", alt)
     assert "point 3 is ringed" in clicked and "Point 3, long" in other(page, found, "alt", behind)
-    page.locator(".jp-OutputArea select").select_option(label="round")
+    cell.locator("select").nth(0).select_option(label="round")
     filtered = other(page, map_, "alt", clicked)
     assert "2 of them in colour" in filtered
-    map_.click(position={"x": .9*box["width"], "y": .1*box["height"]})                     # its point is gray now
-    assert "point 3" not in other(page, map_, "alt", filtered)
-    page.locator(".jp-OutputArea input[type=number]").fill("2")
+    map_.hover(position={"x": .5*box["width"], "y": .4*box["height"]})
+    map_.hover(position=corner)
+    page.wait_for_timeout(200)
+    assert not tip.is_visible()                                                            # its point is gray now
+    map_.click(position=corner)
+    nearest = other(page, map_, "alt", filtered)
+    assert "point 2" in nearest
+    cell.locator("select").nth(1).select_option(label="p1")
+    alone = other(page, map_, "alt", nearest)
+    assert "1 of them in colour" in alone
+    cell.locator("input[type=number]").fill("1")
     page.keyboard.press("Enter")
-    for _ in range(100):
-        if "point 2 is ringed" in map_.get_attribute("alt"): break
-        page.wait_for_timeout(100)
-    assert "Point 2, round" in found.get_attribute("alt")
+    assert "point 1 is ringed" in other(page, map_, "alt", alone) and "Point 1, long" in found.get_attribute("alt")
+
+
+def pixel(locator, x, y):
+    "The colour at a place of what is on the screen"
+    shot = np.array(Image.open(io.BytesIO(locator.screenshot())).convert("RGB"))
+    return tuple(round(int(v)/50)*50 for v in shot[int(y*len(shot)), int(x*shot.shape[1])])
+
+
+@pytest.mark.parametrize("cell", [2], indirect=True)
+def test_pairs_flip_in_the_browser(page, cell):
+    stage, caption, info = cell.locator("[role=button][tabindex='0']").first, cell.locator(".synthpi-caption"), cell.locator("b:has-text('Place')")
+    from playwright.sync_api import expect
+    expect.set_options(timeout=45_000)
+    expect(caption).to_have_text("primary (real)")
+    expect(info).to_have_text("Place 1 of 4 by ssim (0.1), worst first: pair 1, patient p1")
+    assert cell.get_by_text(CAVEAT).first.is_visible() and cell.locator("table tr").nth(1).inner_text().split() == ["ssim", "0.1", "4", "4", "higher"]
+    red, blue, green = (250, 0, 0), (0, 0, 250), (0, 250, 0)
+    assert pixel(stage, .5, .5) == red
+    stage.click()
+    expect(caption).to_have_text("synthetic")
+    assert pixel(stage, .5, .5) == blue and "Shown: synthetic" in stage.get_attribute("aria-label")
+    cell.get_by_role("button", name="flip", exact=True).click()
+    expect(caption).to_have_text("primary (real)")
+    stage.focus()
+    for key, text in (("Enter", "synthetic"), ("Space", "primary (real)")):
+        page.keyboard.press(key)
+        expect(caption).to_have_text(text)
+    cell.locator("input[type=range]").fill("50")
+    expect(caption).to_have_text("left synthetic, right primary (real)")
+    assert pixel(stage, .25, .5) == blue and pixel(stage, .75, .5) == red
+    cell.get_by_label("how the two are mixed").select_option("blend")
+    expect(caption).to_have_text("50 % synthetic, 50 % primary (real)")
+    assert pixel(stage, .25, .5) == pixel(stage, .75, .5) and pixel(stage, .5, .5)[1] == 0 and 100 <= pixel(stage, .5, .5)[0] <= 150
+    stage.focus()
+    page.keyboard.press("ArrowRight")
+    expect(info).to_have_text("Place 2 of 4 by ssim (0.2), worst first: pair 3, patient p2")
+    expect(caption).to_have_text("50 % synthetic, 50 % primary (real)")                     # stays from pair to pair
+    cell.get_by_role("button", name="previous").click()
+    expect(info).to_have_text("Place 1 of 4 by ssim (0.1), worst first: pair 1, patient p1")
+    cell.get_by_role("button", name="best first").click()
+    expect(info).to_have_text("Place 1 of 4 by ssim (0.4), best first: pair 0, patient p1")
+    cell.get_by_label("patient", exact=True).select_option(label="p2 (2)")
+    expect(info).to_have_text("Place 1 of 2 of p2 by ssim (0.3), best first: pair 2, patient p2")
+    cell.get_by_label("sort by", exact=True).select_option(label="l1")
+    expect(info).to_have_text("Place 1 of 2 of p2 by l1 (0.4), worst first: pair 3, patient p2")
+    cell.get_by_label("compare", exact=True).select_option(label="true and synthetic")
+    expect(caption).to_have_text("50 % synthetic, 50 % true (real)")
+    cell.locator("input[type=range]").fill("0")
+    expect(caption).to_have_text("true (real)")
+    assert pixel(stage, .5, .5) == green
+
+
+@pytest.mark.parametrize("cell", [0, 1, 2], indirect=True)
+def test_explorers_fit_a_narrow_window(page, cell):
+    page.set_viewport_size({"width": 400, "height": 900})
+    try:
+        page.wait_for_timeout(300)
+        right = page.locator(".jp-WindowedPanel-outer").first.evaluate("e => e.getBoundingClientRect().left + e.clientWidth")
+        for part in cell.locator("img[src^='blob:']:visible, select:visible, button:visible, input:visible, table:visible").all():
+            box = part.bounding_box()
+            assert box["x"] + box["width"] <= right + 1, (part.evaluate("e => e.outerHTML.slice(0, 120)"), box, right)
+    finally: page.set_viewport_size({"width": 1280, "height": 1000})

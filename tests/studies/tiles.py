@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tests/studies/tiles.py --tiles ../shared/data/tissue --pairs ../shared/data/he_nuclei_pairs --work tiles --out tests/studies/results/tiles.json
 
 Every arm of the study and the controls, at four strengths of the colour jitter, with three seeds. A generator learns nuclear masks on some patients of the pairs; the other patients are the ones whose nuclei are
-asked of the frozen features. A call that was stopped goes on in --work; `--part 0/2` and `--part 1/2` share the training between two processes, and a call without it sums up. Only what is in --only
+asked of the frozen features. A call that was stopped goes on in --work; `--part 0/2` and `--part 1/2` share the training between two processes, and a call without it sums up. Only what is in --only and --jitters
 is trained; sums are made over what is there, and the table says how many seeds that is. With --device cuda everything runs there.
 """
 import argparse
@@ -31,13 +31,14 @@ SIZE, STEPS, BATCH, UM = 96, 300, 64, .5       # pixels; steps; tiles a step; um
 JITTERS, SEEDS, SHIFTS = (0., .2, .4, .8), (0, 1, 2), (.4, .8, 1.2)
 PATIENTS = 14                                   # of the pairs, on which the generator is trained; the others' nuclei are asked of the features
 FIELD, FIELD_SIDE = 128, 80                     # pixels of the pairs, and what the encoders see of them: within the range of scales that training shows
-ORDER = (("siamese_unprivileged", "trident", "trident_third_view", "trident_haematoxylin"), ("siamese_privileged", "trident_shuffled", "trident_random_generator", "trident_blank"), ("supervised", "trident_real_pairs"))
+MAIN, RANGE = ("siamese_unprivileged", "trident"), ("trident_third_view", "trident_haematoxylin")
+CONTROLS = ("trident_shuffled", "trident_random_generator", "trident_blank", "siamese_privileged", "supervised", "trident_real_pairs")
 
-def runs(only):
+def runs(only, jitters=None):
     "What is to be trained, the most wanted first: (arm, jitter, seed)"
-    asked = [[a for a in arms if not only or a in only] for arms in ORDER]
-    return ([("random_encoder", None, s) for s in SEEDS if not only or "random_encoder" in only] + [(a, j, s) for s in SEEDS for j in JITTERS for a in asked[0]]
-            + [(a, j, s) for arms in asked[1:] for j in (.4, 0., .8, .2) for s in SEEDS for a in arms])
+    order = [("random_encoder", None, s) for s in SEEDS] + [(a, j, s) for arms in (MAIN, RANGE) for s in SEEDS for j in JITTERS for a in arms]
+    order += [(a, j, s) for j in (.4, 0., .8, .2) for a in CONTROLS for s in SEEDS]
+    return [r for r in order if (not only or r[0] in only) and (not jitters or r[1] in jitters)]
 
 def place(work, arm, jitter, seed): return work/"runs"/"-".join([arm, *([] if jitter is None else [f"jitter{jitter:g}"]), f"seed{seed}"])
 
@@ -127,6 +128,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("tiles", "pairs", "work", "out"): parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="Some of the arms")
+    parser.add_argument("--jitters", nargs="*", type=float, help="Some of the jitters")
     parser.add_argument("--part", help="I/N: train each N-th run, and do not sum up")
     parser.add_argument("--sum", action="store_true", help="Train nothing: sum up what is there")
     parser.add_argument("--device", default="cpu")
@@ -139,7 +141,7 @@ def main():
             folder = place(args.work, name, None, 0)
             if not (folder/"features.npz").exists(): study.write(folder, study.features(f))
         part, n = map(int, args.part.split("/")) if args.part else (0, 1)
-        for arm, jitter, seed in runs(args.only)[part::n]: study.run(arm, jitter, seed)
+        for arm, jitter, seed in runs(args.only, args.jitters)[part::n]: study.run(arm, jitter, seed)
     if not args.part:
         from tiles_scores import summarise
         summarise(study, args.out)

@@ -7,7 +7,9 @@ import torch
 from synthpi.comparisons import holm, permutation_test
 from synthpi.core import environment, write_json
 from synthpi.crossval import label_budget
-from synthpi.evaluate import error_reduction, interval, linear_probe, rankme
+from synthpi.evaluate import error_reduction, interval
+from synthpi.probes import linear_probe
+from synthpi.ranks import rankme
 from synthpi.regression import cross_regress, r2_difference, r2_interval
 
 SHARES = (.01, .05, .1, 1.)
@@ -21,7 +23,7 @@ def score(folder, study):
     h, data = dict(np.load(folder/"features.npz")), study.data
     y, groups = data.labels, data.groups
     probe = linear_probe(h["train"], y["train"], h["val"], y["val"])
-    budget = label_budget(h["train"], y["train"], groups["train"], h["test"], y["test"], groups["test"], SHARES, repeats=5)
+    budget = label_budget(h["train"], y["train"], groups["train"], h["test"], y["test"], groups["test"], SHARES, repeats=5, Cs=10.**np.arange(-4, 2))         # with few labels larger C only fits longer
     sets = ["test", *(k for k in h if k.startswith("shift"))]
     found = {f"correct_{s}": probe.predict(h[s]) == y["test"] for s in sets} | {"val_accuracy": probe.val_accuracy, "rankme": rankme(h["train"]), "nuclei": cross_regress(h["nuclei"], study.targets, study.field_groups).predicted}
     found |= {f"budget_{s:g}": budget[budget.share == s].accuracy.to_numpy() for s in SHARES} | {k: h[k] for k in h if k.startswith("about_")}
@@ -43,6 +45,7 @@ def summarise(study, out):
         r = {"seeds": sorted(runs), "val_accuracy": float(stack(runs, "val_accuracy").mean()), "rankme": float(stack(runs, "rankme").mean()), "accuracy": {s: interval(stack(runs, f"correct_{s}"), groups) for s in sets}}
         r["label_budget"] = {f"{s:g}": {"mean": float(stack(runs, f"budget_{s:g}").mean()), "per_seed": stack(runs, f"budget_{s:g}").mean(1).tolist()} for s in SHARES}
         r["nuclei"] = {q: r2_interval(y[:, t], stack(runs, "nuclei")[..., t], fields) for t, q in enumerate(QUANTITIES)}
+        r["nuclei_within"] = {q: within(y[:, t], stack(runs, "nuclei")[..., t], fields) for t, q in enumerate(QUANTITIES)}
         if "about_seconds" in next(iter(runs.values())): r["seconds"] = float(stack(runs, "about_seconds").mean())
         return r
     rows = [{"arm": arm, "jitter": jitter} | row(runs) for (arm, jitter), runs in found.items()]
@@ -64,7 +67,18 @@ def summarise(study, out):
         for c, p in zip(family, holm([c["p"] for c in family])): c["holm"] = float(p)
     settings = {"size": 96, "steps": 300, "batch": 64, "um_per_px": .5, "shifts": sets[1:], "generator_patients": sorted(study.learn), "nuclei_patients": sorted(study.asked), "nuclei_fields": len(y)}
     write_json(out, {"data": study.data.summary, "settings": settings, "generator_dice_validation": generator_dice(study), "rows": rows, "chosen": {a: r["jitter"] for a, r in chosen.items()}, "comparisons": comparisons, "environment": environment()})
-    for r in sorted(rows, key=lambda r: (r["arm"], r["jitter"] or 0)): print(f"{r['arm']:26s} {r['jitter']!s:5s} seeds {len(r['seeds'])} val {r['val_accuracy']:.3f} | " + "  ".join(f"{s} {v['mean']:.3f}" for s, v in r["accuracy"].items()) + " | budget " + " ".join(f"{v['mean']:.2f}" for v in r["label_budget"].values()) + " | R2 " + " ".join(f"{v['mean']:.2f}" for v in r["nuclei"].values()))
+    for r in sorted(rows, key=lambda r: (r["arm"], r["jitter"] or 0)): print(f"{r['arm']:26s} {r['jitter']!s:5s} seeds {len(r['seeds'])} val {r['val_accuracy']:.3f} | " + "  ".join(f"{s} {v['mean']:.3f}" for s, v in r["accuracy"].items()) + " | budget " + " ".join(f"{v['mean']:.2f}" for v in r["label_budget"].values()) + " | R2 " + " ".join(f"{v['mean']:.2f}" for v in r["nuclei"].values()) + " | within " + " ".join(f"{v['mean']:.2f}" for v in r["nuclei_within"].values()))
+
+def within(y, predicted, groups, n=2000):
+    "Correlation of predicted and true differences between fields of one patient: what is known beside the patient's own level"
+    codes = np.unique(groups, return_inverse=True)[1]
+    centre = lambda v: v - (np.bincount(codes, weights=v)/np.bincount(codes))[codes]
+    sums = np.stack([np.stack([np.bincount(codes, weights=a) for a in (centre(y)*centre(p), centre(y)**2, centre(p)**2)], 1) for p in predicted])            # (S, G, 3)
+    r = lambda s: s[..., 0]/np.sqrt(s[..., 1]*s[..., 2])
+    rng, G, S = np.random.default_rng(0), codes.max() + 1, len(predicted)
+    draw = lambda m: rng.multinomial(m, np.full(m, 1/m), size=n)
+    replicates = (r(np.einsum("bg,sgk->bsk", draw(G), sums))*draw(S)/S).sum(1)
+    return {"mean": float(r(sums.sum(1)).mean()), "ci": np.quantile(replicates, [.025, .975]).tolist(), "per_seed": r(sums.sum(1)).tolist()}
 
 def paired(base, model, groups, n=4000):
     "Difference of accuracies with an interval over groups and seeds, and a test that exchanges the arms in whole groups"
