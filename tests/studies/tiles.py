@@ -116,9 +116,9 @@ class Study:
         with atomic_path(folder/"features.npz") as path: np.savez(path, **features, **{f"about_{k}": v for k, v in dict(facts).items()})
 
     def bottleneck(self, images):
-        "What the generator's own network knows: the mean of its deepest maps, (N, R)"
+        "What the generator's own network knows: mean, deviation and maximum of its deepest maps, (N, 3R); its normalisation leaves little in the mean alone"
         kept, deepest = [], self.generator.module.down_4
-        hook = deepest.register_forward_hook(lambda m, x, out: kept.append(out.mean((2, 3)).cpu()))
+        hook = deepest.register_forward_hook(lambda m, x, out: kept.append(torch.cat([out.mean((2, 3)), out.std((2, 3)), out.amax((2, 3))], 1).cpu()))
         try:
             for i in range(0, len(images), 64): self.generator.translate(torch.from_numpy(np.stack(images[i:i + 64])).permute(0, 3, 1, 2).to(self.device)/255)
         finally: hook.remove()
