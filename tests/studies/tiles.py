@@ -115,14 +115,18 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder/"features.npz") as path: np.savez(path, **features, **{f"about_{k}": v for k, v in dict(facts).items()})
 
-    def bottleneck(self, images):
-        "What the generator's own network knows: mean, deviation and maximum of its deepest maps, (N, 3R); its normalisation leaves little in the mean alone"
-        kept, deepest = [], self.generator.module.down_4
-        hook = deepest.register_forward_hook(lambda m, x, out: kept.append(torch.cat([out.mean((2, 3)), out.std((2, 3)), out.amax((2, 3))], 1).cpu()))
+    def inside_generator(self, images):
+        "What the generator's own network knows: mean, deviation and maximum of its deepest and of its last maps, (N, R). Its skip connections leave the deepest ones little to do"
+        kept, net = [], self.generator.module
+        pooled = lambda m, x, out: kept[-1].append(torch.cat([out.mean((2, 3)), out.std((2, 3)), out.amax((2, 3))], 1).cpu())
+        hooks = [part.register_forward_hook(pooled) for part in (net.down_4, net.upcat_1)]
         try:
-            for i in range(0, len(images), 64): self.generator.translate(torch.from_numpy(np.stack(images[i:i + 64])).permute(0, 3, 1, 2).to(self.device)/255)
-        finally: hook.remove()
-        return torch.cat(kept).numpy()
+            for i in range(0, len(images), 64):
+                kept.append([])
+                self.generator.translate(torch.from_numpy(np.stack(images[i:i + 64])).permute(0, 3, 1, 2).to(self.device)/255)
+        finally:
+            for hook in hooks: hook.remove()
+        return torch.cat([torch.cat(k, 1) for k in kept]).numpy()
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,7 +141,7 @@ def main():
     study = Study(args)
     if not args.sum:
         study.tables()
-        for name, f in (("mean_rgb", mean_rgb), ("colour_histogram", colour_histogram), ("generator_bottleneck", study.bottleneck)):
+        for name, f in (("mean_rgb", mean_rgb), ("colour_histogram", colour_histogram), ("inside_generator", study.inside_generator)):
             folder = place(args.work, name, None, 0)
             if not (folder/"features.npz").exists(): study.write(folder, study.features(f))
         part, n = map(int, args.part.split("/")) if args.part else (0, 1)

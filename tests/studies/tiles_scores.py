@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from synthpi.comparisons import holm, permutation_test
-from synthpi.core import environment, write_json
+from synthpi.core import environment, show_images, to_rgb, write_json
 from synthpi.crossval import label_budget
 from synthpi.evaluate import error_reduction, interval
 from synthpi.probes import linear_probe
@@ -14,7 +14,7 @@ from synthpi.regression import cross_regress, r2_difference, r2_interval
 
 SHARES = (.01, .05, .1, 1.)
 QUANTITIES = ("nuclear count", "nuclear area fraction", "mean nuclear area")
-BASES = ("siamese_unprivileged", "trident_third_view", "trident_haematoxylin", "trident_shuffled", "trident_blank", "trident_random_generator", "siamese_privileged", "trident_real_pairs", "supervised", "colour_histogram", "random_encoder", "generator_bottleneck")
+BASES = ("siamese_unprivileged", "trident_third_view", "trident_haematoxylin", "trident_shuffled", "trident_blank", "trident_random_generator", "siamese_privileged", "trident_real_pairs", "supervised", "colour_histogram", "random_encoder", "inside_generator")
 
 def score(folder, study):
     "Predictions and label-budget accuracies of one run; kept, because they take seconds"
@@ -49,9 +49,9 @@ def summarise(study, out):
         if "about_seconds" in next(iter(runs.values())): r["seconds"] = float(stack(runs, "about_seconds").mean())
         return r
     rows = [{"arm": arm, "jitter": jitter} | row(runs) for (arm, jitter), runs in found.items()]
-    chosen = {}                                                     # the jitter that validation tiles choose, per arm
+    chosen = {}                                                     # the jitter that validation tiles choose, for arms that have them all
     for r in rows:
-        if len(r["seeds"]) >= 2 or r["jitter"] is None: chosen[r["arm"]] = max((chosen.get(r["arm"]), r), key=lambda x: x["val_accuracy"] if x else -1)
+        if r["jitter"] is None or all((r["arm"], j) in found for j in {j for _, j in found if j is not None}): chosen[r["arm"]] = max((chosen.get(r["arm"]), r), key=lambda x: x["val_accuracy"] if x else -1)
     comparisons = []
     for jitter in [*sorted({j for _, j in found if j is not None}), "chosen"]:
         for base in BASES:
@@ -66,6 +66,7 @@ def summarise(study, out):
         family = [c for c in comparisons if c["jitter"] == jitter and "p" in c]
         for c, p in zip(family, holm([c["p"] for c in family])): c["holm"] = float(p)
     settings = {"size": 96, "steps": 300, "batch": 64, "um_per_px": .5, "shifts": sets[1:], "generator_patients": sorted(study.learn), "nuclei_patients": sorted(study.asked), "nuclei_fields": len(y)}
+    draw_pairs(study, out.with_suffix(".png"))
     write_json(out, {"data": study.data.summary, "settings": settings, "generator_dice_validation": generator_dice(study), "rows": rows, "chosen": {a: r["jitter"] for a, r in chosen.items()}, "comparisons": comparisons, "environment": environment()})
     for r in sorted(rows, key=lambda r: (r["arm"], r["jitter"] or 0)): print(f"{r['arm']:26s} {r['jitter']!s:5s} seeds {len(r['seeds'])} val {r['val_accuracy']:.3f} | " + "  ".join(f"{s} {v['mean']:.3f}" for s, v in r["accuracy"].items()) + " | budget " + " ".join(f"{v['mean']:.2f}" for v in r["label_budget"].values()) + " | R2 " + " ".join(f"{v['mean']:.2f}" for v in r["nuclei"].values()) + " | within " + " ".join(f"{v['mean']:.2f}" for v in r["nuclei_within"].values()))
 
@@ -79,6 +80,14 @@ def within(y, predicted, groups, n=2000):
     draw = lambda m: rng.multinomial(m, np.full(m, 1/m), size=n)
     replicates = (r(np.einsum("bg,sgk->bsk", draw(G), sums))*draw(S)/S).sum(1)
     return {"mean": float(r(sums.sum(1)).mean()), "ci": np.quantile(replicates, [.025, .975]).tolist(), "per_seed": r(sums.sum(1)).tolist()}
+
+def draw_pairs(study, path):
+    "Two training tiles of each class, and what the generator makes of them"
+    study.tables()
+    pairs, labels = study.table["privileged"], study.data.labels["train"]
+    rows = [int(i) for c in range(len(study.data.classes)) for i in np.random.default_rng(0).choice(np.flatnonzero(labels == c), 2, replace=False)]
+    shown = [np.asarray(to_rgb(pairs[i][column])) for column in ("primary", "privileged") for i in rows]
+    show_images(shown, titles=[study.data.classes[labels[i]] for i in rows] + [""]*len(rows), ncols=len(rows), size=.9).savefig(path, dpi=70, bbox_inches="tight")
 
 def paired(base, model, groups, n=4000):
     "Difference of accuracies with an interval over groups and seeds, and a test that exchanges the arms in whole groups"
