@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from synthpi.arms import ARMS, add_controls, train_arm, untrained_encoder
-from synthpi.core import atomic_path, to_rgb
-from synthpi.data import image_folder, pair_folders
+from synthpi.core import atomic_path, claim_folder, to_rgb
+from synthpi.data import pair_folders
 from synthpi.evaluate import colour_histogram, extract_features, mean_rgb, restain
-from synthpi.generators import StainGenerator, load_generator, save_generator
+from synthpi.generators import StainGenerator, fingerprint, load_generator, save_generator
 from synthpi.models import save_encoder
 from synthpi.pairs import add_privileged, cut_pairs
 from synthpi.recipes import strong
@@ -70,6 +70,8 @@ class Study:
         self.work, self.device = args.work, "cuda" if args.device == "cuda" else "cpu"
         self.accelerator = Accelerator(cpu=self.device == "cpu")
         self.data, pairs = load_tiles(args.tiles, SIZE), pair_folders(args.pairs)
+        self.settings = {"size": SIZE, "steps": STEPS, "batch": BATCH, "um_per_px": UM, "jitters": JITTERS, "restain": SHIFTS, "field": [FIELD, FIELD_SIDE], "patients": PATIENTS}
+        claim_folder(args.work, self.settings | {"tiles": self.data.summary["fingerprint"], "pairs": fingerprint(sorted(zip(pairs["path"][:], pairs["group"][:])))}, inputs=[args.tiles, args.pairs], writes=())
         self.learn, self.asked = patients(pairs)
         self.fields, self.targets, self.field_groups = nuclei(args.pairs, pairs, self.asked)
         self.real = pairs.select([i for i, g in enumerate(pairs["group"][:]) if g in self.learn])

@@ -1,25 +1,26 @@
 "Sums up the study of tiles: scores of every run from its stored features, intervals over groups and seeds, and the comparisons that were asked for."
-import json
+from hashlib import sha256
 
 import numpy as np
 import torch
 
 from synthpi.comparisons import holm, permutation_test
-from synthpi.core import environment, show_images, to_rgb, write_json
+from synthpi.core import atomic_path, environment, show_images, to_rgb, write_json
 from synthpi.crossval import label_budget
 from synthpi.evaluate import error_reduction, interval
 from synthpi.probes import linear_probe
 from synthpi.ranks import rankme
-from synthpi.regression import cross_regress, r2_difference, r2_interval
+from synthpi.regression import cross_regress, jackknife_t, r2_difference, r2_interval
 
+VERSION = 1                                     # of `score`: another number has kept scores made anew
 SHARES = (.01, .05, .1, 1.)
 QUANTITIES = ("nuclear count", "nuclear area fraction", "mean nuclear area")
 BASES = ("siamese_unprivileged", "trident_third_view", "trident_haematoxylin", "trident_shuffled", "trident_blank", "trident_random_generator", "siamese_privileged", "trident_real_pairs", "supervised", "colour_histogram", "random_encoder", "inside_generator")
 
 def score(folder, study):
     "Predictions and label-budget accuracies of one run; kept, because they take seconds"
-    path = folder/"scores.npz"
-    if path.exists(): return dict(np.load(path))
+    path, key = folder/"scores.npz", sha256((folder/"features.npz").read_bytes() + repr((SHARES, QUANTITIES, VERSION)).encode()).hexdigest()
+    if path.exists() and str((kept := dict(np.load(path))).pop("key", "")) == key: return kept
     h, data = dict(np.load(folder/"features.npz")), study.data
     y, groups = data.labels, data.groups
     probe = linear_probe(h["train"], y["train"], h["val"], y["val"])
@@ -27,7 +28,7 @@ def score(folder, study):
     sets = ["test", *(k for k in h if k.startswith("shift"))]
     found = {f"correct_{s}": probe.predict(h[s]) == y["test"] for s in sets} | {"val_accuracy": probe.val_accuracy, "rankme": rankme(h["train"]), "nuclei": cross_regress(h["nuclei"], study.targets, study.field_groups).predicted}
     found |= {f"budget_{s:g}": budget[budget.share == s].accuracy.to_numpy() for s in SHARES} | {k: h[k] for k in h if k.startswith("about_")}
-    np.savez(path, **found)
+    with atomic_path(path) as tmp: np.savez(tmp, key=key, **found)
     return found
 
 def summarise(study, out):
@@ -58,28 +59,31 @@ def summarise(study, out):
             of = lambda arm: found.get((arm, chosen[arm]["jitter"] if jitter == "chosen" and arm in chosen else jitter), found.get((arm, None)))
             a, b = of(base), of("trident")
             if not a or not b: continue
-            seeds = sorted(set(a) & set(b)) if len(a) > 1 else sorted(b)
-            pick = lambda runs, key: np.stack([runs[s if len(runs) > 1 else 0][key] for s in seeds])
-            for s in sets: comparisons.append({"model": "trident", "base": base, "jitter": jitter, "measure": f"accuracy, {s}", "seeds": seeds} | paired(pick(a, f"correct_{s}"), pick(b, f"correct_{s}"), groups))
-            for t, q in enumerate(QUANTITIES): comparisons.append({"model": "trident", "base": base, "jitter": jitter, "measure": f"R2, {q}", "seeds": seeds} | r2_difference(y[:, t], pick(a, "nuclei")[..., t], pick(b, "nuclei")[..., t], fields))
+            fixed = base in ("colour_histogram", "inside_generator")               # nothing in them is drawn: one run stands for every seed
+            seeds = sorted(b if fixed else set(a) & set(b))
+            if not seeds: continue
+            pick = lambda runs, key, fixed=False: np.stack([runs[0 if fixed else s][key] for s in seeds])
+            for s in sets: comparisons.append({"model": "trident", "base": base, "jitter": jitter, "measure": f"accuracy, {s}", "seeds": seeds} | paired(pick(a, f"correct_{s}", fixed), pick(b, f"correct_{s}"), groups))
+            for t, q in enumerate(QUANTITIES): comparisons.append({"model": "trident", "base": base, "jitter": jitter, "measure": f"R2, {q}", "seeds": seeds} | r2_difference(y[:, t], pick(a, "nuclei", fixed)[..., t], pick(b, "nuclei")[..., t], fields))
     for jitter in {c["jitter"] for c in comparisons}:               # one family: all bases and tile sets of a jitter
         family = [c for c in comparisons if c["jitter"] == jitter and "p" in c]
         for c, p in zip(family, holm([c["p"] for c in family])): c["holm"] = float(p)
-    settings = {"size": 96, "steps": 300, "batch": 64, "um_per_px": .5, "shifts": sets[1:], "generator_patients": sorted(study.learn), "nuclei_patients": sorted(study.asked), "nuclei_fields": len(y)}
+    settings = study.settings | {"shifts": sets[1:], "generator_patients": sorted(study.learn), "nuclei_patients": sorted(study.asked), "nuclei_fields": len(y)}
     draw_pairs(study, out.with_suffix(".png"))
     write_json(out, {"data": study.data.summary, "settings": settings, "generator_dice_validation": generator_dice(study), "rows": rows, "chosen": {a: r["jitter"] for a, r in chosen.items()}, "comparisons": comparisons, "environment": environment()})
     for r in sorted(rows, key=lambda r: (r["arm"], r["jitter"] or 0)): print(f"{r['arm']:26s} {r['jitter']!s:5s} seeds {len(r['seeds'])} val {r['val_accuracy']:.3f} | " + "  ".join(f"{s} {v['mean']:.3f}" for s, v in r["accuracy"].items()) + " | budget " + " ".join(f"{v['mean']:.2f}" for v in r["label_budget"].values()) + " | R2 " + " ".join(f"{v['mean']:.2f}" for v in r["nuclei"].values()) + " | within " + " ".join(f"{v['mean']:.2f}" for v in r["nuclei_within"].values()))
 
-def within(y, predicted, groups, n=2000):
-    "Correlation of predicted and true differences between fields of one patient: what is known beside the patient's own level"
+def within(y, predicted, groups):
+    "Correlation of predicted and true differences between fields of one patient: what is known beside the patient's own level; jackknife interval by Fisher's transform"
     codes = np.unique(groups, return_inverse=True)[1]
     centre = lambda v: v - (np.bincount(codes, weights=v)/np.bincount(codes))[codes]
     sums = np.stack([np.stack([np.bincount(codes, weights=a) for a in (centre(y)*centre(p), centre(y)**2, centre(p)**2)], 1) for p in predicted])            # (S, G, 3)
-    r = lambda s: s[..., 0]/np.sqrt(s[..., 1]*s[..., 2])
-    rng, G, S = np.random.default_rng(0), codes.max() + 1, len(predicted)
-    draw = lambda m: rng.multinomial(m, np.full(m, 1/m), size=n)
-    replicates = (r(np.einsum("bg,sgk->bsk", draw(G), sums))*draw(S)/S).sum(1)
-    return {"mean": float(r(sums.sum(1)).mean()), "ci": np.quantile(replicates, [.025, .975]).tolist(), "per_seed": r(sums.sum(1)).tolist()}
+    def r(w):
+        total = w @ sums
+        return total[:, 0]/np.sqrt(total[:, 1]*total[:, 2])
+    low, high = jackknife_t(lambda w, v: np.arctanh(r(w) @ v/v.sum()), codes.max() + 1, len(predicted))[1:]
+    each = r(np.ones(codes.max() + 1))
+    return {"mean": float(each.mean()), "ci": [float(np.tanh(low)), float(np.tanh(high))], "per_seed": each.tolist()}
 
 def draw_pairs(study, path):
     "Two training tiles of each class, and what the generator makes of them"
