@@ -56,7 +56,7 @@ Modules:
 - `synthpi.quality`: Is the synthetic image the second image of *this* tissue? Measures with and without true pairs, each shown to fall on damage
 - `synthpi.ranks`: What can be said about an embedding without a single label
 - `synthpi.recipes`: What a view may differ in: the augmentations that teach an encoder what to ignore
-- `synthpi.regression`: Ridge regression on subjects that the fit has not seen, with intervals in which subjects are drawn again
+- `synthpi.regression`: Ridge regression on subjects that the fit has not seen, with intervals over subjects
 - `synthpi.report`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
 - `synthpi.runtimes`: PyTorch files, TorchScript, ONNX, diffusion pipelines and callables, opened without running a pickle
 - `synthpi.sanity`: Does a map tell of what the network has learnt, or only of the image?

@@ -17,7 +17,7 @@ import typer
 
 from .terminal import Device, app, command_line, share_cores, told
 
-# %% ../nbs/15_cli_explain.ipynb #c7f236d3
+# %% ../nbs/15_cli_explain.ipynb #ea6e059a
 @app.command()
 @told()
 def explain(
@@ -41,8 +41,11 @@ def explain(
     "What encoders look at: coverage, Guided-GradCAM, its sanity check, and a map of the data set."
     from synthpi.explain_run import explain_run           # --help should not wait for torch
     share_cores(0)
-    found = explain_run(encoder, images, out, target, reference, size, n, shown, checked, split, seed, group_column, on_bad, batch, device, overwrite, command_line())
+    try: found = explain_run(encoder, images, out, target, reference, size, n, shown, checked, split, seed, group_column, on_bad, batch, device, overwrite, command_line())
+    except KeyboardInterrupt:                             # a report is made in one go
+        typer.echo("\nsynthpi: stopped. Nothing is kept; the same command begins anew.", err=True)
+        raise typer.Exit(130)
     for name, table in found["coverage"].items(): typer.echo(f"{name}: {sum(r['calls'] for r in table if r['guided'])} activations guided, {sum(r['calls'] for r in table if not r['guided'])} missed")
-    for name, check in found.get("sanity", {}).items(): typer.echo(f"{name}: " + ", ".join(f"{method} {'passes' if ok else 'does not pass'}" for method, ok in check["passes"].items()))
+    for name, check in found.get("sanity", {}).items(): typer.echo(f"{name}: " + ", ".join(f"{method} {({True: 'passes', False: 'does not pass', None: 'cannot be judged'})[ok]}" for method, ok in check["passes"].items()))
     if "target" in found: typer.echo(f"Explained: {found['target']}")
     typer.echo(f"Report: {out/'report.html'}\nNumbers: {out/'results.json'}\nMaps: {out/'maps.npz'}")

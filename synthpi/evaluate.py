@@ -18,7 +18,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/evaluate.html.md"""
 __all__ = ['check_finite', 'extract_features', 'mean_rgb', 'colour_histogram', 'scores', 'interval', 'score_intervals',
            'error_reduction', 'restain', 'compare', 'to_markdown', 'to_latex']
 
-# %% ../nbs/12_evaluate.ipynb #e21762bd
+# %% ../nbs/12_evaluate.ipynb #afbafa99
 import contextlib
 import re
 import warnings
@@ -30,17 +30,18 @@ import pandas as pd
 import torch
 from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .comparisons import compare_folds, holm, mcnemar, permutation_test
 from .core import seed_for, to_rgb
 from .feature_cache import cached_features
 
-# %% ../nbs/12_evaluate.ipynb #ffb7dbf6
+# %% ../nbs/12_evaluate.ipynb #2344324f
 @contextlib.contextmanager
 def _frozen(encoder:nn.Module, device)->Iterator[torch.device]:
     "Evaluation mode on `device`, no gradients; afterwards flags, buffers and place as before."
     modes = [(module, module.training) for module in encoder.modules()]
-    buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    buffers = [(module, dict(module._buffers), {name: t.clone() for name, t in module._buffers.items() if t is not None}) for module in encoder.modules()]
     home = next((t.device for t in [*encoder.parameters(), *encoder.buffers()]), torch.device("cpu"))
     try:
         encoder.eval()
@@ -50,7 +51,20 @@ def _frozen(encoder:nn.Module, device)->Iterator[torch.device]:
         if device is not None: encoder.to(home)
         for module, training in modes: module.training = training
         with torch.no_grad():
-            for name, buffer in encoder.named_buffers(): buffer.copy_(buffers[name])
+            for module, own, values in buffers:                                 # those that a forward pass registered go, and the very tensors that were there come back
+                for name in {*module._buffers.keys()} - {*own}:
+                    del module._buffers[name]
+                    module._non_persistent_buffers_set.discard(name)
+                for name, t in own.items():
+                    if name not in module._buffers or module._buffers[name] is not t: module._buffers[name] = t
+                for name, v in values.items():
+                    if not torch.equal(own[name], v): own[name].resize_(v.shape).copy_(v)
+
+def _check_norms(encoder:nn.Module):
+    "No layer whose features depend on what else is in the batch"
+    bad = [name or type(m).__name__ for name, m in encoder.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None and m.running_var is None]
+    if bad: raise ValueError(f"the encoder's BatchNorm {', '.join(bad[:4])}{', ...'*(len(bad) > 4)} has no running statistics: in evaluation it normalises by the batch, so that an image's features depend on the images beside it. "
+                             "Train it with track_running_stats=True, or use a normalisation of single images, for example GroupNorm.")
 
 def _tensor(image)->Tensor:
     "One image as (3, H, W) in [0, 1]"
@@ -91,6 +105,7 @@ def extract_features(
     cache:str|Path|None=None, # Folder to keep the features in, for a sequence of images; None to keep none
 )->np.ndarray: # (N, R), float32
     "Representations of all images, in order, from an encoder that is left exactly as it was found."
+    _check_norms(encoder)
     def read(images):
         with _frozen(encoder, device) as place:
             h = [encoder(batch.to(place)).float().cpu() for batch in _batches(images, batch_size)]
@@ -150,7 +165,7 @@ def scores(
     recall = _plain(result.pop("per_class_recall"))
     return {name: float(v) for name, v in result.items()} | dict(per_class_recall=recall, confusion=confusion.tolist())
 
-# %% ../nbs/12_evaluate.ipynb #e1ffd965
+# %% ../nbs/12_evaluate.ipynb #51fb037d
 def _codes(groups, n:int)->np.ndarray:
     "Groups as 0 to G - 1"
     if groups is None: return np.arange(n)
@@ -180,6 +195,14 @@ def _correct_counts(correct, codes:np.ndarray)->np.ndarray:
 
 def _ratio(counts): return counts[..., 0]/counts[..., 1]
 
+def _answers(correct)->np.ndarray:
+    "Right and wrong answers as rows (S, N)"
+    x = np.atleast_2d(np.asarray(correct, np.float64))
+    if x.ndim != 2 or not x.size: raise ValueError(f"answers of shape {np.shape(correct)} arrived; expected (N,), or one row per training seed (n_seeds, N), of at least one image.")
+    bad = np.argwhere(~np.isfinite(x))
+    if len(bad): raise ValueError(f"{len(bad)} of {x.size} answers are not finite, the first {x[tuple(bad[0])]} for image {bad[0][1]}; expected right (1) or wrong (0) for every image: leave out, in all arms, the images without an answer.")
+    return x
+
 def interval(
     correct:np.ndarray, # Right or wrong, (N,) or one row per training seed (n_seeds, N)
     groups:Sequence|None=None, # Group of every image, for example its patient; None makes each image its own
@@ -188,7 +211,7 @@ def interval(
     level:float=.95, # Nominal coverage
 )->dict: # mean, ci [low, high], per_seed
     "Accuracy with a percentile bootstrap interval over groups and seeds."
-    correct = np.atleast_2d(np.asarray(correct, np.float64))
+    correct = _answers(correct)
     counts = _correct_counts(correct, _codes(groups, correct.shape[1]))
     ci = _percentiles(_replicates(counts, _ratio, n_boot, seed), level, counts.shape[1])
     return dict(mean=float(correct.mean()), ci=ci, per_seed=correct.mean(axis=1).tolist())
@@ -211,7 +234,7 @@ def score_intervals(
     result = {name: dict(mean=float(v.mean()), ci=ci(name), per_seed=v.tolist()) for name, v in exact.items()}
     return result | dict(per_class_recall=_plain(recall.mean(axis=0)))
 
-# %% ../nbs/12_evaluate.ipynb #1c7ff4fa
+# %% ../nbs/12_evaluate.ipynb #24473c72
 def error_reduction(
     base_correct:np.ndarray, # Right or wrong of the baseline, (N,) or (n_seeds, N)
     model_correct:np.ndarray, # Right or wrong of the model on the same images, (N,) or (n_seeds, N)
@@ -221,7 +244,7 @@ def error_reduction(
     level:float=.95, # Nominal coverage
 )->dict: # ratio, ci [low, high], at_least (the model made no error), text
     "How many times fewer errors the model makes than the baseline, with a paired bootstrap interval."
-    both = [np.atleast_2d(np.asarray(c, np.float64)) for c in (base_correct, model_correct)]
+    both = [_answers(c) for c in (base_correct, model_correct)]
     if both[0].shape[1] != both[1].shape[1] or len({len(c) for c in both} - {1}) > 1:
         raise ValueError(f"answers of shapes {both[0].shape} and {both[1].shape} arrived; expected the same images, and as many seeds or one.")
     n_seeds, n = max(len(c) for c in both), both[0].shape[1]
@@ -255,17 +278,24 @@ def restain(
         raise ValueError(f"{len(groups)} groups arrived for {len(images)} images; expected one per image.")
     return np.stack([one(image, i if groups is None else str(groups[i])) for i, image in enumerate(images)])
 
-# %% ../nbs/12_evaluate.ipynb #f251993f
+# %% ../nbs/12_evaluate.ipynb #d66f44c5
 def _cell(x, form:str=".3f")->str:
     "0.812 [0.780, 0.840] from {mean, ci}"
     low, high = x.get("ci") or (None, None)
     known = low is not None and high is not None and np.isfinite([low, high]).all()
     return f"{x['mean']:{form}}" + (f" [{low:{form}}, {high:{form}}]" if known else "")
 
-def _against(arm:dict, base:dict, groups, n_boot:int, seed:int)->tuple[dict, float, str]|None:
+def _fold_size(arms:dict, key:str)->float:
+    "`n_train` or `n_test` of two arms, which share their folds"
+    told = {name: arm[key] for name, arm in arms.items() if arm.get(key) is not None}
+    if not told: raise ValueError(f"{' and '.join(map(repr, arms))} hold per_fold but no {key}; the corrected t-test needs the rows (or groups) of a training set, n_train, and of a fold, n_test: give both beside per_fold, or leave base out.")
+    if not np.allclose([*told.values()], [*told.values()][0], rtol=1e-6): raise ValueError(f"{key} is {' but '.join(f'{v} in {name!r}' for name, v in told.items())}; scores can be paired on the same folds only: evaluate both arms on the same folds.")
+    return [*told.values()][0]
+
+def _against(arm:dict, base:dict, names:tuple[str, str], groups, n_boot:int, seed:int)->tuple[dict, float, str]|None:
     "Difference to the base {mean, ci}, p and name of the test; None where the two have nothing in common"
     if "correct" in arm and "correct" in base:
-        a, b = (np.atleast_2d(np.asarray(x["correct"], np.float64)) for x in (arm, base))
+        a, b = (_answers(x["correct"]) for x in (arm, base))
         if a.shape[1] != b.shape[1] or len({len(a), len(b)} - {1}) > 1: raise ValueError(f"answers of shapes {a.shape} and {b.shape} arrived; expected the same images, and as many seeds or one.")
         codes, n_seeds = _codes(groups, a.shape[1]), max(len(a), len(b))
         replicates = [_replicates(_correct_counts(np.broadcast_to(x, (n_seeds, x.shape[1])), codes), _ratio, n_boot, seed) for x in (a, b)]
@@ -273,7 +303,7 @@ def _against(arm:dict, base:dict, groups, n_boot:int, seed:int)->tuple[dict, flo
         test = mcnemar(a[0], b[0]) if by_row else permutation_test(a.mean(axis=0), b.mean(axis=0), groups, seed=seed)
         return dict(mean=test.difference, ci=_percentiles(replicates[0] - replicates[1], .95, codes.max() + 1)), test.p, "McNemar" if by_row else f"permutation, {codes.max() + 1} {'images' if groups is None else 'groups'}"
     if "per_fold" in arm and "per_fold" in base:
-        test = compare_folds(arm["per_fold"], base["per_fold"], base["n_train"], base["n_test"])
+        test = compare_folds(arm["per_fold"], base["per_fold"], *(_fold_size(dict(zip(names, (arm, base))), key) for key in ("n_train", "n_test")))
         return dict(mean=test.difference), test.p, f"corrected t, {test.folds} folds"
 
 def compare(
@@ -294,7 +324,7 @@ def compare(
         rows[name] = row
     if base is not None:
         if base not in arms: raise ValueError(f"base is {base!r}; expected one of the arms: {', '.join(arms)}.")
-        found = {name: _against(arm, arms[base], groups, n_boot, seed) for name, arm in arms.items() if name != base}
+        found = {name: _against(arm, arms[base], (name, base), groups, n_boot, seed) for name, arm in arms.items() if name != base}
         found = {name: r for name, r in found.items() if r}
         if not found: raise ValueError(f"no arm shares `correct` or `per_fold` with {base!r}, so nothing can be tested: put right and wrong answers on one test set into the arms, or scores of the same folds, or leave base out.")
         for (name, (difference, _, test)), p in zip(found.items(), holm([r[1] for r in found.values()])):

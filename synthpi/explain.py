@@ -56,28 +56,42 @@ def _as_found(model):
                 m._buffers[k] = b
                 if not torch.equal(b, value): b.copy_(value)
 
-# %% ../nbs/13_explain.ipynb #cb2a072f
+# %% ../nbs/13_explain.ipynb #2d9b5d9a
 _PARTS = ("elu", "silu", "mish", "hardswish", "softplus", "threshold", "hardtanh", "glu", "activation", "encoder_layer_fwd")      # of the names of rectifying operations; "elu" is in relu, gelu, prelu, ...
 _SQUASH = {"sigmoid", "tanh", "erf", "hardsigmoid", "gt", "ge", "lt", "le", "sign", "sgn", "heaviside"}
-_ELEMENTWISE = {"add", "sub", "rsub", "mul", "div", "pow", "neg", "clone", "detach", "alias", "_to_copy", "where", "masked_fill", "abs"}
+_ELEMENTWISE = {"add", "sub", "rsub", "mul", "div", "pow", "neg", "clone", "detach", "alias", "_to_copy", "where", "masked_fill", "abs", "addcmul"}
+_EXTREME = {"maximum", "minimum", "fmax", "fmin", "logaddexp", "logaddexp2"}         # of a tensor and zeros, or of a tensor and a function of itself
 
 class _Watch(TorchDispatchMode):
     "Count rectifying operations by the module that is running."
-    def __init__(self, running): super().__init__(); self.running, self.calls, self.root, self.squashed, self.kept = running, Counter(), {}, {}, []
+    def __init__(self, running, images): super().__init__(); self.running, self.input, self.calls, self.root, self.squashed, self.stacked, self.kept = running, self.key(images), Counter(), {}, {}, {}, []
     def note(self, op): self.calls[self.running[-1] if self.running else ("", None), op] += 1
+    @staticmethod
+    def key(x): return x.untyped_storage().data_ptr()
+    @staticmethod
+    def zero(x): return not x.any() if isinstance(x, Tensor) else x is not None and x == 0
+    def of(self, x): return self.root.get(self.key(x), self.key(x))            # the tensor that x was made of, element by element
+    def itself(self, tensors): return len({self.of(x) for x in tensors}) == 1 < len({self.key(x) for x in tensors})
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, key = kwargs or {}, self.key
         op, out = func.overloadpacket.__name__.rstrip("_"), func(*args, **kwargs)
         if "clamp" in op:
-            low, high = (list(args[1:]) + [kwargs.get("min"), kwargs.get("max")])[:2]
-            if op != "clamp_max" and high is None and (not low.any() if isinstance(low, Tensor) else low == 0): self.note(op)        # the clamp of a norm at 1e-12 is no rectifier
+            bounds = [x for x in (*args[1:3], kwargs.get("min"), kwargs.get("max")) if x is not None]
+            if any(map(self.zero, bounds)) and (len(bounds) == 1 or self.of(args[0]) != self.input): self.note(op)        # the clamp of a norm at 1e-12 is no rectifier, nor that of pixels to [0, 1]
         elif any(part in op for part in _PARTS): self.note(op)
-        elif op == "maximum" and any(not x.any() for x in args): self.note(op)
+        elif op in _EXTREME and (any(map(self.zero, args)) or self.itself(args)): self.note(op)
+        elif op == "stack" and (any(map(self.zero, args[0])) or self.itself(args[0])):
+            self.stacked[key(out)] = [*args[1:], kwargs.get("dim", 0)][0] % out.ndim
+            self.kept.append((out, args))
+        elif op in ("amax", "amin", "max", "min") and key(args[0]) in self.stacked:
+            dims = [*args[1:], kwargs.get("dim", [])][0]
+            if not (dims := [dims] if isinstance(dims, int) else dims) or self.stacked[key(args[0])] in [d % args[0].ndim for d in dims]: self.note(f"{op} of a stack")
+        elif "index_put" in op and (masks := [i for i in args[1] if i is not None and key(i) in self.squashed and self.of(i) == self.of(args[0])]): self.note(f"index_put by {self.squashed[key(masks[0])]}")
         if not isinstance(out, Tensor) or not args or op not in _SQUASH | _ELEMENTWISE: return out
-        key = lambda x: x.untyped_storage().data_ptr()
-        tensors = [x for x in args if isinstance(x, Tensor) and x.shape == out.shape]
-        roots, gates = {self.root.get(key(x), key(x)) for x in tensors}, [self.squashed[key(x)] for x in tensors if key(x) in self.squashed]
-        if op in ("mul", "where", "masked_fill") and gates and len(gates) < len(tensors) and len(roots) == 1: self.note(f"{op} by {gates[0]}")
+        tensors = [x for x in args[op == "addcmul":] if isinstance(x, Tensor) and x.shape == out.shape]
+        if op == "where": tensors = [x for k, x in enumerate(tensors) if not k or x.any()]
+        roots, gates = {self.of(x) for x in tensors}, [self.squashed[key(x)] for x in tensors if key(x) in self.squashed]
+        if op in ("mul", "addcmul", "where", "masked_fill") and gates and len(gates) < len(tensors) and len(roots) == 1: self.note(f"{op} by {gates[0]}")
         elif len(roots) == 1:
             self.root[key(out)] = roots.pop()
             if op in _SQUASH and tensors[0].is_floating_point() or gates: self.squashed[key(out)] = gates[0] if gates else op
@@ -96,7 +110,8 @@ def _watch(model, images):
             if isinstance(m, nn.modules.conv._ConvNd): seen.convs.append((m, tuple(out.shape[2:]), tuple(m.kernel_size)))
         hooks.append(m.register_forward_hook(leave))
     try:
-        with _Watch(running) as watch: seen.out = model(images.detach().clone().requires_grad_())  # a gradient keeps transformers off their fused path
+        x = images.detach().clone().requires_grad_()                       # a gradient keeps transformers off their fused path
+        with _Watch(running, x) as watch: seen.out = model(x)
     finally:
         for hook in hooks: hook.remove()
     seen.calls = watch.calls

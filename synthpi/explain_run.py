@@ -10,8 +10,12 @@ Docs: https://synthpi.github.io/synthpi/nbs/explain_run.html.md"""
 # %% auto #0
 __all__ = ['open_runs', 'explain_run']
 
-# %% ../nbs/14_explain_run.ipynb #dce45d3e
+# %% ../nbs/14_explain_run.ipynb #6caaa316
+import json
 import re
+import shutil
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +42,7 @@ from .sanity import plot_sanity, sanity_check
 from .views import Images, square
 from .volumes import VolumeStore
 
-# %% ../nbs/14_explain_run.ipynb #99561489
+# %% ../nbs/14_explain_run.ipynb #f3618326
 @dataclass
 class _Run:
     "An encoder to explain"
@@ -50,13 +54,18 @@ class _Run:
     @property
     def model(self): return self.encoder if self.probe is None else nn.Sequential(self.encoder, self.probe).eval()
 
-def _probe(folder, width):
+def _probe(folder, width, classes):
     "The probe of a run of a study, if it has one"
-    if not (folder/"predictions.npz").is_file(): return None
-    with np.load(folder/"predictions.npz", allow_pickle=False) as arrays:
-        if "probe_weight" not in arrays: return None
-        weight, bias = (torch.from_numpy(arrays[k]).float() for k in ("probe_weight", "probe_bias"))
-    if weight.shape[1] != width or len(weight) != len(bias): raise ValueError(f"{folder/'predictions.npz'} holds a probe of shape {tuple(weight.shape)}; expected one for the {width} features of the encoder beside it: repeat the run.")
+    file = folder/"predictions.npz"
+    if not file.is_file(): return None
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if "probe_weight" not in arrays: return None
+            weight, bias = (torch.from_numpy(np.asarray(arrays[k], np.float32)) for k in ("probe_weight", "probe_bias"))
+    except (ValueError, KeyError, TypeError, EOFError, OSError, AttributeError, zipfile.BadZipFile, zlib.error) as e: raise ValueError(f"{file} is damaged ({e}): repeat the run.") from e
+    if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1] or len(bias) != len(classes):
+        raise ValueError(f"{file} holds a probe of shape {tuple(weight.shape)} with {bias.numel()} biases; expected one for the {width} features and {len(classes)} classes of the encoder beside it: repeat the run.")
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()): raise ValueError(f"{file} holds a probe whose weights are not all finite: repeat the run.")
     probe = nn.Linear(width, len(bias))
     probe.load_state_dict({"weight": weight, "bias": bias})
     return probe.eval().requires_grad_(False)
@@ -74,7 +83,7 @@ def open_runs(
         file = path/"encoder.safetensors" if path.is_dir() else path
         encoder = load_encoder(file)
         name = encoder.about.get("arm") or (file.parent.name if file.name == "encoder.safetensors" else file.stem)
-        runs.append(_Run(name, encoder.to(device), _probe(file.parent, encoder.width), file))
+        runs.append(_Run(name, encoder.to(device), _probe(file.parent, encoder.width, encoder.about.get("classes") or ()), file))
         if runs[-1].probe is not None: runs[-1].probe.to(device)
     if not runs: raise ValueError("0 encoders arrived; expected an encoder file or a run folder.")
     if len({r.name for r in runs}) < len(runs):
@@ -89,7 +98,7 @@ def open_runs(
     if len(classes) > 1: raise ValueError(f"the probes of {len(runs)} encoders know different classes ({'; '.join(', '.join(c) for c in sorted(classes))}); expected runs of one study.")
     return runs
 
-# %% ../nbs/14_explain_run.ipynb #46dba544
+# %% ../nbs/14_explain_run.ipynb #3cd0f93b
 @dataclass
 class _Sample:
     "Images to explain, in [0, 1]"
@@ -111,14 +120,15 @@ def _agreed(runs, key):
 def _sample_tiles(runs, path, n, size, split, seed, group_column, on_bad):
     size = size or _agreed(runs, "size")
     if size is None: raise ValueError("the encoder's file does not tell how large its images were: give size (--size), in pixels.")
-    ds, _ = check_images(image_folder(path, group_column=group_column), on_bad=on_bad)
+    ds, checked = check_images(image_folder(path, group_column=group_column), on_bad=on_bad)
     splits = ds["split"][:]
     split = split or ("test" if "test" in splits else None)
     rows = [i for i, s in enumerate(splits) if split is None or s == split]
     if not rows: raise ValueError(f"no image of {path} is in the split {split!r}; there are {', '.join(sorted(map(repr, set(splits))))}.")
     rows = sorted(int(i) for i in np.random.default_rng(seed_for(seed, "explain")).permutation(rows)[:n])
     labelled, part = "label" in ds.column_names, ds.select(rows)
-    x = torch.from_numpy(np.stack([image for image in Images(part, "primary", size)])).permute(0, 3, 1, 2).float()/255
+    pixels = np.stack([image for image in Images(part, "primary", size)])
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()/255
     known, found = list(next((r.encoder.about["classes"] for r in runs if r.probe is not None and r.encoder.about.get("classes")), [])), []
     labels = None
     if labelled:
@@ -126,7 +136,9 @@ def _sample_tiles(runs, path, n, size, split, seed, group_column, on_bad):
         if known and not set(known) & set(found): raise ValueError(f"the images are of the classes {', '.join(found[:6])}, the probe knows {', '.join(known[:6])}; expected some in common.")
         known += [c for c in found if c not in known]
         labels = np.array([known.index(found[l]) if l >= 0 else -1 for l in part["label"][:]])
-    about = {"images": len(rows), "of": len(ds), "split": split, "size": size, "classes": found, "fingerprint": fingerprint(sorted(part["path"][:]))}
+        if (labels < 0).all(): labels = None
+    about = {"images": len(rows), "of": len(ds), "split": split, "size": size, "classes": found,
+             "fingerprint": fingerprint(list(zip(part["path"][:], part["group"][:], part["label"][:] if labelled else rows)), [checked["bytes"]], pixels.tobytes())}
     return _Sample(x, part["path"][:], labels, known, np.array(part["group"][:]), None, about)
 
 def _sample_crops(runs, path, n, size, split, seed):
@@ -142,15 +154,13 @@ def _sample_crops(runs, path, n, size, split, seed):
     x = torch.cat([b["crop"] for b in crops.batches(store)])
     rows = np.sort(np.random.default_rng(seed_for(seed, "explain")).permutation(len(x))[:n])
     centers, subjects = crops.positions(store, frame)[rows], crops.subjects(store)[rows]
-    about = {"images": len(rows), "of": len(store), "split": split, "size": size, "frame": frame, "classes": [], "fingerprint": fingerprint([store.items[i]["key"] for i in volumes])}
+    about = {"images": len(rows), "of": len(store), "split": split, "size": size, "frame": frame, "classes": [], "fingerprint": fingerprint([store.items[i]["key"] for i in volumes], subjects.tolist(), x[rows])}
     return _Sample(x[rows], [f"{s} at {', '.join(f'{v:.0f}' for v in c)} mm" for s, c in zip(subjects, centers)], None, [], subjects, centers, about, tuple(store.spacing_mm(volumes[0])))
 
-# %% ../nbs/14_explain_run.ipynb #bd2468a6
+# %% ../nbs/14_explain_run.ipynb #fefd549f
 def _target(run, asked, sample, h, rows, reference, size):
     "The network to ask, the target for the images `rows`, and what it is, in words"
     kind, _, number = asked.partition(":")
-    if kind == "auto" and reference is not None: kind = "similarity"
-    if kind == "auto": kind, number = ("class", "") if run.probe is not None else ("similarity", "") if sample.labels is not None else ("component", "1")
     if kind == "class": return run.model, None, "the score of the predicted class"
     if kind == "similarity" and reference is not None:
         image = torch.from_numpy(square(to_rgb(Image.open(reference)), size)).permute(2, 0, 1)[None].float()/255
@@ -172,7 +182,26 @@ def _target(run, asked, sample, h, rows, reference, size):
     centre = torch.from_numpy(mean)
     return run.encoder, lambda z: (z - centre.to(z)) @ direction.to(z), f"principal component {number} of the embeddings of these images"
 
-# %% ../nbs/14_explain_run.ipynb #492f8e83
+# %% ../nbs/14_explain_run.ipynb #df596b3e
+def _refuse(out, identity, overwrite, images):
+    "Say why `out` cannot take this report, before anything is computed; nothing is written or removed"
+    old = {}
+    if (out/"study.json").is_file():
+        try: old = json.loads((out/"study.json").read_text(encoding="utf-8"))
+        except ValueError: pass
+        if not isinstance(old, dict) or old.get("kind") != identity["kind"]:
+            raise ValueError(f"the folder {out} holds a study of another kind (its study.json is not of a report of `synthpi explain`), which is not replaced, even with overwrite (--overwrite): choose another folder.")
+    inputs, taken = [images] if images.is_dir() else [], out.exists() and (not out.is_dir() or any(not p.name.startswith(".") and p.name not in ("cache", "data") for p in out.iterdir()))
+    if inputs and images.resolve() in (out.resolve(), *out.resolve().parents) or taken and not (old and overwrite): claim_folder(out, identity, False, inputs, ())
+
+def _try(runs, sample, tables):
+    "The names of the encoders that can be guided, each tried on one image"
+    able = [name for name, t in tables.items() if len(t) and t.guided.all()]
+    for r in runs:
+        if r.name in able and not torch.isfinite(guided_gradcam(r.model, sample.x[:1])).all(): raise ValueError(f"the map of {r.file} for {sample.names[0]} holds values that are not finite: look at its weights, or repeat the run.")
+    return able
+
+# %% ../nbs/14_explain_run.ipynb #68ba74dc
 _LIMITS = """- A map shows where a small change of the image would raise one number of one encoder, to first order. It does not show what the encoder ought to use, nor that it would be right to.
 - Every map is scaled to its own range: compare *where*, not how much.
 - Guided-GradCAM draws edges well and is partly blind to the weights; the sanity check says how far that holds here. A map that passes depends on the weights, no more.
@@ -199,15 +228,13 @@ def _chosen(sample, n, seed):
     for i in order: first.setdefault(int(sample.labels[i]), int(i))
     return [first[c] for c in sorted(first) if c >= 0]
 
-def _coverage_section(report, runs, sample):
-    "Which encoders can be guided; their names, and the numbers for results.json"
-    tables = {r.name: coverage(r.model, sample.x[:1].to(next(r.encoder.parameters()).device)) for r in runs}
-    able = [name for name, t in tables.items() if len(t) and t.guided.all()]
+def _coverage_section(report, tables, able):
+    "Which encoders can be guided; the numbers for results.json"
     report.section("What is guided", "Guided back-propagation changes the gradient of every ReLU, through its module. What an encoder does by a function, or with another activation, would be missed, and its map would be another one than it is called. "
                    "Such an encoder is refused here: it is mapped below, and not given a saliency map.")
     report.table(pd.DataFrame([{"encoder": n, "ReLU modules guided": int(t.guided.sum()), "calls guided": int(t.calls[t.guided].sum()), "calls missed": int(t.calls[~t.guided].sum()), "missed": ", ".join(f"{r.operation} in {r.module}" for r in t[~t.guided].head(4).itertuples())
                                 or ("no ReLU at all" if t.empty else "nothing"), "saliency": n in able} for n, t in tables.items()]).set_index("encoder"), "Every rectifying operation of one forward pass, with the probe where there is one.")
-    return able, {n: t.to_dict("records") for n, t in tables.items()}
+    return {n: t.to_dict("records") for n, t in tables.items()}
 
 def _saliency_section(report, runs, sample, features, rows, asked, batch_size):
     "Figures, and the words for the target"
@@ -244,11 +271,10 @@ def _sanity_section(report, runs, sample, rows, asked, seed, batch_size):
         found[r.name] = {"passes": check.passes().to_dict(), "left": check.left().to_dict(), "layers": check.layers, "curve": check.table.to_dict("records"), "different_images": check.other.to_dict("index")}
     return found
 
-def _map_section(report, runs, sample, features, seed, out):
-    "Figures, file and scores of the maps"
+def _map_section(report, runs, sample, features, seed):
+    "Figures of the maps, and the maps"
     groups = sample.groups if 1 < len(set(sample.groups)) < len(sample.groups) else None
     maps = align_maps({r.name: embedding_map(features[r.name], seed=seed, labels=sample.labels, groups=groups) for r in runs})
-    save_map(out/"maps.npz", maps, name=sample.names, group=sample.groups, **({"label": sample.labels} if sample.labels is not None else {}))
     report.section("How they arrange the images", "UMAP of the features, each turned onto the first. The scores count neighbours: *same class* among images of other patients (groups) where these are known, because images of a patient are alike for other reasons.")
     if sample.labels is not None: report.figure(plot_map(maps, sample.labels, sample.classes), "map", "Coloured by class.", "Scatter plots of the images by class, one for each encoder")
     if sample.center_mm is not None:
@@ -261,14 +287,14 @@ def _map_section(report, runs, sample, features, seed, out):
         for what in ("classes", "patients"):
             for where, s in (m.get(what) or {}).items(): rows.append({"encoder": n, "of": what, "measured in": where, **s})
     if rows: report.table(pd.DataFrame(rows).set_index("encoder"), "Separation of classes and of patients, in the features and in the map. *neighbours*: share of the 15 nearest with the same label; *other_patients*: of those from other patients. Beside each, its expectation by chance.")
-    return {n: {k: v for k, v in m.items() if k != "coords"} for n, m in maps.items()}
+    return maps
 
-# %% ../nbs/14_explain_run.ipynb #6b534332
+# %% ../nbs/14_explain_run.ipynb #e2311289
 def explain_run(
     encoders:Sequence[str|Path], # Encoder files, or run folders of a study; one or several, of one kind
     images:str|Path, # Folder or manifest of tiles, see `image_folder`; for encoders of volumes a folder of prepared volumes
     out:str|Path, # Output folder
-    target:str="auto", # What to explain: class, similarity, component:K (from 1) or dimension:K (from 0); auto: class with a probe, else similarity with labels, else component:1
+    target:str="auto", # What to explain: class, similarity, component:K (from 1) or dimension:K (from 0), the same for all encoders; auto: class if each has a probe, else similarity with labels or a reference, else component:1
     reference:str|Path|None=None, # Image for the target similarity; None: the other images of the class
     size:int|None=None, # Side of the images, pixels or voxels; None: as in training, where the encoder's file tells it
     n:int=300, # Images, drawn at random, for the map
@@ -284,10 +310,11 @@ def explain_run(
     command:str="", # For the record
     progress:bool=True, # Show the bar
 )->dict: # What results.json holds
-    "Coverage, saliency maps, sanity check and map of encoders; writes report.html, results.json, maps.npz and figures. `ValueError` or `FileNotFoundError` before anything is computed when it cannot be done as told."
+    "Coverage, saliency maps, sanity check and map of encoders; writes report.html, results.json, maps.npz and figures. `ValueError` or `FileNotFoundError` before anything is computed when it cannot be done as told; an old report is replaced when the new one is whole."
     if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available(): raise ValueError(f"device {device!r} arrived; expected auto or cpu, or cuda where there is a CUDA device.")
     if not re.fullmatch(r"auto|class|similarity|(component|dimension):\d+", target): raise ValueError(f"target {target!r} arrived; expected auto, class, similarity, component:K or dimension:K with a whole number K.")
-    if n < 8 or shown < 1 or checked < 0 or checked == 1: raise ValueError(f"n={n}, shown={shown}, checked={checked} arrived; expected n of 8 or more, one or more shown, and checked 0, or 2 or more.")
+    if n < 8 or shown < 1 or checked < 0 or checked == 1 or batch_size < 1 or size is not None and size < 1:
+        raise ValueError(f"n={n}, shown={shown}, checked={checked}, batch_size={batch_size}, size={size} arrived; expected n of 8 or more, one or more shown, checked 0, or 2 or more, and a batch_size and size of 1 or more.")
     out, images = Path(out), Path(images)
     if not images.exists(): raise FileNotFoundError(f"no such file or folder: {images}. Check the path.")
     runs = open_runs(encoders, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -298,7 +325,12 @@ def explain_run(
     if len(sample.x) < 8: raise ValueError(f"{len(sample.x)} images were found in {images}; expected 8 or more: a map of fewer says nothing.")
     if target == "class" and any(r.probe is None for r in runs): raise ValueError(f"target 'class' arrived, but beside {next(r.file for r in runs if r.probe is None)} there is no predictions.npz with a probe: give the run folder of a study, or target similarity, component:K or dimension:K.")
     if volumes and target in ("class", "similarity"): raise ValueError(f"target {target!r} arrived for encoders of volumes, whose runs hold no probe of classes and whose crops have no class; expected component:K or dimension:K.")
-    identity = {"synthpi": synthpi.__version__, "encoders": {r.name: fingerprint(r.file) for r in runs}, "images": sample.about, "target": target, "reference": reference and fingerprint(Path(reference)), "shown": shown, "checked": checked, "seed": seed}
+    if target == "auto": target = "similarity" if reference is not None else "class" if all(r.probe is not None for r in runs) else "similarity" if sample.labels is not None else "component:1"
+    probes = {r.name: r.probe is not None and fingerprint(r.probe) for r in runs}
+    identity = {"synthpi": synthpi.__version__, "kind": "explain", "encoders": {r.name: fingerprint(r.file) for r in runs}, "probes": probes, "images": sample.about, "target": target, "reference": reference and fingerprint(Path(reference)), "shown": shown, "checked": checked, "seed": seed}
+    _refuse(out, identity, overwrite, images)
+    tables = {r.name: coverage(r.model, sample.x[:1].to(next(r.encoder.parameters()).device)) for r in runs}
+    able = _try(runs, sample, tables)
     bar = Progress(3 + 4*len(runs), progress)
     report = Report("What did the encoder look at?", f"{len(runs)} encoder{'s'*(len(runs) > 1)}, {len(sample.x)} {'crops' if volumes else 'images'} of {len(set(sample.groups))} {'subjects' if volumes else 'groups'}")
     bar.stage("Features")
@@ -308,8 +340,7 @@ def explain_run(
         bar.work(1)
     rows, checks = _chosen(sample, shown, seed), sorted(int(i) for i in np.random.default_rng(seed_for(seed, "sanity")).permutation(len(sample.x))[:checked])
     asked = {(r.name, kind): _target(r, target, sample, features[r.name], k, reference, sample.about["size"]) for r in runs for kind, k in (("shown", rows), ("checked", checks)) if k}       # what cannot be asked is said before anything is written
-    claim_folder(out, identity, overwrite, [images] if images.is_dir() else [], ("study.json", "results.json", "report.html", "figures", "maps.npz"))
-    able, covered = _coverage_section(report, runs, sample)
+    covered = _coverage_section(report, tables, able)
     guided = [r for r in runs if r.name in able]
     results = {"schema": 1, "command": command, "seeds": [seed], "data": {"path": images.name, **sample.about}, "environment": environment(), "encoders": {r.name: {"file": r.file.name, "architecture": r.encoder.spec, "probe": r.probe is not None} for r in runs}, "coverage": covered}
     if guided:
@@ -321,7 +352,11 @@ def explain_run(
         bar.work(len(runs))
     else: report.text("**None of these encoders can be guided**, so there is no saliency map. `synthpi.explain.saliency_maps` with `methods=['gradcam']` explains them by Grad-CAM, which needs no ReLU.")
     bar.stage("Map")
-    results["maps"] = _map_section(report, runs, sample, features, seed, out)
+    maps = _map_section(report, runs, sample, features, seed)
+    results["maps"] = {n: {k: v for k, v in m.items() if k != "coords"} for n, m in maps.items()}
+    claim_folder(out, identity, overwrite, [images] if images.is_dir() else [], ("study.json", "results.json", "report.html", "figures", "maps.npz"))
+    shutil.rmtree(out/"figures", ignore_errors=True)               # of the same report, made before
+    save_map(out/"maps.npz", maps, name=sample.names, group=sample.groups, **({"label": sample.labels} if sample.labels is not None else {}))
     write_json(out/"results.json", results)
     report.section("What this does not show", _LIMITS).record(results, "The folder of this report holds `results.json` with every number, `maps.npz` with the coordinates (`synthpi.maps.load_map`), and `figures/`.")
     report.save(out)

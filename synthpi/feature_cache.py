@@ -1,7 +1,7 @@
 """Features read once, and found again only for the same encoder and the same images
 
 Reading features out is what an evaluation waits for, and the same features are wanted for the probe, the neighbours, the map and the label budget. So they may be kept in a folder, in files that are named by
-what they were made from: everything in the encoder that a hash can see, and every image. What a hash cannot see, the code of its `forward`, is put to the test: two images go through the encoder at every
+what they were made from: everything in the encoder that a hash can see, and every image. What a hash cannot see, the code of its `forward`, is put to the test: ten images go through the encoder at every
 hit, and have to give the features that were kept:
 
 ```python
@@ -20,12 +20,16 @@ Docs: https://synthpi.github.io/synthpi/nbs/feature_cache.html.md"""
 # %% auto #0
 __all__ = ['encoder_key', 'images_key', 'cached_features']
 
-# %% ../nbs/12_feature_cache.ipynb #73a85b81
+# %% ../nbs/12_feature_cache.ipynb #e36384a8
 import hashlib
 import json
+import re
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from functools import partial
+from pathlib import Path, PurePath
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import torch
@@ -33,29 +37,57 @@ from torch import Tensor, nn
 
 from .core import read_safetensors, tensor_bytes, to_rgb, write_safetensors
 
-# %% ../nbs/12_feature_cache.ipynb #a7f37e87
-_VERSION = 1      # raised when the same inputs would give other features, or another file
+# %% ../nbs/12_feature_cache.ipynb #3d63e4f3
+_VERSION = 2      # raised when the same inputs would give other features, or another file
+_ATOMS = (bool, int, float, complex, str, bytes, type(None), type(...), PurePath, np.generic, np.dtype, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CLOSED = ("torch._", "torch.fx.", "torch.cuda.", "torch.distributed.", "torch.utils.hooks.", "logging.", "threading.", "_thread.")      # their objects hold workings, or a whole program's
 
-def _plain(value):
-    "What can be told of a setting in text: itself, or the name of a function"
-    if isinstance(value, (bool, int, float, str, type(None))): return repr(value)
-    if isinstance(value, (tuple, list)): return [_plain(v) for v in value]
-    if isinstance(value, dict): return [[_plain(k), _plain(v)] for k, v in value.items()]
-    if isinstance(value, (Tensor, np.ndarray)): return hashlib.sha256(b"".join(tensor_bytes({"": torch.as_tensor(value)}))).hexdigest()
-    return getattr(value, "__qualname__", type(value).__qualname__)
+def _inside(value, known):
+    "What a setting is made of, in JSON"
+    kind, told = f"{type(value).__module__}.{type(value).__qualname__}", lambda v: _plain(v, known)
+    if isinstance(value, Enum): return [kind, value.name, told(value.value)]
+    if isinstance(value, Tensor): return hashlib.sha256(b"".join(tensor_bytes({"": value}))).hexdigest()
+    if isinstance(value, np.ndarray): return [value.dtype.str, value.shape, told(value.tolist()) if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, nn.Module): return _parts(value, known)
+    if isinstance(value, (tuple, list)): return [*map(told, value)]
+    if isinstance(value, (set, frozenset)): return [kind, *sorted(map(told, value))]
+    if isinstance(value, Mapping): return [kind, *([told(k), told(v)] for k, v in value.items())]
+    if isinstance(value, partial): return [kind, told(value.func), told(value.args), told(value.keywords)]
+    if isinstance(value, CodeType): return [value.co_code.hex(), value.co_names, told(value.co_consts)]
+    name = [getattr(value, "__module__", None), getattr(value, "__qualname__", None)]
+    if isinstance(value, (MethodType, BuiltinMethodType)): return [*name, told(getattr(value, "__func__", None)), told(value.__self__)]
+    if isinstance(value, FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]         # an empty cell has no contents
+        return [*name, told(value.__code__), told(value.__defaults__), told(value.__kwdefaults__), told(cells)]
+    if isinstance(value, (type, ModuleType)) or kind.startswith(_CLOSED): return [kind, *name, getattr(value, "__name__", None)]
+    slots = {n for c in type(value).__mro__ for n in np.atleast_1d(getattr(c, "__slots__", ())).tolist()}
+    state = {**getattr(value, "__dict__", {}), **{n: getattr(value, n) for n in sorted(slots) if n != "__dict__" and hasattr(value, n)}}
+    return [kind, *name, told(state) if state else re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))]
+
+def _plain(value, known):
+    "What can be told of a setting in a text; `known` holds what was told before by its id, and the object itself, whose id could be used again"
+    if isinstance(value, _ATOMS) and not isinstance(value, Enum): return repr(value)
+    if id(value) not in known:
+        known[id(value)] = value, f"itself, a {type(value).__qualname__}"                      # a setting may lead back to itself
+        known[id(value)] = value, hashlib.sha256(json.dumps(_inside(value, known)).encode()).hexdigest()
+    return known[id(value)][1]
+
+def _parts(encoder, known):
+    "A hash of the weights, buffers and settings of a module and of all in it"
+    sha, own = hashlib.sha256(), vars(nn.Module())                               # what every module has: its children, hooks and flags
+    known.update({id(m): (m, f"module {name}") for name, m in encoder.named_modules()})
+    for name, m in encoder.named_modules(remove_duplicate=False):
+        settings = {k: _plain(v, known) for k, v in sorted(vars(m).items()) if k not in own}
+        sha.update(json.dumps([name, type(m).__module__, type(m).__qualname__, settings]).encode() + b"\0")
+    for part in tensor_bytes({**dict(encoder.named_parameters(remove_duplicate=False)), **dict(encoder.named_buffers(remove_duplicate=False))}): sha.update(part)
+    return sha.hexdigest()
 
 def encoder_key(
     encoder:nn.Module, # Any
 )->str: # 64 hexadecimal digits
     "A hash of an encoder's weights, buffers and structure, and of autocast."
-    sha, own = hashlib.sha256(), vars(nn.Module())                               # what every module has: its children, hooks and flags
-    for name, m in encoder.named_modules(remove_duplicate=False):
-        settings = {k: _plain(v) for k, v in sorted(vars(m).items()) if k not in own}
-        sha.update(json.dumps([name, type(m).__module__, type(m).__qualname__, settings]).encode() + b"\0")
-    for part in tensor_bytes({**dict(encoder.named_parameters(remove_duplicate=False)), **dict(encoder.named_buffers(remove_duplicate=False))}): sha.update(part)
     cast = [str(torch.get_autocast_dtype(d)) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")]
-    sha.update(json.dumps([cast, str(torch.get_default_dtype()), _VERSION]).encode())
-    return sha.hexdigest()
+    return hashlib.sha256(json.dumps([_parts(encoder, {}), cast, str(torch.get_default_dtype()), _VERSION]).encode()).hexdigest()
 
 def images_key(
     images:Sequence, # Arrays or PIL images, any mode of `to_rgb`; or tensors
@@ -74,7 +106,7 @@ def images_key(
         sha.update(b"\0")
     return sha.hexdigest()
 
-# %% ../nbs/12_feature_cache.ipynb #64628cf7
+# %% ../nbs/12_feature_cache.ipynb #8bc157e1
 def _stored(path:Path, key:str, n:int)->np.ndarray|None:
     "The features of a file; None, and a warning, when they cannot be used"
     if not path.is_file(): return None
@@ -86,6 +118,12 @@ def _stored(path:Path, key:str, n:int)->np.ndarray|None:
     if facts["key"] == key and h is not None and h.ndim == 2 and len(h) == n: return h.numpy()
     warnings.warn(f"{path} holds the features of something else than its name says: they are made anew.")
 
+def _rounding(encoder:nn.Module)->float:
+    "How far two passes may differ in batches of other sizes, as a share of a feature"
+    types = [torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)] + [p.dtype for p in encoder.parameters() if p.is_floating_point()]
+    tf32 = torch.cuda.is_available() and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    return max([1e-5, 1e-3*tf32, *(2*torch.finfo(t).eps for t in types)])
+
 def cached_features(
     cache:str|Path, # Folder, made if it is not there
     encoder:nn.Module, # What the features are of
@@ -96,11 +134,13 @@ def cached_features(
     cache = Path(cache)
     if cache.exists() and not cache.is_dir(): raise ValueError(f"the cache {cache} is a file; expected a folder, or a name that is free.")
     key = hashlib.sha256(f"{encoder_key(encoder)} {images_key(images)}".encode()).hexdigest()
-    path, ends = cache/f"{key[:32]}.safetensors", sorted({0, len(images) - 1})
-    h = _stored(path, key, len(images))
+    path, n = cache/f"{key[:32]}.safetensors", len(images)
+    h = _stored(path, key, n)
     if h is not None:
-        now, size = read([images[i] for i in ends]), np.abs(h).max(axis=0)
-        if now.shape == h[ends].shape and (np.abs(now - h[ends]) <= .01*size + 1e-5*np.median(size)).all(): return h
+        rows = sorted({0, n - 1, *(1 + np.random.default_rng(int(key[:16], 16)).permutation(max(n - 2, 0))[:8]).tolist()})
+        now, size = read([images[i] for i in rows]), np.abs(h).max(axis=0)
+        allowed = 1e-3*h.std(axis=0, dtype=np.float64) + _rounding(encoder)*np.maximum(size, np.median(size))
+        if now.shape == h[rows].shape and (np.abs(now - h[rows]) <= allowed).all(): return h
         warnings.warn(f"the encoder now gives other features than those in {path}, though its weights and settings are the same (other code?): they are made anew.")
     h = read(images)
     write_safetensors(path, {"features": torch.from_numpy(h)}, "synthpi-features-1", key=key)

@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from .core import to_rgb
 
-# %% ../nbs/14_figures.ipynb #50a65afc
+# %% ../nbs/14_figures.ipynb #67d104b7
 _LOOKS = {"mean_rgb": ("#8A8A8A", "v"), "colour_histogram": ("#5F5F5F", "^"), "random_encoder": ("#A08060", "X"), "supervised": ("#1A1A1A", "s"),
           "siamese_unprivileged": ("#E69F00", "D"), "siamese_privileged": ("#009E73", "P"),
           "trident": ("#0072B2", "o"), "trident_real_pairs": ("#CC79A7", "p"),
@@ -38,6 +38,13 @@ def _look(arms):
 _STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
           "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E3E6E9", "grid.linewidth": .8,
           "axes.axisbelow": True, "text.parse_math": False}
+
+_READABLE = {"position_r2": "R² of the place"}     # metrics whose key is no name for a reader
+
+def _span(values):
+    "The ends of a row of numbers in words, for alt texts."
+    low, high = min(values, key=values.get), max(values, key=values.get)
+    return f"from {values[low]:.2f} ({low}) to {values[high]:.2f} ({high})" if low != high else f"{values[low]:.2f} ({low})"
 
 def _given(arms, what):
     if not arms: raise ValueError(f"{what} of 0 arms arrived; expected at least one.")
@@ -87,7 +94,7 @@ def _interval(ax, x, y, look, label=None):
     ax.plot([lo, hi], [y, y], color=look[0], linewidth=2, solid_capstyle="butt", zorder=2)
     ax.plot(mean, y, look[1], color=look[0], markersize=7.5, markeredgecolor="white", markeredgewidth=.8, zorder=3, label=label)
 
-# %% ../nbs/14_figures.ipynb #cd11f760
+# %% ../nbs/14_figures.ipynb #2dc31c14
 def plot_accuracy(
     arms:Mapping[str, Mapping], # Arm to its record in `results.json`
     chance:float|None=None, # Accuracy of guessing; one over the number of classes in `per_class_recall` if None
@@ -108,7 +115,7 @@ def plot_accuracy(
             ax.axvline(chance, color="#444444", linestyle="--", linewidth=1)
             ax.annotate(" guessing", (chance, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", fontsize=8, color="#444444")
         ax.set_yticks(range(len(arms)), arms); ax.set_ylim(len(arms) - .4, -.6); ax.grid(axis="y", visible=False)
-        ax.set_xlabel(f"{key.replace('_', ' ')} (dot: mean, bar: 95 % interval, ticks: seeds)")
+        ax.set_xlabel(f"{_READABLE.get(key, key.replace('_', ' '))} (dot: mean, bar: 95 % interval, ticks: seeds)")
     plt.close(fig)
     return fig
 

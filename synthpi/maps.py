@@ -11,12 +11,13 @@ Docs: https://synthpi.github.io/synthpi/nbs/maps.html.md"""
 __all__ = ['COLOURS', 'MARKERS', 'agreement', 'separation', 'map_scores', 'embedding_map', 'align_maps', 'plot_map', 'save_map',
            'load_map']
 
-# %% ../nbs/13_maps.ipynb #6689ed82
+# %% ../nbs/13_maps.ipynb #6b2a8adb
 import importlib.metadata
 import json
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,15 +35,22 @@ from torch import Tensor
 
 from .core import atomic_path
 
-# %% ../nbs/13_maps.ipynb #89414419
+# %% ../nbs/13_maps.ipynb #9ae4a1ce
+def _whole(labels):
+    "An array; whole numbers beside missing ones, which NumPy keeps as objects, become numbers with -1 for missing"
+    labels = np.asarray(labels)
+    missing = lambda v: v is None or v != v
+    if labels.dtype.kind != "O" or not all(isinstance(v, Integral) or v is None or isinstance(v, (float, np.floating)) and missing(v) for v in labels.ravel()): return labels
+    return np.array([-1 if missing(v) else int(v) for v in labels.ravel()], int).reshape(labels.shape)
+
 def _codes(labels, n, what):
     "Whole numbers from labels; negative, empty or missing ones are -1"
-    labels = np.asarray(labels)
+    labels = _whole(labels)
     if labels.ndim != 1 or len(labels) != n: raise ValueError(f"{what} of shape {labels.shape} arrived for {n} points; expected one for each.")
     if labels.dtype.kind in "iub": return np.where(labels < 0, -1, labels).astype(int) if labels.dtype.kind == "i" else labels.astype(int)
     if labels.dtype.kind == "f": raise ValueError(f"{what} of type {labels.dtype} arrived; expected class numbers or names. Measured quantities are drawn by plot_map(values=).")
     names, codes = np.unique(labels.astype(str), return_inverse=True)
-    return np.where(np.isin(names, ["", "None", "nan"])[codes], -1, codes)
+    return np.where(np.isin(names, ["", "None", "nan", "<NA>"])[codes], -1, codes)
 
 def agreement(
     x, # Features or coordinates, (N, R)
@@ -147,7 +155,7 @@ def align_maps(
         found[arm] = {**m, "coords": (scale*a @ rotation + centre).astype(np.float32), "alignment": {"onto": first, "scale": float(scale), "rotation": rotation.tolist(), "disparity": float(max(0., 1 - shared))}}
     return found
 
-# %% ../nbs/13_maps.ipynb #0c642936
+# %% ../nbs/13_maps.ipynb #07eaf929
 COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #4D4D4D #B8A800 #882255 #6A51A3 #A6761D #1B4F3A".split()
 MARKERS = "o s ^ D v P X < > p * h".split()
 _LEGEND = 30        # entries that can be told apart
@@ -191,9 +199,13 @@ def plot_map(
     if values is not None: columns = {k: np.asarray(v, float) for k, v in (values.items() if isinstance(values, Mapping) else [("", values)])}
     else:
         codes = _codes(labels, len(labels), "labels")
-        names = list(classes) if classes is not None else [str(n) for n in np.unique(np.asarray(labels)[codes >= 0])]
-        if classes is None: codes[codes >= 0] = np.unique(codes[codes >= 0], return_inverse=True)[1]
-        elif codes.max(initial=-1) >= len(names): raise ValueError(f"labels up to {codes.max()} arrived with the names of {len(names)} classes; expected a name for each.")
+        given, known = _whole(labels), codes >= 0
+        if classes is None:
+            _, first, codes[known] = np.unique(codes[known], return_index=True, return_inverse=True)
+            names = [str(name) for name in given[known][first]]                  # of the points that have the code, whatever its order
+        elif given.dtype.kind not in "iub": raise ValueError(f"labels such as {str(given[0])!r} arrived together with classes; expected class indices 0 to {len(classes) - 1}, or names without classes.")
+        else: names = list(classes)
+        if codes.max(initial=-1) >= len(names): raise ValueError(f"labels up to {codes.max()} arrived with the names of {len(names)} classes; expected a name for each.")
         columns = {"": codes}
     for arm, m in maps.items():
         if odd := [len(v) for v in columns.values() if len(v) != len(m["coords"])]: raise ValueError(f"{arm} has {len(m['coords'])} points but there are {odd[0]} labels or values: use the same images for every arm.")

@@ -12,7 +12,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/models.html.md"""
 __all__ = ['ENCODERS', 'make_encoder', 'encoder_width', 'Projector', 'Branches', 'make_branches', 'siamese', 'trident',
            'save_encoder', 'load_encoder']
 
-# %% ../nbs/08_models.ipynb #d6df478c
+# %% ../nbs/08_models.ipynb #5e773c2d
 import importlib
 import inspect
 import json
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .cards import write_card
+from .cards import check_card, write_card
 from .core import read_safetensors, write_safetensors
 
 # %% ../nbs/08_models.ipynb #59e27e8a
@@ -222,15 +222,16 @@ def trident(
     "The three-branch network of TriDeNT (Farndale et al., 2023), layout (0, 0, 1)."
     return make_branches((0, 0, 1), encoder, widths, **options)
 
-# %% ../nbs/08_models.ipynb #2b9984df
+# %% ../nbs/08_models.ipynb #19e5701a
 def save_encoder(
     encoder:nn.Module, # From `make_encoder`, or any module
     path:str|Path, # File to write, usually `encoder.safetensors`
     card:bool=False, # Write a model card beside it, with the ending .md, see `synthpi.cards`
     **about, # JSON-ready facts for the header: training arguments, `data` (its fingerprint), `privileged`, `licence`, `data_licence`, `environment`, `evaluation`
 )->None:
-    "Write weights, checksum, and a header that tells how to build the encoder again; atomic."
+    "Write weights, checksum, and a header that tells how to build the encoder again; atomic. With a card `ValueError`, before anything is written, when the card cannot be."
     spec = getattr(encoder, "spec", None) or {"custom": type(encoder).__name__}
+    if card: check_card(path, about)
     write_safetensors(path, encoder.state_dict(), "synthpi-encoder-1", encoder=spec, about=about)
     if card: write_card(path)
 

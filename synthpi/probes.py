@@ -34,8 +34,13 @@ from torch.nn.utils import skip_init
 
 from .evaluate import check_finite
 
-# %% ../nbs/12_probes.ipynb #8e8329cd
+# %% ../nbs/12_probes.ipynb #83438133
 class _Answers:
+    def _checked(self, x)->np.ndarray: # (N, R), float64
+        x = np.asarray(x, np.float64)
+        if x.ndim != 2 or x.shape[1] != len(self.mean): raise ValueError(f"features of shape {x.shape} arrived; expected (N, {len(self.mean)}), from the encoder whose features the probe was fitted on.")
+        return check_finite(x, "features")
+
     def predict_proba(self, x:np.ndarray)->np.ndarray: # (N, n)
         return np.exp(log_softmax(self.logits(x), axis=1))
 
@@ -55,7 +60,7 @@ class Probe(_Answers):
     path:pd.DataFrame # One row per C: accuracy and log loss on the validation split, iterations, converged. For `sgd` one row per learning rate
 
     def logits(self, x:np.ndarray)->np.ndarray: # (N, n)
-        return (np.asarray(x, np.float64) - self.mean)/self.scale @ self.coef.T + self.intercept
+        return (self._checked(x) - self.mean)/self.scale @ self.coef.T + self.intercept
 
     def module(self)->nn.Linear: # (B, R) -> (B, n), float32
         "The probe as one linear layer, for `nn.Sequential(encoder, probe.module())`."
@@ -66,7 +71,7 @@ class Probe(_Answers):
             linear.bias.copy_(torch.from_numpy(self.intercept - weight @ self.mean))
         return linear.eval().requires_grad_(False)
 
-# %% ../nbs/12_probes.ipynb #5fd4b347
+# %% ../nbs/12_probes.ipynb #a9193819
 @dataclass(frozen=True)
 class NetworkProbe(_Answers):
     "Standardisation and a network with one hidden layer, as fitted by `linear_probe` with the protocol `farndale`."
@@ -80,7 +85,7 @@ class NetworkProbe(_Answers):
 
     @torch.no_grad()
     def logits(self, x:np.ndarray)->np.ndarray: # (N, n)
-        return self.network(torch.from_numpy((np.asarray(x, np.float64) - self.mean)/self.scale*self.varies)).numpy()
+        return self.network(torch.from_numpy((self._checked(x) - self.mean)/self.scale*self.varies)).numpy()
 
     @torch.no_grad()
     def module(self)->nn.Sequential: # (B, R) -> (B, n), float32: BatchNorm, linear, ReLU, BatchNorm, linear

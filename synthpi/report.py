@@ -51,7 +51,7 @@ def _cell(value, digits):
     number = re.match(r"\s*[-+]?\d+(\.\d+)?(?=\s*[\[(±]|\s*$)", str(value))          # "0.71 [0.66, 0.75]" sorts by its mean
     return {"text": str(value), "sort": float(number[0]) if number else str(value), "number": bool(number)}
 
-# %% ../nbs/14_report.ipynb #fe34e690
+# %% ../nbs/14_report.ipynb #60869912
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
@@ -86,13 +86,15 @@ code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; bac
 .numbers .note { color: var(--soft); font-size: .8rem; line-height: 1.35; }
 figure, .table { margin: 1.2rem 0 1.6rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
+.more { -webkit-mask-image: linear-gradient(to left, transparent, #000 2rem); mask-image: linear-gradient(to left, transparent, #000 2rem); }
+.wide + ::before { content: "Scroll sideways to see all \\2192"; display: block; font-size: .8rem; color: var(--accent); }
 figure .scroll { background: #fff; padding: .6rem; }
 figure img { display: block; margin: 0 auto; height: auto; width: var(--width); max-width: 100%; min-width: calc(.62*var(--width)); }
 figcaption, .caption { color: var(--soft); font-size: .9rem; line-height: 1.5; margin: .5rem 0 0; max-width: 46rem; }
 figcaption b, .caption b { color: var(--ink); font-weight: 600; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .7rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td.long { white-space: normal; min-width: 14rem; }
+td.long { white-space: normal; min-width: 20rem; }
 tbody tr:last-child > * { border-bottom: 0; } tbody tr:hover > * { background: var(--tint); } tbody th { font-weight: 500; }
 .number { text-align: right; }
 tr > :first-child { position: sticky; left: 0; background: var(--card); }
@@ -114,7 +116,7 @@ thead button::after { content: " \\2195"; opacity: .35; } [aria-sort=ascending] 
   :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --page: #fff; --card: #fff; --tint: #f4f4f4; --accent: #000; }
   nav { display: none; } .layout { display: block; padding: 0; } body { font-size: 11pt; } figure, .table, .numbers div { break-inside: avoid; }
   h2 { break-after: avoid; }
-  .scroll { overflow: visible; border: 0; } thead button::after { content: none; }
+  .scroll { overflow: visible; border: 0; -webkit-mask-image: none; mask-image: none; } .wide + ::before { content: none; } thead button::after { content: none; }
   figure img { width: auto; max-width: min(100%, var(--width)); min-width: 0; max-height: 22cm; }
   table { font-size: 8.5pt; } th, td { white-space: normal; padding: .2rem .35rem; } }
 </style></head><body><div class="layout">
@@ -134,7 +136,7 @@ thead button::after { content: " \\2195"; opacity: .35; } [aria-sort=ascending] 
 <th scope="col"{% if number %} class="number"{% endif %}><button type="button">{{ name }}</button></th>{% endfor %}</tr></thead><tbody>
 {% set head = b.head %}{% for row in b.rows %}<tr>{% for c in row -%}
 {% set tag = "th" if loop.first else "td" %}<{{ tag }}{% if loop.first %} scope="row"{% endif %} data-v="{{ c.sort }}"
-{%- if head[loop.index0][1] %} class="number"{% elif c.text|length > 60 %} class="long"{% endif %}>{{ c.text }}</{{ tag }}>{% endfor %}</tr>
+{%- if head[loop.index0][1] %} class="number"{% elif c.text|length > 40 %} class="long"{% endif %}>{{ c.text }}</{{ tag }}>{% endfor %}</tr>
 {% endfor %}</tbody></table></div><p class="caption"><b>Table {{ b.number }}.</b> {{ b.caption }}</p></div>
 {% endif %}{% endfor %}</section>{% endfor %}
 </main></div>
@@ -146,6 +148,11 @@ document.querySelectorAll("thead button").forEach(button => button.onclick = () 
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   const order = (a, b) => a === "" || b === "" ? (a === "") - (b === "") : (up ? 1 : -1)*(isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
   [...body.rows].sort((a, b) => order(key(a), key(b))).forEach(row => body.append(row));
+});
+document.querySelectorAll(".scroll").forEach(box => {
+  const cue = () => { box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+    box.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1); };
+  box.addEventListener("scroll", cue, {passive: true}); new ResizeObserver(cue).observe(box);
 });
 const links = new Map([...document.querySelectorAll("nav a")].map(a => [a.hash.slice(1), a]));
 const mark = entry => links.get(entry.target.id).classList.toggle("here", entry.isIntersecting);

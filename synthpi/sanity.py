@@ -46,49 +46,50 @@ def shuffle_weights(
         order = torch.randperm(p.numel(), generator=torch.Generator().manual_seed(seed_for(seed, key)))
         p.copy_(p.flatten()[order.to(p.device)].view_as(p))
 
-# %% ../nbs/13_sanity.ipynb #eca75391
+# %% ../nbs/13_sanity.ipynb #14c7fd2b
 def map_similarity(
     a:np.ndarray, # `(C, *spatial)`
     b:np.ndarray, # Likewise
-)->tuple[float, float]: # Spearman, SSIM
+)->tuple[float, float]: # Spearman, SSIM; NaN where a map is the same everywhere, as one of zeros is
     "Rank correlation and structural similarity of the absolute values of two maps."
     a, b = (np.abs(np.asarray(m, np.float64)) for m in (a, b))
     if a.shape != b.shape or a.ndim not in (3, 4): raise ValueError(f"maps of shapes {a.shape} and {b.shape} arrived; expected two of the same (C, H, W) or (C, X, Y, Z).")
-    if np.ptp(a) == 0 or np.ptp(b) == 0: return 0., 0.
+    if np.ptp(a) == 0 or np.ptp(b) == 0: return np.nan, np.nan
     ranks = [rankdata(m, axis=None) for m in (a, b)]
     shown = [np.clip(m.mean(0)/(np.percentile(m.mean(0), 99) or m.mean(0).max()), 0, 1) for m in (a, b)]
     window = min(7, *(n - (n + 1) % 2 for n in shown[0].shape))
     return float(np.corrcoef(*ranks)[0, 1]), float(structural_similarity(*shown, win_size=window, data_range=1.))
 
-# %% ../nbs/13_sanity.ipynb #62a33837
+# %% ../nbs/13_sanity.ipynb #ee912c1f
 @dataclass(frozen=True)
 class SanityCheck:
     "What `sanity_check` found."
-    table:pd.DataFrame # A row for each method and stage: `method`, `stage` (layers randomised), `layer` (the last of them), `spearman`, `spearman_low`, `spearman_high` (95 % over images), `ssim`, `zero` (share of maps that are zero everywhere), `n` (images compared: those whose map is not zero at first)
+    table:pd.DataFrame # A row for each method and stage: `method`, `stage` (layers randomised), `layer` (the last of them), `spearman`, `spearman_low`, `spearman_high` (95 % over images), `ssim`, `zero` (share of maps that are zero everywhere), `n` (images compared: those whose map is constant neither at first nor at this stage)
     other:pd.DataFrame # By method: `spearman` and `ssim` of the original maps of different images
     maps:dict # Method to stage to maps of the first images, (n, C, *spatial)
     images:Tensor # These images
     layers:list # Names, from the output to the input
     limit:float # Which part of the likeness may be left
 
-    def left(self)->pd.Series: # By method: 1 for unchanged maps, 0 for such as resemble the original no more than another image's map does
+    def left(self)->pd.Series: # By method: 1 for unchanged maps, 0 for such as resemble the original no more than another image's map does; NaN where fewer than 2 images can be compared
         "Which part of the rank correlation, beyond that of different images, is left with every layer random."
-        last = self.table[self.table.stage == self.table.stage.max()].set_index("method").spearman
-        return ((last - self.other.spearman)/(1 - self.other.spearman)).where(~(self.other.spearman > 1 - 1e-9), 1.)
+        last = self.table[self.table.stage == self.table.stage.max()].set_index("method")
+        return ((last.spearman - self.other.spearman)/(1 - self.other.spearman)).where(~(self.other.spearman > 1 - 1e-9), 1.).where(last.n >= 2)
 
-    def passes(self)->pd.Series: # By method
+    def passes(self)->pd.Series: # By method: True, False, or None where it cannot be judged
         "Whether no more than `limit` is left."
-        return self.left() <= self.limit
+        return pd.Series({method: None if np.isnan(left) else bool(left <= self.limit) for method, left in self.left().items()}, dtype=object)
 
     def verdict(self)->str: # A list, marked up for `Report`
         "What the check found, in words."
         said, passes, left = [], self.passes(), self.left()
         for method, rows in self.table.groupby("method", sort=False):
-            if rows.n.iloc[0] < 2:
-                said.append(f"- **{method} cannot be judged**: only {rows.n.iloc[0]} of the maps of the intact network are not zero everywhere.")
-                continue
             first, last = rows[rows.stage > 0].iloc[0], rows.iloc[-1]
             half = rows.iloc[(rows.stage - len(self.layers)/2).abs().argmin()]
+            if passes[method] is None:
+                said.append(f"- **{method} cannot be judged**: " + (f"only {rows.n.iloc[0]} of the maps of the intact network are not zero everywhere." if rows.n.iloc[0] < 2 else
+                            f"with all {len(self.layers)} layers random only {last.n} of {rows.n.iloc[0]} maps are not zero everywhere, so that there is next to nothing to compare."))
+                continue
             said.append(f"- **{method} {'passes' if passes[method] else 'does not pass'}**: rank correlation with the original {first.spearman:.2f} after the output layer, {half.spearman:.2f} after {half.stage}, {last.spearman:.2f} [{last.spearman_low:.2f}, {last.spearman_high:.2f}] after all "
                         f"{len(self.layers)} layers became random; maps of different images: {self.other.spearman[method]:.2f}, so that {max(left[method], 0):.0%} of the likeness is left." + f" {last.zero:.0%} of its last maps are zero everywhere."*bool(last.zero > 0))
         return "\n".join(said)
@@ -120,12 +121,13 @@ def sanity_check(
         for k in range(begin, cut): shuffle_weights(layers[k][1], seed_for(seed, layers[k][0]))
         found = first if cut == 0 else make()
         for method in methods:
-            rho, ssim = np.array([map_similarity(a, b) for a, b in zip(first[method], found[method]) if a.any()] or [[np.nan]*2]).T
+            pairs = [pair for pair in map(map_similarity, first[method], found[method]) if not np.isnan(pair[0])]
+            rho, ssim = np.array(pairs or [[np.nan]*2]).T
             draws = np.random.default_rng(0).choice(rho, (1000, len(rho))).mean(1)
             rows.append({"method": method, "stage": cut, "layer": layers[cut - 1][0] if cut else "(intact)", "spearman": rho.mean(), "spearman_low": np.percentile(draws, 2.5), "spearman_high": np.percentile(draws, 97.5), "ssim": ssim.mean(),
-                         "zero": float(np.mean([not m.any() for m in found[method]])), "n": sum(bool(m.any()) for m in first[method])})
+                         "zero": float(np.mean([not m.any() for m in found[method]])), "n": len(pairs)})
             kept[method][cut] = found[method][:keep].copy()
-    shown = {method: [m for m in first[method] if m.any()] for method in methods}
+    shown = {method: [m for m in first[method] if np.ptp(np.abs(m)) > 0] for method in methods}
     other = {method: np.mean([map_similarity(m, n) for m, n in zip(ms, ms[1:] + ms[:1])], axis=0) if len(ms) > 1 else [np.nan]*2 for method, ms in shown.items()}
     table = pd.DataFrame(rows).sort_values("method", key=lambda c: c.map(list(methods).index), kind="stable").reset_index(drop=True)
     return SanityCheck(table, pd.DataFrame(other, index=["spearman", "ssim"]).T.rename_axis("method"), kept, images[:keep].detach().cpu(), [name for name, _ in layers], limit)

@@ -289,7 +289,7 @@ def summarise(
         preds[name, "chosen"] = preds[name, chosen]
         arms[name] = by[chosen] | ({"by_augmentation": by} if chosen else {})
     ratios = []
-    bases = [a for a in ("siamese_unprivileged", "siamese_privileged", "trident_real_pairs", "supervised", "random_encoder", "colour_histogram", *(a for a in arms if ARMS[a].control))
+    bases = [a for a in ("siamese_unprivileged", "siamese_privileged", "trident_real_pairs", "supervised", "random_encoder", "colour_histogram", "mean_rgb", *(a for a in arms if ARMS[a].control))
              if a in arms]
     for model in [m for m in ("trident", "siamese_privileged") if m in arms]:
         for base in bases:

@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/tissue_report.html.md"""
 # %% auto #0
 __all__ = ['verdict', 'write_report']
 
-# %% ../nbs/14_tissue_report.ipynb #51dee998
+# %% ../nbs/14_tissue_report.ipynb #901416f5
 from pathlib import Path
 
 import numpy as np
@@ -23,38 +23,71 @@ from .arms import ARMS
 from .core import seed_for, to_rgb
 from .evaluate import compare, extract_features
 from .explain import guided_gradcam, saliency_grid
-from .figures import pair_gallery, plot_accuracy, plot_augmentation, plot_confusion, plot_losses, plot_recall
+from .figures import _span, pair_gallery, plot_accuracy, plot_augmentation, plot_confusion, plot_losses, plot_recall
 from .maps import align_maps, embedding_map, plot_map
 from .models import load_encoder
 from .quality import worst_pairs
 from .report import Report
 
-# %% ../nbs/14_tissue_report.ipynb #1a7d4af6
+# %% ../nbs/14_tissue_report.ipynb #fd34a520
+_GROUPS, _SEEDS = 8, 3                                                # fewer test groups or training seeds make no finding
+_UNTRAINED = ("random_encoder", "colour_histogram", "mean_rgb")
+
 def _percent(x): return f"{100*x['mean']:.1f} % [{100*x['ci'][0]:.1f}, {100*x['ci'][1]:.1f}]"
 
+def _side(r): return int(round(r["ci"][0], 2) > 1) - int(round(r["ci"][1], 2) < 1)     # 1 better, -1 worse, 0 open
+
+def _some(n, what): return f"{n} {what}{'s'*(n != 1)}"
+
+def _untrained(results):
+    "The best arm without training and the ratio of its error to TriDeNT's; None for what is not there."
+    arms = {n: results["arms"][n]["accuracy"]["mean"] for n in _UNTRAINED if n in results["arms"]}
+    best = max(arms, key=arms.get) if arms else None
+    return best, next((r for r in results["error_reduction"] if (r["base"], r["model"], r["augmentation"], r["tiles"]) == (best, "trident", "chosen", "as they are")), None)
+
+def _lacking(results, side):
+    "What keeps an interval that excludes 1 from being a finding."
+    groups, seeds, (base, r) = results["data"]["groups"]["test"], len(results["seeds"]), _untrained(results)
+    lacks = [_some(n, what) for n, least, what in ((groups, _GROUPS, "test group"), (seeds, _SEEDS, "training seed")) if n < least]
+    if side > 0 and base is None: lacks.append("no arm without training in the study")
+    elif side > 0 and (r is None or _side(r) < 1): lacks.append(f"not shown to be better than `{base}`, which was not trained")
+    return lacks
+
+# %% ../nbs/14_tissue_report.ipynb #da763e0c
 def verdict(
     results:dict, # As in results.json
 )->str: # One paragraph, marked up for `Report`
-    "What the study says about its question, in words that follow from the intervals."
+    "What the study says about its question, in words that follow from the intervals and from how much there was to see."
     arms = results["arms"]
     rows = {(r["augmentation"], r["tiles"]): r for r in results["error_reduction"] if (r["base"], r["model"]) == ("siamese_unprivileged", "trident")}
     if ("chosen", "as they are") not in rows: return "The study has no pair of `siamese_unprivileged` and `trident`, so it does not answer whether the second image helps."
     r = rows["chosen", "as they are"]
-    low, high = r["ci"]
-    said = ("**Yes, on these tiles:** " if low > 1 else "**No, on these tiles it does harm:** " if high < 1 else "**Not shown:** ")
+    side = _side(r)
+    lacks = _lacking(results, side) if side else []
+    said = (f"**A hint, not a finding** ({', '.join(lacks)}): the second image seems to {'help' if side > 0 else 'do harm'}; " if lacks else
+            "**Yes, on these tiles:** " if side > 0 else "**No, on these tiles it does harm:** " if side else "**Not shown:** ")
     said += (f"with each arm at the augmentation that validation data chose for it, the single-modality encoder is right on {_percent(arms['siamese_unprivileged']['accuracy'])} of the test "
              f"tiles and TriDeNT with synthetic images on {_percent(arms['trident']['accuracy'])}. The ratio of their errors is {r['text']}")
-    said += "." if low > 1 or high < 1 else ", an interval that holds 1: the two cannot be told apart here."
+    said += "." if side else ", an interval that holds 1: the two cannot be told apart here."
     for setting in ("weak", "strong"):
         if (setting, "as they are") in rows: said += f" With {setting} colour augmentation of both, the ratio is {rows[setting, 'as they are']['text']}."
     if ("chosen", "stain-shifted") in rows:
         said += f" On test tiles in other stains it is {rows['chosen', 'stain-shifted']['text']}"
         said += "".join(f", {rows[s, 'stain-shifted']['text']} with {s} augmentation of both" for s in ("weak", "strong") if (s, "stain-shifted") in rows) + "."
+    said += _baseline(results)
+    if results["data"]["groups"]["test"] == results["data"]["tiles"]["test"]: said += " Every test tile is a group of its own: where patients are not known, the intervals are too narrow."
     best = max(arms, key=lambda a: arms[a]["accuracy"]["mean"])
     if best not in ("trident", "siamese_privileged"): said += f" The highest accuracy of all arms is that of `{best}`, {_percent(arms[best]['accuracy'])}."
+    if lacks: said += f" This report calls it a finding from {_GROUPS} test groups and {_SEEDS} training seeds on" + ", if TriDeNT also makes fewer errors than the best arm without training."*(side > 0) + "."*(side < 0)
     return said
 
-# %% ../nbs/14_tissue_report.ipynb #d82d32b2
+def _baseline(results):
+    base, r = _untrained(results)
+    if base is None: return ""
+    if r is None: return f" The best arm without training is `{base}`, {_percent(results['arms'][base]['accuracy'])}; the results hold no ratio of its error to TriDeNT's."
+    return f" Against `{base}`, the best arm without training, TriDeNT's error ratio is {r['text']}" + {1: ".", 0: ": it is not shown that training helped at all.", -1: ": training made it worse."}[_side(r)]
+
+# %% ../nbs/14_tissue_report.ipynb #8759e18a
 _LIMITS = """- The tiles stand for the patients and laboratories that they come from, and for no other. Intervals resample the test groups (patients where they are known) and the training seeds; with few of either they are rough, and they do not cover a change of scanner, tissue or disease.
 - A synthetic image is computed from the tile. It adds what the generator learnt from its pairs, not a new measurement: **synthetic images are training aids, not findings**, and nothing here is for clinical use.
 - An arm's augmentation and the probe's regularisation were chosen on the validation split; the test split was predicted once per run.
@@ -87,7 +120,7 @@ def write_report(
     histories = {n: pd.read_csv(f) for n, a in arms.items() if (f := _folder(out, n, a, seed)/"history.csv").exists() and n != "supervised"}
     if histories: report.section("Training").figure(plot_losses(histories), "losses", "Loss and its terms, unweighted, smoothed, of every arm at its chosen augmentation. The loss has another number of terms "
                                                      "for two and for three branches, so its height does not compare arms; a variance term that stays near 1 would mean collapse.",
-                                                     "Curves of the loss terms of every self-supervised arm over the training steps")
+                                                     f"Panels for the loss and its terms on logarithmic axes over the training steps, with one curve for each of {len(histories)} self-supervised arms.")
     if data.labels is not None:
         shown = [n for n in ("supervised", "siamese_unprivileged", "siamese_privileged", "trident") if n in arms]
         encoders = {n: load_encoder(_folder(out, n, arms[n], seed)/"encoder.safetensors") for n in shown}
@@ -125,7 +158,7 @@ def _pairs(report, results, train, classes):
     rows = [int(i) for k in dict.fromkeys(sorted(labels)) for i in [j for j in order if labels[j] == k][:per]][:18]
     report.section("Tiles and their synthetic images", "Drawn at random from the training split. The second image is what the generator makes of the tile; look for nuclei that it missed or invented.")
     report.figure(pair_gallery([to_rgb(train[i]["primary"]) for i in rows], [to_rgb(train[i]["privileged"]) for i in rows], [classes[labels[i]] if classes else "" for i in rows], ncols=-(-len(rows)//-(-len(rows)//9))), "pairs",
-                  "Training tiles (above) and their synthetic second images (below). Not selected for quality.", "Tiles with the synthetic image of each below it")
+                  "Training tiles (above) and their synthetic second images (below). Not selected for quality.", f"{len(rows)} training tiles in colour, each with the synthetic image that was made of it below it.")
 
 _JUDGED = {"pairs": ("Pairs that the generator was not trained on, against their true second images", "patients of the pair set that were held out; the best checkpoint was chosen on them, so the figures are a little too good"),
            "tiles": ("Tiles of the study, which have no true second image", "training tiles, drawn at random; nothing here can tell whether a synthetic nucleus is there")}
@@ -152,18 +185,18 @@ def _quality(report, judged):
         report.figure(fig, f"worst_{name}", f"The worst of {len(quality.scores)} by {measure}, the {_SHOWS[measure]}: chosen *because* they are bad, they show how the generator errs, not how often. "
                       + ("Nuclei in the second row that the third does not have were invented, those that only the third has were missed." if name == "pairs" else
                          "Where a tile has next to no nuclei the number means little; look whether nuclei were drawn all the same. What is true is not known here."),
-                      f"{title}: the {min(8, len(quality.scores))} with the worst {measure}, tile above synthetic image" + (" above true image" if name == "pairs" else ""))
+                      f"{min(8, len(quality.scores))} columns of images with the worst {measure}: the tile above its synthetic image" + (" above the true image." if name == "pairs" else "."))
 
 def _results(report, results, classes):
     arms, hard = results["arms"], next((a["hard_pair"] for a in results["arms"].values() if "hard_pair" in a), None)
     report.section("Arms", "Accuracy on the test tiles with 95 % intervals (bootstrap over groups and seeds). Arms without an augmentation were not trained.")
     report.figure(plot_accuracy(arms), "accuracy", "Test accuracy of every arm at the augmentation that validation data chose. Intervals that overlap may still differ on the same tiles; see the error ratios.",
-                  "Accuracy of each arm as a dot with its interval")
+                  f"Test accuracy of each arm as a dot with a bar for its interval, one row for each arm, {_span({n: a['accuracy']['mean'] for n, a in arms.items()})}.")
     table = compare({n: {k: v for k, v in a.items() if k != "by_augmentation"} for n, a in arms.items()}).rename_axis("arm")
-    table.insert(0, "what", [ARMS[n].what for n in arms])
+    table["what"] = [ARMS[n].what for n in arms]
     report.table(table, "All arms. *Stain shift*: the same test tiles in random other stains, where colour cannot help. *RankMe*: how many dimensions the training tiles' features use. Seconds are of one training.")
     report.figure(plot_accuracy(arms, key="accuracy_stain_shift"), "accuracy_stain_shift", "Accuracy on the test tiles re-stained at random. The probes were fitted on tiles in their own stains.",
-                  "Accuracy of each arm on stain-shifted test tiles as a dot with its interval")
+                  f"Accuracy of each arm on re-stained test tiles as a dot with a bar for its interval, one row for each arm, {_span({n: a['accuracy_stain_shift']['mean'] for n, a in arms.items()})}.")
     if hard:
         table = pd.DataFrame({n: {"accuracy": f"{a['hard_pair']['accuracy']['mean']:.3f} {_ci(a['hard_pair']['accuracy'])}", "accuracy, stain shift":
                                   f"{a['hard_pair']['accuracy_stain_shift']['mean']:.3f} {_ci(a['hard_pair']['accuracy_stain_shift'])}"} for n, a in arms.items()}).T.rename_axis("arm")
@@ -172,7 +205,8 @@ def _results(report, results, classes):
     if by:
         report.section("When does it help?", "A weakly augmented encoder can tell two views of one tile by their stain alone and learns little else. Strong colour augmentation takes that away without any second image. "
                        "A synthetic image that shows nuclei does the same, because stain is not in it. So the gain should be largest where augmentation is weak; this is what was measured:")
-        report.figure(plot_augmentation(by), "augmentation", "Test accuracy at weak (geometry only) and strong (also colour) augmentation of the tile.", "Accuracy of each arm at weak and strong augmentation")
+        report.figure(plot_augmentation(by), "augmentation", "Test accuracy at weak (geometry only) and strong (also colour) augmentation of the tile. Bars that overlap leave the order of two arms open, and a gain at one setting that is gone at the other is not the second image's alone; whether other augmentations would close the gap is not shown.",
+                      f"Two points with bars for each of {len(by)} trained arms, joined by a line: test accuracy at weak augmentation on the left, at strong on the right.")
     if results["error_reduction"]:
         table = pd.DataFrame([{"base": r["base"], "model": r["model"], "augmentation": r["augmentation"], "test tiles": r["tiles"], "error ratio": r["text"]} for r in results["error_reduction"]
                               if r["augmentation"] == "chosen" or (r["base"], r["model"]) == ("siamese_unprivileged", "trident")])
@@ -180,9 +214,11 @@ def _results(report, results, classes):
                      "validation data chose. The papers' figures, up to 4.4 against single modality and up to 5.6 against authentic pairs (arXiv 2403.05220), are of other data, encoders and training lengths.")
     shown = [n for n in ("colour_histogram", "supervised", "siamese_unprivileged", "siamese_privileged", "trident", "trident_real_pairs") if n in arms] or list(arms)
     report.section("Class by class")
-    report.figure(plot_recall({n: arms[n]["per_class_recall"] for n in shown}, classes), "recall", "Part of each class's test tiles that was recognised (recall).", "Recall of every class for each arm")
+    report.figure(plot_recall({n: arms[n]["per_class_recall"] for n in shown}, classes), "recall", "Part of each class's test tiles that was recognised (recall), mean over training seeds. No intervals are drawn: with few patients of a class a difference of two bars may be chance. It does not say how many tiles of other classes were taken for it; see the confusion matrices.",
+                  f"A panel for each of {len(classes)} classes, in it a bar of recall with its number for each of {', '.join(shown)}.")
     pair = [n for n in ("siamese_unprivileged", "trident") if n in arms] or shown[:2]
-    report.figure(plot_confusion({n: np.array(arms[n]["confusion"]) for n in pair}, classes), "confusion", "Test tiles by true (row) and predicted class (column), summed over seeds.", "Confusion matrices")
+    report.figure(plot_confusion({n: np.array(arms[n]["confusion"]) for n in pair}, classes), "confusion", "Test tiles by true (row) and predicted class (column), summed over seeds. A count says nothing about patients: many errors may be tiles of one of them, and the arms share the tiles, so cells do not compare without the error ratios.",
+                  f"Square tables of counts, true class by predicted class, one for each of {' and '.join(pair)}; right answers lie on the diagonal.")
 
 def _ci(x): return f"[{x['ci'][0]:.3f}, {x['ci'][1]:.3f}]"
 
@@ -200,14 +236,14 @@ def _saliency(report, out, results, data, encoders):
         maps[name], pred[name] = guided_gradcam(model, images), arrays["test"][rows]
     report.section("What the encoders look at", "Guided-GradCAM of the predicted class: where a small change of the tile would raise its score. Tiles were drawn at random, one for each class.")
     report.figure(saliency_grid(images, maps, y[rows], pred, data.classes), "saliency", "One test tile of every class and the maps of the arms; below each map predicted / true class. "
-                  "Every map is scaled to its own range: compare where, not how much.", "Grid of test tiles and saliency maps, one column for each arm")
+                  "Every map is scaled to its own range: compare where, not how much.", f"{len(rows)} test tiles, one for each class, beside maps of the pixels that move the predicted class, for each of {', '.join(encoders)}.")
 
 def _maps(report, data, encoders, seed):
     y, groups = data.labels["test"], data.groups["test"] if 1 < len(set(data.groups["test"])) < len(data.groups["test"]) else None
     maps = align_maps({n: embedding_map(extract_features(e, data.images["test"]), seed=seed, labels=y, groups=groups) for n, e in encoders.items()})
     trust = ", ".join(f"{n} {m['trustworthiness']:.2f}" for n, m in maps.items())
     report.section("How the encoders arrange the tiles").figure(plot_map(maps, y, data.classes), "map", "UMAP of the frozen features of the test tiles, coloured by a class that the self-supervised encoders "
-                   f"were never told. Trustworthiness of the maps (1: all neighbours are real ones): {trust}. *Same class* counts neighbours" + " of other patients (groups)"*(groups is not None) + "; each map is turned onto the first.", "Scatter plots of the test tiles, one for each arm")
+                   f"were never told. Trustworthiness of the maps (1: all neighbours are real ones): {trust}. *Same class* counts neighbours" + " of other patients (groups)"*(groups is not None) + "; each map is turned onto the first.", f"A cloud of points for each of {', '.join(encoders)}: test tiles, coloured by class.")
 
 def _record(report, results):
     report.section("What this does not show", _LIMITS)

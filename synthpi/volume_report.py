@@ -10,7 +10,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/volume_report.html.md"""
 # %% auto #0
 __all__ = ['volume_verdict', 'plot_crops', 'plot_places', 'write_volume_report']
 
-# %% ../nbs/14_volume_report.ipynb #658e8590
+# %% ../nbs/14_volume_report.ipynb #af321df6
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .maps import embedding_map
-from .figures import _STYLE, plot_accuracy, plot_losses
+from .figures import _STYLE, _span, plot_accuracy, plot_losses
 from .position_maps import distance_errors, plot_distance_errors, plot_folds, plot_positions, plot_region_auc
 from .report import Report
 from .volume_arms import VOLUME_ARMS
@@ -113,7 +113,7 @@ def plot_places(
     plt.close(fig)
     return fig
 
-# %% ../nbs/14_volume_report.ipynb #3f4decf1
+# %% ../nbs/14_volume_report.ipynb #f48032ce
 _LIMITS = """- The volumes stand for the subjects and scanners that they come from, and for no other. Intervals resample test subjects (and training seeds where there are several); with few subjects they are too narrow (8 subjects: about 85 to 90 % in place of 95 %).
 - A region is where the voxels' labels say it is. If a network made the labels, the study measures agreement with that network.
 - Regions are tested by cross-validation among the test subjects: the probe of each fold has seen labelled crops of other test subjects, the encoders none. p values of the plain paired t-test over folds, which the paper reports, are too small, because folds share training crops; the corrected test allows for that.
@@ -137,11 +137,11 @@ def write_volume_report(
     _summary(report, results)
     report.section("The crops", "All arms are judged on the same crops, drawn once by a seed and stored in `crops/` as JSON.")
     report.figure(plot_crops(store, lists["place-test"]), "crops", f"One test subject with the middles of crops near each slice (dots), and eight of the crops through their middles, with the place of each in mm in the world: right, front, head. A crop is {' x '.join(f'{x:.0f}' for x in d['crop_mm'])} mm.",
-                  "Three slices of a volume with dots, and eight crops")
+                  f"Above, a sagittal, a coronal and an axial slice of one volume with dots where crops near the slice have their middles; below, eight crops in gray, each with its place in millimetres.")
     _places(report, results, store, lists["place-test"], load)
     if results.get("regions"): _regions(report, results)
     histories = {n: pd.read_csv(f) for n in arms if (f := out/"runs"/f"{n}-seed{seed}"/"history.csv").exists()}
-    if histories: report.section("Training").figure(plot_losses({n: h[["step", "loss"]] for n, h in histories.items()}), "losses", "Loss of every trained arm, smoothed. Each arm has its own loss, so heights do not compare arms; what counts is that they fall and stay.", "Loss of every arm over the training steps")
+    if histories: report.section("Training").figure(plot_losses({n: h[["step", "loss"]] for n, h in histories.items()}), "losses", "Loss of every trained arm, smoothed. Each arm has its own loss, so heights do not compare arms; what counts is that they fall and stay.", f"One curve for each of {len(histories)} trained arms: its loss, on a logarithmic axis, over the training steps.")
     report.section("What this does not show", _LIMITS)
     report.record(results, "The folder of this report holds `results.json` with every number, `crops/` with the fixed crops, `splits.json`, `runs/` with the encoder, history and features of every run, and `figures/`.", {"frame of places": d["frame"]})
     return report.save(out)
@@ -166,27 +166,31 @@ def _places(report, results, store, crops, load):
     d, arms, pairs = results["data"], {n: a for n, a in results["arms"].items() if "position_r2" in a}, results["settings"]["pairs"]
     if not arms: return
     report.section("Where is this crop?", "A ridge regression from frozen features to the middle of the crop, fitted on training subjects (its penalty chosen among them), scored on test subjects. R² is 1 for a perfect guess and 0 for always guessing the average place.")
-    report.table(pd.DataFrame([{"arm": n, "what": VOLUME_ARMS[n].what, "R²": _ci(a["position_r2"], 3), "mean error, mm": _ci(a["position_mae_mm"], 1), **{f"{x}, mm": v for x, v in zip(("left-right", "posterior-anterior", "inferior-superior"), a["position_mae_axes_mm"])},
-                                "rank correlation of distances": a["distance_spearman"]["mean"], "RankMe": a["rankme"], "steps": a["steps"], "seconds": round(a["seconds"])} for n, a in arms.items()]).set_index("arm"),
+    report.table(pd.DataFrame([{"arm": n, "R²": _ci(a["position_r2"], 3), "mean error, mm": _ci(a["position_mae_mm"], 1), **{f"{x}, mm": v for x, v in zip(("left-right", "posterior-anterior", "inferior-superior"), a["position_mae_axes_mm"])},
+                                "rank correlation of distances": a["distance_spearman"]["mean"], "RankMe": a["rankme"], "steps": a["steps"], "seconds": round(a["seconds"]), "what": VOLUME_ARMS[n].what} for n, a in arms.items()]).set_index("arm"),
                  "How well the place can be read, with 95 % intervals over test subjects. *Mean error*: mean over the axes of the mean absolute error; then each axis. *Rank correlation*: of distances between embeddings with distances between places, "
                  f"over pairs of test crops ({pairs}; two million of them at most); of the arm's own embedding where its loss asks for distances, else of its features. Seconds are of one training.", digits=2)
-    report.figure(plot_accuracy(arms, key="position_r2", chance=0), "position", "R² of the place on test subjects.", "R² of each arm as a dot with its interval")
+    report.figure(plot_accuracy(arms, key="position_r2", chance=0), "position", "R² of the place on test subjects; dot: mean, bar: 95 % interval over subjects (too narrow with few), tick: a training seed. It does not say that an encoder knows anything but the place" + ", and `regression` was trained for just this"*("regression" in arms) + ".",
+                  f"Mean R² of the place as a dot with its interval, one row for each arm, {_span({n: a['position_r2']['mean'] for n, a in arms.items()})}, beside a dashed line at 0 for guessing.")
     shown = [n for n in ("isimed", "barlow", "random_encoder") if n in arms] or list(arms)[:2]
     true = crops.positions(store, d["frame"])
-    report.figure(plot_places(true, {n: load(n)["predicted"] for n in shown}), "places", "Place that the probe reads from features against the true one, test crops, a row for each arm.", "Scatter plots of predicted against true places")
+    report.figure(plot_places(true, {n: load(n)["predicted"] for n in shown}), "places", "Place that the probe reads from features against the true one, test crops, a row for each arm; the dashed line is a perfect guess. One training seed and its one probe: crops of a subject are not independent, and a narrow cloud says nothing about what else the features hold.",
+                  f"Clouds of predicted against true places around a dashed diagonal, a column for each axis of the body and a row for each of {', '.join(shown)}; the mean error in millimetres stands in each panel.")
     main = next((n for n in ("isimed", "two_head", "barlow_isimed") if n in arms), None)
     if main is None: return
     volume = crops.volume_ids(store)
     embeddings = {n: (f["z_place-test"] if "z_place-test" in (f := load(n)) else f["h_place-test"]) for n in (main, "random_encoder") if n in arms}
     report.section("Do distances agree?", f"`{main}` was asked to keep distances: two embeddings are to be as far apart as their crops are in the body.")
     report.figure(plot_distance_errors(distance_errors(embeddings, true, volume, shuffle=main, pairs=pairs)), "distance_errors", "Errors |D_latent - D_physical| over pairs of test crops. Each row is scaled to millimetres by the factor that makes its own errors least; *shuffled* are the same embeddings in another order, "
-                  "which know nothing of places: a loss of this kind can only be said to work against that.", "Histograms of errors of distance for the arm, an untrained encoder and a shuffled control")
+                  "which know nothing of places: a loss of this kind can only be said to work against that.", f"Histograms of errors of distance in millimetres, a row for each of {', '.join([*embeddings, 'shuffled'])}, with a vertical line at the mean error of each.")
     maps = [n for n in (main, "barlow", "random_encoder") if n in arms]
     rows = np.sort(np.random.default_rng(results["seeds"][0]).permutation(len(true))[:2000])
     features, true = {n: load(n)["h_place-test"][rows] for n in maps}, true[rows]
     drawn = {n: embedding_map(h, seed=results["seeds"][0]) for n, h in features.items()}
-    report.figure(plot_positions(features[main], true, maps={"": drawn[main]}), "map", f"Features of `{main}`: UMAP and the first three principal components of {len(rows)} test crops, coloured by place along each axis of the body. Distances in a UMAP are not distances in the data.", "Scatter plots coloured by position")
-    if len(maps) > 1: report.figure(plot_positions(features, true, maps=drawn), "maps", "The same crops in the features of several arms.", "Scatter plots of several arms coloured by position")
+    report.figure(plot_positions(features[main], true, maps={"": drawn[main]}), "map", f"Features of `{main}`: UMAP and the first three principal components of {len(rows)} test crops, coloured by place along each axis of the body. Distances in a UMAP are not distances in the data.",
+                  f"Twelve scatter plots of the same crops in features of {main}: a row for each axis of the body, whose position is the colour from dark (low) to light (high), a column for the UMAP and for each pair of principal components.")
+    if len(maps) > 1: report.figure(plot_positions(features, true, maps=drawn), "maps", "The same crops in the features of several arms, one training seed of each. A smooth run of colour says that place orders the features there; it does not measure how well, and how far points lie apart does not compare between arms.",
+                                     f"Scatter plots of the same crops coloured by position, a row for each of {', '.join(maps)}, a UMAP and a plot of two principal components for each axis of the body.")
 
 def _regions(report, results):
     arms, regions = {n: a for n, a in results["arms"].items() if "auc" in a}, results["regions"]
@@ -195,8 +199,10 @@ def _regions(report, results):
     if regions["left_out"]: text += f" Left out, because too few crops of too few subjects are of them: {', '.join(regions['left_out'])}."
     if regions["folds"] < results["settings"]["folds"]: text += f" {results['settings']['folds']} folds were asked for and there are {regions['folds']} test subjects, so each is a fold."
     report.section("What is there?", text)
-    report.figure(plot_folds({n: a["auc"] for n, a in arms.items()}), "auc", "Mean AUC over regions: every fold (dots), the mean and its 95 % interval over test subjects.", "Mean AUC of each arm with folds and interval")
-    report.figure(plot_region_auc({n: {r: v["mean"] for r, v in a["auc"]["per_region"].items()} for n, a in arms.items()}), "regions", "Mean AUC over folds by region. `position_atlas` shows how much of each region is a matter of place.", "Table of AUC by region and arm")
+    report.figure(plot_folds({n: a["auc"] for n, a in arms.items()}), "auc", "Mean AUC over regions: every fold (dots), the mean and its 95 % interval over test subjects (too narrow with few). It does not say which regions make the mean or how much of it is place" + " (see `position_atlas`)"*("position_atlas" in arms) + "; folds share training crops, so their spread is no interval.",
+                  f"Mean AUC of each arm as a symbol with a bar for its interval and small dots for the folds, {_span({n: a['auc']['mean'] for n, a in arms.items()})}, beside a dashed line at 0.5 for guessing.")
+    report.figure(plot_region_auc({n: {r: v["mean"] for r, v in a["auc"]["per_region"].items()} for n, a in arms.items()}), "regions", "Mean AUC over folds by region. `position_atlas` shows how much of each region is a matter of place.",
+                  f"A table with shaded cells, darker for a higher AUC: a row for each of {len(regions['used'])} regions and their mean, a column for each of {len(arms)} arms.")
     report.table(pd.DataFrame([{"region": r, "crops": regions["positives"][r], **{n: _ci(a["auc"]["per_region"][r], 3) for n, a in arms.items()}} for r in regions["used"]]).set_index("region"), "AUC by region with 95 % intervals over test subjects, and how many of the test crops are of the region.")
     if results["comparisons"]:
         report.table(pd.DataFrame([{"model": c["model"], "base": c["base"], "difference of mean AUC": f"{c['difference']:+.3f} [{c['ci'][0]:+.3f}, {c['ci'][1]:+.3f}]", "corrected p": _p(c["p"]), "Holm": _p(c["p_holm"]), "plain p": _p(c["p_plain"])} for c in results["comparisons"]]),

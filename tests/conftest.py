@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")              # two test processes 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")               # nothing in the tests may need the hub
 
 # Longest first, so that both processes are busy to the end: pytest-xdist hands out whole files (their fixtures are shared) in the order of this list
-LONG = "notebooks study volume_study translation packaging generator_run trainer pairs presets pretrain quality".split()
+LONG = "notebooks docs study volume_study translation packaging generator_run trainer pairs presets pretrain quality explain_run explore distributed".split()
 
 def pytest_collection_modifyitems(items):
     rank = {f"test_{name}.py": k for k, name in enumerate(LONG)}
@@ -16,4 +16,4 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--browser", action="store_true", help="also drive the explorers in JupyterLab with Chromium")
-    for f in ("slow", "gpu"): parser.addoption(f"--{f}", action="store_true", help=f"also run notebook cells flagged #| {f}")
+    for f in ("slow", "gpu"): parser.addoption(f"--{f}", action="store_true", help=f"also run notebook cells flagged #| {f}" + ", and the tests that take a minute"*(f == "slow"))

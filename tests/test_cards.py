@@ -150,6 +150,40 @@ def test_without_card_there_is_none_and_what_is_no_encoder_is_refused(encoder, t
     assert not (tmp_path/"x.md").exists()
     with pytest.raises(FileNotFoundError): model_card(tmp_path/"missing.safetensors")
 
+@pytest.mark.parametrize("facts, title", [(dict(title="Mine"), "Mine"), (dict(title="Mine", arm="trident"), "Mine"), (dict(arm="trident"), r"resnet10\_narrow, trident"), (dict(method="simclr"), r"resnet10\_narrow, simclr"), ({}, r"resnet10\_narrow"), (dict(title=None), r"resnet10\_narrow")])
+def test_the_title_that_was_given_is_the_title(facts, title, encoder, tmp_path):
+    assert parts(card_of(encoder, tmp_path, **facts))[1].strip().splitlines()[0] == f"# {title}"
+
+def test_a_page_that_is_no_card_is_left_alone(encoder, tmp_path):
+    path, page = tmp_path/"encoder.safetensors", tmp_path/"encoder.md"
+    page.write_bytes("Notes, f\u00fcr mich.".encode("latin-1"))
+    with pytest.raises(ValueError, match="encoder.md is there already and is no model card of synthpi.*move it"): save_encoder(encoder, path, card=True)
+    assert not path.exists()                                                        # refused before the weights were written
+    save_encoder(encoder, path, steps=1)
+    with pytest.raises(ValueError, match="is there already"): write_card(path)
+    assert page.read_bytes() == "Notes, f\u00fcr mich.".encode("latin-1")
+    page.unlink(); page.mkdir()
+    with pytest.raises(ValueError, match="is there already"): write_card(path)
+    page.rmdir()
+    write_card(path)
+    save_encoder(encoder, path, card=True, steps=2)                                  # an older card gives way
+    assert rows(parts(page.read_text(encoding="utf-8"))[2]["Training arguments"]) == {"steps": "2"}
+    with pytest.raises(ValueError, match="the card would replace it"): save_encoder(encoder, tmp_path/"x.md", card=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"encoder.safetensors", "encoder.md"}
+
+@pytest.mark.parametrize("facts, message", [(dict(licence=3), "licence is 3, of type int; a model card needs a text, for example 'apache-2.0'"), (dict(environment="x"), "environment is 'x', of type str; a model card needs a dictionary"), (dict(data_licence=["a"]), "data_licence is"),
+    (dict(arm=["trident"]), "arm is"), (dict(method=1), "method is 1"), (dict(title=7), "title is 7"), (dict(synthpi=1.), "synthpi is 1.0")])
+def test_facts_of_the_wrong_type_are_refused_before_anything_is_written(facts, message, encoder, tmp_path):
+    with pytest.raises(ValueError, match=message): save_encoder(encoder, tmp_path/"e.safetensors", card=True, **facts)
+    assert not list(tmp_path.iterdir())
+    save_encoder(encoder, tmp_path/"e.safetensors", **facts)                         # a header may hold what a card cannot
+    with pytest.raises(ValueError, match=message): write_card(tmp_path/"e.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+
+def test_results_of_any_form_are_shown(encoder, tmp_path):
+    _, _, text = parts(card_of(encoder, tmp_path, evaluation={"a": {"mean": .5, "ci": .1}, "b": {"mean": None}, "c": [1, 2]}))
+    assert rows(text["Evaluation"]) == {"a": r"0.5 \[0.1\]", "b": "none", "c": "1, 2"}
+
 def test_the_hub_reads_the_front_matter(encoder, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     data = hub.ModelCard(card_of(encoder, tmp_path, **FACTS)).data

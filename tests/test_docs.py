@@ -241,7 +241,7 @@ def test_the_benchmarks_page_shows_the_stored_numbers():
         r = json.loads(path.read_text(encoding="utf-8"))
         assert not [line for line in getattr(table, r["benchmark"])(r) if line not in shown], f"{path.name} is newer: run nbs/benchmarks.ipynb again"
         assert f"tests/benchmarks/results/{path.name}" in text or path.stem not in ("losses", "trainer", "loader", "pairs", "volumes", "crossval", "startup"), "the command stands beside each"
-    assert "torch" in shown and "thread(s)" in shown
+    assert len(re.findall(r"Measured [\d-]+ on .+, \d+ threads?, Python [\d.]+, torch \d", shown)) == len([*(ROOT/"tests/benchmarks/results").glob("*.json")]), "each with its machine, threads and versions"
 
 def test_the_benchmarks_page_says_when_it_has_nothing(tmp_path):
     "Run on its own, away from the repository"
@@ -298,6 +298,15 @@ def test_the_tests_that_the_differences_name_are_there():
     text = "".join(c.source for c in nbformat.read(ROOT/"nbs/differences.ipynb", 4).cells)
     named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", text)
     assert named and not [n for n in named if not re.search(rf"^def {n[1]}\(", (ROOT/f"tests/{n[0]}.py").read_text(encoding="utf-8"), re.M)]
+
+def test_pictures_of_the_pages_to_read_are_described_in_words():
+    silent = []
+    for p in [ROOT/f"nbs/{name}.ipynb" for name in ("index", "get_started", "methods", "differences", "benchmarks")] + sorted((ROOT/"nbs/tutorials").glob("*.ipynb")) + sorted((ROOT/"nbs/studies").glob("*.ipynb")):
+        for c in nbformat.read(p, 4).cells:
+            if not any("image/png" in o.get("data", {}) for o in c.get("outputs", [])): continue
+            said = yaml.safe_load("\n".join(line[2:] for line in c.source.splitlines() if line.startswith("#|"))) or {}
+            if not (isinstance(said, dict) and len(str(said.get("fig-alt", "")).split()) >= 5): silent.append(f"{p.name}: {c.source[:60]}")
+    assert not silent
 
 def test_no_page_stores_widget_state():
     "It would fetch code from elsewhere to draw progress bars that ended long ago"

@@ -59,6 +59,39 @@ def test_buffers_that_move_even_in_evaluation_mode_and_errors_half_way():
     with pytest.raises(RuntimeError, match="third batch"): extract_features(model, pictures(12), batch_size=4)
     assert model.calls == 0 and model.training
 
+def test_buffers_of_the_first_forward_pass_go_again():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("late", None)
+            self.register_buffer("kept", torch.ones(2))
+            self.register_buffer("grows", torch.zeros(1))
+        def forward(self, x):
+            if "table" not in self._buffers: self.register_buffer("table", x.new_ones(3), persistent=False)
+            self.late, self.kept = x.new_ones(1), self.kept + 1
+            self.grows.resize_(len(x)).fill_(3)
+            if x.isnan().any(): raise RuntimeError("half way")
+            return x.mean((2, 3))*self.table
+    model = nn.Sequential(Lazy(), nn.BatchNorm1d(3))
+    kept = model[0].kept
+    extract_features(model, pictures(8), batch_size=4)
+    with pytest.raises(RuntimeError, match="half way"): extract_features(model, torch.full((2, 3, 4, 4), torch.nan))
+    assert [*model[0]._buffers] == ["late", "kept", "grows"] and model[0].late is None and model[0].kept is kept and kept.tolist() == [1, 1] and model[0].grows.tolist() == [0]
+    assert not model[0]._non_persistent_buffers_set and model[1].num_batches_tracked == 0
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_features_of_a_traced_encoder():
+    model = encoder().eval()
+    traced = torch.jit.trace(model, torch.rand(2, 3, 16, 16))
+    np.testing.assert_allclose(extract_features(traced, pictures()), extract_features(model, pictures()), atol=1e-5)
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_batchnorm_of_the_batch_is_refused(tmp_path, cached):
+    bad = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match="BatchNorm 1 has no running statistics.*features depend on the images beside it"): extract_features(bad, pictures(), cache=tmp_path if cached else None)
+    good = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    np.testing.assert_allclose(extract_features(good, pictures(), batch_size=1), extract_features(good, pictures()), atol=1e-6)
+
 def test_features_are_those_of_evaluation_mode_and_do_not_depend_on_the_form_or_the_batch():
     model, x = encoder(), pictures()
     tensors = torch.from_numpy(x).permute(0, 3, 1, 2).float()/255
@@ -268,6 +301,12 @@ def test_no_errors_is_at_least():
     one = np.ones((3, 50)); one[0, 0] = 0                                       # one error in 150 answers: fewer than none is not possible
     none = error_reduction(np.stack([base]*3), np.ones((3, 50)))["ratio"]
     assert error_reduction(base, one)["ratio"] < none
+
+@pytest.mark.parametrize("bad, message", [([], "answers of shape \\(0,\\) arrived"), (np.ones((3, 0)), "at least one image"), ([1, np.nan, 0, np.inf], "2 of 4 answers are not finite, the first nan for image 1"), ([[1, 0], [1, None]], "1 of 4 answers are not finite"), (np.ones((2, 2, 2)), "expected \\(N,\\)")])
+def test_answers_that_are_none_are_refused(bad, message):
+    for call in (lambda: interval(bad), lambda: error_reduction(bad, bad), lambda: error_reduction(np.ones(np.shape(bad)[-1]), bad), lambda: compare(dict(a=dict(correct=bad), b=dict(correct=bad)), base="a")):
+        with pytest.raises(ValueError, match="arrived|not finite"): call()
+    with pytest.raises(ValueError, match=message): interval(bad)
 
 def test_unpaired_answers_are_refused():
     with pytest.raises(ValueError, match="the same images"): error_reduction(np.ones(5), np.ones(6))

@@ -322,6 +322,12 @@ def test_layer_choice(images):
     with pytest.raises(ValueError, match="'2' ran 2 times"): guided_gradcam(again, images, 0)
 
 
+def put_zeros(x):
+    y = x.clone()
+    y[y < 0] = 0
+    return y
+
+
 class Uses(nn.Module):
     def __init__(self, f):
         super().__init__()
@@ -335,7 +341,11 @@ class Uses(nn.Module):
                                lambda x: x.clamp(min=0), lambda x: torch.clamp_min(x, 0), lambda x: F.threshold(x, 0, 0), F.gelu, F.silu,
                                F.leaky_relu, F.relu6, nn.ReLU6(), nn.GELU(), nn.GELU("tanh"), nn.PReLU(), nn.ELU(), nn.SELU(), nn.Hardswish(), nn.Mish(), nn.SiLU(inplace=True), nn.Softplus(), Swish(), MemoryEfficientSwish(),
                                lambda x: x*torch.sigmoid(1.7*x), lambda x: .5*x*(1 + torch.tanh(.8*(x + .04*x**3))), lambda x: x*(x > 0), lambda x: torch.where(x > 0, x, .1*x), lambda x: torch.maximum(x, torch.zeros_like(x)),
-                               lambda x: x.masked_fill(x < 0, 0), lambda x: torch.maximum(x, torch.zeros(())), lambda x: torch.clamp(x, min=torch.zeros(())), lambda x: x.clip(0), lambda x: F.glu(x, 1), lambda x: x[:, :2]*x[:, 2:].sigmoid()])
+                               lambda x: x.masked_fill(x < 0, 0), lambda x: torch.maximum(x, torch.zeros(())), lambda x: torch.clamp(x, min=torch.zeros(())), lambda x: x.clip(0), lambda x: F.glu(x, 1), lambda x: x[:, :2]*x[:, 2:].sigmoid(),
+                               lambda x: x.clamp(0, 6), lambda x: x.clip(0, float("inf")), lambda x: -(-x).clamp(max=0), lambda x: torch.where(x > 0, x, torch.zeros_like(x)), lambda x: torch.where(x < 0, torch.zeros_like(x), x),
+                               lambda x: torch.fmax(x, torch.zeros(())), lambda x: -torch.fmin(-x, torch.zeros(())), lambda x: torch.stack([x, torch.zeros_like(x)]).amax(0), lambda x: torch.stack([x, .1*x], -1).max(-1).values,
+                               lambda x: -torch.minimum(-x, torch.zeros_like(x)), lambda x: put_zeros(x), lambda x: torch.maximum(x, .1*x), lambda x: torch.logaddexp(x, torch.zeros(())),
+                               lambda x: torch.addcmul(torch.zeros_like(x), x, torch.sigmoid(x))])
 def test_unguided_activations_are_seen_and_refused(f, images):
     net = Uses(f)
     table = coverage(net, images)
@@ -344,10 +354,20 @@ def test_unguided_activations_are_seen_and_refused(f, images):
 
 
 @pytest.mark.parametrize("f", [nn.ReLU(), torch.sigmoid, lambda x: F.normalize(x), lambda x: x.clamp(-1, 1), lambda x: x.clamp(max=3), lambda x: x*torch.sigmoid(x.mean((2, 3), keepdim=True)), lambda x: x*torch.sigmoid(x.flip(1)),
-                               lambda x: torch.tanh(x), lambda x: F.layer_norm(x, x.shape[1:]), lambda x: x*x, lambda x: torch.softmax(x, 1)*x])
+                               lambda x: torch.tanh(x), lambda x: F.layer_norm(x, x.shape[1:]), lambda x: x*x, lambda x: torch.softmax(x, 1)*x,
+                               lambda x: torch.maximum(x[..., ::2], x[..., 1::2]), lambda x: torch.maximum(x, x.flip(1)), lambda x: torch.stack([x, x.flip(1)]).amax(0), lambda x: torch.where(x.flip(1) > 0, x, torch.zeros_like(x)),
+                               lambda x: torch.addcmul(x, x, torch.sigmoid(x.flip(1))), lambda x: torch.stack([x, torch.zeros_like(x)]).amax((1, 2)).permute(1, 0, 2)[..., None], lambda x: torch.cat([x, torch.zeros_like(x)], 1)[:, :4]])
 def test_what_is_no_rectifier_is_not_held_against_a_model(f, images):
     assert coverage(Uses(f), images).guided.all()
     assert torch.isfinite(guided_gradcam(Uses(f), images, 0)).all()
+
+
+def test_pixels_may_be_brought_to_their_range(images):
+    class Clamps(nn.Module):
+        def __init__(self, f): super().__init__(); self.net, self.f = Uses(nn.ReLU()), f
+        def forward(self, x): return self.net(self.f(x))
+    for f in (lambda x: x.clamp(0, 1), lambda x: ((x - .1)/.9).clamp(0, 1)): assert coverage(Clamps(f), images).guided.all()
+    assert not coverage(Clamps(lambda x: F.avg_pool2d(x, 2).clamp(0, 1)), images).guided.all() and not coverage(Clamps(lambda x: x.clamp(min=0)), images).guided.all()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

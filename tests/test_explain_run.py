@@ -78,9 +78,9 @@ def test_two_runs_of_a_study(folder, tmp_path):
 def spy(monkeypatch):
     "What was explained: models, images, targets"
     seen, true = [], room.guided_gradcam
-    def see(model, images, target, batch_size=32):
-        seen.append((model, images, target))
-        return true(model, images, target, batch_size=batch_size)
+    def see(model, images, *target, batch_size=32):
+        if target: seen.append((model, images, *target))               # and not the trial, which asks for nothing
+        return true(model, images, *target, batch_size=batch_size)
     monkeypatch.setattr(room, "guided_gradcam", see)
     return seen
 
@@ -186,7 +186,7 @@ def test_refusals(folder, volumes, tmp_path):
     (single/"tiles.csv").write_text("\n".join(["path,label"] + [f"{tiles}/{i}.png,{'one' if i else 'two'}" for i in range(9)]))
     untold = tmp_path/"untold.safetensors"; save_encoder(make_encoder("resnet10_narrow"), untold)
     gray = tmp_path/"gray.safetensors"; save_encoder(make_encoder("resnet10_narrow", 1), gray, size=24)
-    wrong = tmp_path/"wrong"; save_encoder(make_encoder("resnet10_narrow"), wrong/"encoder.safetensors", size=24); np.savez(wrong/"predictions.npz", probe_weight=np.zeros((2, 5)), probe_bias=np.zeros(2))
+    wrong = tmp_path/"wrong"; save_encoder(make_encoder("resnet10_narrow"), wrong/"encoder.safetensors", size=24, classes=CLASSES); np.savez(wrong/"predictions.npz", probe_weight=np.zeros((2, 5)), probe_bias=np.zeros(2))
     for args, said in (((lone/"nowhere", tiles), "no encoder file at"), ((folder/"study", tiles), "for example .*study/runs/arm0-weak-seed0"), ((folder, tiles), "holds no encoder.safetensors"), ((lone, tmp_path/"none"), "no such file or folder"),
                        ((lone, tiles, "--target", "class"), "no predictions.npz"), ((lone, tiles, "--target", "component:0"), "components 1 to"), ((lone, tiles, "--target", "component:99"), "components 1 to 15"),
                        ((lone, tiles, "--target", "dimension:128"), "dimensions 0 to 127"), ((lone, tiles, "--target", "attention"), "'attention' arrived"), ((lone, tiles, "--split", "val"), "in the split 'val'"),
@@ -203,3 +203,103 @@ def test_refusals(folder, volumes, tmp_path):
     assert inside.exit_code == 2 and "lies in the input folder" in inside.output
     (tmp_path/"full").mkdir(); (tmp_path/"full"/"mine.txt").write_text("x")
     assert "holds 1 files or folders" in ask("--encoder", lone, "--images", tiles, "--out", tmp_path/"full").output and (tmp_path/"full"/"mine.txt").exists()
+
+
+def copied(run, to, **arrays):
+    "A run with another probe"
+    to.mkdir(parents=True)
+    (to/"encoder.safetensors").write_bytes((run/"encoder.safetensors").read_bytes())
+    np.savez(to/"predictions.npz", **arrays)
+    return to
+
+
+def content(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_encoders_with_and_without_a_probe_are_asked_the_same(folder, tmp_path, monkeypatch):
+    seen = spy(monkeypatch)
+    found = explain_run([runs(folder)[1], folder/"lone"], folder/"tiles", tmp_path/"o", checked=0, progress=False)
+    assert "mean of the other images" in found["target"] and [isinstance(t, Similarity) for *_, t in seen[-2:]] == [True]*2 and found["target"] in page(tmp_path/"o")
+    found = explain_run([folder/"lone", runs(folder)[0]], folder/"tiles", tmp_path/"r", reference=folder/"tiles"/"5.png", checked=0, progress=False)
+    assert found["target"].endswith("5.png") and [isinstance(t, Similarity) for *_, t in seen[-2:]] == [True]*2
+    for i in range(9): (tmp_path/"plain").mkdir(exist_ok=True); (tmp_path/"plain"/f"{i}.png").write_bytes((folder/"tiles"/f"{i}.png").read_bytes())
+    found = explain_run([folder/"lone", runs(folder)[0]], tmp_path/"plain", tmp_path/"p", shown=2, checked=0, progress=False)
+    assert found["target"].startswith("principal component 1") and not any(isinstance(m, nn.Sequential) for m, *_ in seen[-2:])
+
+
+def test_damaged_probes(folder, tmp_path):
+    run, w, b = runs(folder)[0], np.ones((2, 128), np.float32), np.zeros(2, np.float32)
+    for k, (arrays, said) in enumerate(((dict(probe_weight=w*np.nan, probe_bias=b), "not all finite"), (dict(probe_weight=w, probe_bias=b + np.inf), "not all finite"), (dict(probe_weight=np.ones((5, 128)), probe_bias=np.ones(5)), "and 2 classes"),
+                                        (dict(probe_weight=w, probe_bias=np.zeros(3)), "with 3 biases"), (dict(probe_weight=w[0], probe_bias=b), r"shape \(128,\)"), (dict(probe_weight=w), "damaged.*repeat the run"),
+                                        (dict(probe_weight=np.array(["x"]), probe_bias=b), "damaged.*repeat the run"))):
+        with pytest.raises(ValueError, match=said): open_runs([copied(run, tmp_path/str(k), **arrays)])
+    whole = (run/"predictions.npz").read_bytes()
+    for k, data in enumerate((b"", whole[:200], whole[:-40], b"text", whole[:300] + bytes(200) + whole[500:])):
+        broken = copied(run, tmp_path/f"broken{k}")
+        (broken/"predictions.npz").write_bytes(data)
+        with pytest.raises(ValueError, match="predictions.npz is damaged .*: repeat the run"): open_runs([broken])
+    np.savez(tmp_path/"broken0"/"predictions.npz", test=b)
+    assert open_runs([tmp_path/"broken0"])[0].probe is None
+
+
+def test_what_fails_leaves_the_old_report(folder, tmp_path, monkeypatch):
+    out, args = tmp_path/"o", dict(checked=0, progress=False)
+    explain_run([folder/"lone"], folder/"tiles", out, **args)
+    before, read = content(out), []
+    true = room.extract_features
+    monkeypatch.setattr(room, "extract_features", lambda *a: read.append(1) or true(*a))
+    with pytest.raises(ValueError, match="none with a map larger than one pixel"): explain_run([folder/"lone"], folder/"tiles", out, size=2, overwrite=True, **args)
+    with pytest.raises(ValueError, match="batch_size=0"): explain_run([folder/"lone"], folder/"tiles", out, batch_size=0, overwrite=True, **args)
+    with pytest.raises(ValueError, match="another study"): explain_run([folder/"lone"], folder/"tiles", out, seed=3, **args)
+    (tmp_path/"full").mkdir(); (tmp_path/"full"/"mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds 1 files"): explain_run([folder/"lone"], folder/"tiles", tmp_path/"full", **args)
+    with pytest.raises(ValueError, match="lies in the input folder"): explain_run([folder/"lone"], folder/"tiles", folder/"tiles"/"new", **args)
+    with pytest.raises(ValueError, match="is a file"): explain_run([folder/"lone"], folder/"tiles", tmp_path/"full"/"mine.txt", **args)
+    assert not read and content(out) == before
+    monkeypatch.setattr(room, "embedding_map", lambda *a, **k: 1/0)                  # whatever happens late
+    with pytest.raises(ZeroDivisionError): explain_run([folder/"lone"], folder/"tiles", out, seed=3, overwrite=True, **args)
+    with pytest.raises(ZeroDivisionError): explain_run([folder/"lone"], folder/"tiles", tmp_path/"new", **args)
+    assert read and content(out) == before and not (tmp_path/"new").exists()
+
+
+def test_a_study_of_another_kind_is_never_replaced(folder, tmp_path):
+    for k, text in enumerate(('{"synthpi": "0", "arms": ["lone"]}', '{"kind": "volumes"}', "[]", "{")):
+        study = tmp_path/str(k); study.mkdir()
+        (study/"study.json").write_text(text); (study/"report.html").write_text("mine")
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match="study of another kind"): explain_run([folder/"lone"], folder/"tiles", study, checked=0, overwrite=overwrite, progress=False)
+        assert content(study).keys() == {"study.json", "report.html"} and (study/"study.json").read_text() == text
+
+
+def test_the_report_knows_its_images(folder, tmp_path):
+    (tmp_path/"tiles").mkdir()
+    for p in (folder/"tiles").iterdir(): (tmp_path/"tiles"/p.name).write_bytes(p.read_bytes())
+    def again(**kwargs): return explain_run(runs(folder)[:1], tmp_path/"tiles", tmp_path/"o", checked=0, progress=False, **kwargs)
+    again()
+    (tmp_path/"o"/"figures"/"old.png").write_bytes(b"x")
+    again()
+    assert (tmp_path/"o"/"figures"/"saliency.png").exists() and not (tmp_path/"o"/"figures"/"old.png").exists()
+    image, manifest = (tmp_path/"tiles"/"0.png").read_bytes(), (tmp_path/"tiles"/"tiles.csv").read_text()
+    Image.fromarray(255 - np.asarray(Image.open(tmp_path/"tiles"/"0.png"))).save(tmp_path/"tiles"/"0.png")
+    with pytest.raises(ValueError, match="another study.*images was"): again()
+    (tmp_path/"tiles"/"0.png").write_bytes(image)
+    (tmp_path/"tiles"/"tiles.csv").write_text(manifest.replace(",p0,", ",p9,"))
+    with pytest.raises(ValueError, match="another study.*images was"): again()
+    assert again(overwrite=True)["data"]["images"] == 16
+
+
+def test_ctrl_c_promises_nothing(folder, tmp_path, monkeypatch):
+    def stop(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(room, "align_maps", stop)
+    said = ask("--encoder", folder/"lone", "--images", folder/"tiles", "--out", tmp_path/"o", "--checked", 0)
+    assert said.exit_code == 130 and "Nothing is kept; the same command begins anew" in said.output and "goes on" not in said.output and not (tmp_path/"o").exists()
+
+
+def test_maps_that_cannot_be_judged(folder, tmp_path, monkeypatch):
+    import synthpi.sanity
+    true = synthpi.sanity.map_similarity
+    monkeypatch.setattr(synthpi.sanity, "map_similarity", lambda a, b: true(a, b) if len(a) == 3 or np.array_equal(a, b) else (np.nan, np.nan))      # Grad-CAM's maps, of one channel, vanish
+    said = ask("--encoder", runs(folder)[0], "--images", folder/"tiles", "--out", tmp_path/"o", "--checked", 3)
+    assert said.exit_code == 0 and re.search(r"gradcam cannot be judged, guided_backprop (passes|does not pass)", said.output), said.output
+    check = json.loads((tmp_path/"o"/"results.json").read_text())["sanity"]["arm0"]
+    assert check["passes"]["gradcam"] is None and check["left"]["gradcam"] is None and check["passes"]["gradient"] in (True, False) and "gradcam cannot be judged" in page(tmp_path/"o")

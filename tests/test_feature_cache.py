@@ -1,6 +1,12 @@
 "The feature cache: a hit for the same encoder and images only, nothing half-written, and the encoder is not touched."
+import math
+import re
 import shutil
 import warnings
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +45,7 @@ def test_a_hit_is_bit_equal_and_the_encoder_is_left_as_found(tmp_path, read):
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     plain = extract_features(model, pictures())
     assert read() == 11
-    for images in (11, 2, 2):                                                       # made, and twice found: the first and the last image are read
+    for images in (11, 10, 10):                                                     # made, and twice found: the first and the last image are read, and eight others
         h = extract_features(model, pictures(), batch_size=4, cache=tmp_path/"new"/"folder")
         assert h.dtype == np.float32 and read() == images
         np.testing.assert_allclose(h, plain, rtol=1e-4, atol=1e-5)                # the batch size
@@ -55,7 +61,7 @@ def test_the_cache_moves_with_its_folder_and_forms_of_one_image_are_one(tmp_path
     shutil.move(tmp_path/"a", tmp_path/"b")
     read()
     for form in (list(x), [Image.fromarray(i) for i in x]):
-        assert np.array_equal(extract_features(encoder(), form, cache=tmp_path/"b"), h) and read() == 2
+        assert np.array_equal(extract_features(encoder(), form, cache=tmp_path/"b"), h) and read() == 3
     assert np.array_equal(extract_features(encoder(), x[:1], cache=tmp_path/"b"), extract_features(encoder(), x[:1])) and read() == 2
 
 def change(what):
@@ -79,6 +85,64 @@ def test_whatever_a_hash_can_see_moves_the_key():
     other = encoder(); other.register_buffer("table", torch.zeros(2), persistent=False)
     assert encoder_key(hidden) != encoder_key(other)
 
+@dataclass
+class Options:
+    scale:float
+    inner:object = None
+
+class Slotted:
+    __slots__ = ("scale",)
+    def __init__(self, scale): self.scale = scale
+
+class Config:
+    def __init__(self, **settings): self.__dict__ |= settings
+
+Pool = Enum("Pool", "MEAN MAX")
+
+def closed(value): return lambda x: x*value
+
+def nested(value):
+    def outer(x): return [i + 1 for i in map(lambda y: y*3 if value else y*4, x)]
+    return outer
+
+def cyclic(scale):
+    a = Config(scale=scale)
+    a.inner = [a]
+    return a
+
+def own_method(scale):
+    model = encoder()
+    model[2].scale = scale
+    model[2].act = model[2].forward
+    return model
+
+def of(setting):
+    model = encoder()
+    model[2].setting = setting
+    return model
+
+PAIRS = dict(dtype=[lambda: torch.float32, lambda: torch.bfloat16], device=[lambda: torch.device("cpu"), lambda: torch.device("meta")], enum=[lambda: Pool.MEAN, lambda: Pool.MAX], dataclass=[lambda: Options(1.), lambda: Options(2.)],
+    nested_dataclass=[lambda: Options(1., {"a": [Options(1.)]}), lambda: Options(1., {"a": [Options(3.)]})], namespace=[lambda: SimpleNamespace(a=1), lambda: SimpleNamespace(a=2)], config=[lambda: Config(pool="mean"), lambda: Config(pool="max")],
+    slots=[lambda: Slotted(1), lambda: Slotted(2)], partial=[lambda: partial(torch.add, alpha=1), lambda: partial(torch.add, alpha=2)], partial_function=[lambda: partial(torch.add, 1), lambda: partial(torch.mul, 1)],
+    constant=[lambda: lambda x: x + 1, lambda: lambda x: x + 2], instruction=[lambda: lambda x: x + 1, lambda: lambda x: x - 1], name=[lambda: lambda x: x.amax(1), lambda: lambda x: x.amin(1)], default=[lambda: lambda x, k=1: x*k, lambda: lambda x, k=2: x*k],
+    closure=[lambda: closed(2), lambda: closed(3)], closed_tensor=[lambda: closed(torch.ones(2)), lambda: closed(torch.zeros(2))], inner_function=[lambda: nested(True), lambda: nested(False)],
+    sets=[lambda: {"a", "b"}, lambda: {"a", "c"}], texts=[lambda: np.array(["a", "b"]), lambda: np.array(["a", "c"])], objects=[lambda: np.array([Options(1)], object), lambda: np.array([Options(2)], object)],
+    hidden_module=[lambda: [nn.Dropout(.1)], lambda: [nn.Dropout(.2)]], hidden_weights=[lambda: [encoder(1)], lambda: [encoder(2)]], cycle=[lambda: cyclic(1), lambda: cyclic(2)], distribution=[lambda: torch.distributions.Normal(0., 1.), lambda: torch.distributions.Normal(0., 2.)])
+
+@pytest.mark.parametrize("what", PAIRS)
+def test_settings_that_are_no_plain_values_move_the_key(what):
+    one, other = PAIRS[what]
+    assert encoder_key(of(one())) == encoder_key(of(one())) != encoder_key(of(other()))
+
+def test_settings_that_hold_workings_have_keys():
+    "Locks, loggers, generators, open functions and a method of the encoder itself: no error, and the same key again"
+    import logging
+    import threading
+    for make in (threading.Lock, lambda: logging.getLogger("x"), torch.Generator, lambda: np.random.default_rng(0), lambda: math.sin, lambda: (i for i in ()), lambda: nn.ReLU, lambda: torch.sigmoid, lambda: re.compile("a")):
+        assert encoder_key(of(make())) == encoder_key(of(make())), make()
+    assert encoder_key(own_method(1)) == encoder_key(own_method(1)) != encoder_key(own_method(2))
+    assert encoder_key(of(re.compile("a"))) != encoder_key(of(re.compile("b")))
+
 def test_whatever_the_images_are_moves_the_key():
     x = pictures(4)
     one = x.copy(); one[3, 15, 15, 2] ^= 1
@@ -101,7 +165,7 @@ def test_a_damaged_file_is_told_and_made_anew(tmp_path, read, damage):
     assert read() == 11
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(extract_features(encoder(), pictures(), cache=tmp_path), h) and read() == 2
+        assert np.array_equal(extract_features(encoder(), pictures(), cache=tmp_path), h) and read() == 10
 
 def test_code_that_no_hash_sees_is_noticed(tmp_path, read):
     class Mean(nn.Module):
@@ -113,6 +177,41 @@ def test_code_that_no_hash_sees_is_noticed(tmp_path, read):
     hooked = Mean()
     hooked.register_forward_hook(lambda m, x, out: torch.cat([out, out], 1))        # another width
     with pytest.warns(UserWarning, match="made anew"): assert extract_features(hooked, pictures(), cache=tmp_path).shape == (11, 8)
+
+class Brightest(nn.Module):
+    "Only images brighter than `above` get other features"
+    def forward(self, x): return x.mean((2, 3))
+
+def test_code_that_changes_images_in_the_middle_or_little_is_noticed(tmp_path, read):
+    x = np.full((40, 4, 4, 3), 100, np.uint8) + np.random.default_rng(0).integers(0, 9, (40, 4, 4, 3)).astype(np.uint8)
+    x[1:-1] += 100
+    old = extract_features(Brightest(), x, cache=tmp_path)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Brightest, "forward", lambda self, x: x.mean((2, 3))*torch.where(x.mean((1, 2, 3)) > .6, 1.01, 1.)[:, None])    # 1 %, and neither of the ends
+        with pytest.warns(UserWarning, match="other features than those in"): new = extract_features(Brightest(), x, cache=tmp_path)
+    assert np.array_equal(new[[0, -1]], old[[0, -1]]) and not np.allclose(new, old)
+    flat = x[1:-1]                                                                   # features differ little between these images
+    old = extract_features(Brightest(), flat, cache=tmp_path)
+    shift = .01*float(old.std(0).min())
+    for factor, warns in ((.01, False), (1, True)):
+        with pytest.MonkeyPatch.context() as m, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            m.setattr(Brightest, "forward", lambda self, x: x.mean((2, 3)) + 5*factor*shift)
+            extract_features(Brightest(), flat, cache=tmp_path)
+        assert any("made anew" in str(w.message) for w in told) == warns
+
+@pytest.mark.parametrize("n, rows", [(1, 1), (2, 2), (5, 5), (10, 10), (60, 10)])
+def test_ten_images_are_read_again(tmp_path, read, n, rows):
+    h = extract_features(encoder(), pictures(n), cache=tmp_path)
+    assert read() == n and np.array_equal(extract_features(encoder(), pictures(n), cache=tmp_path), h) and read() == rows
+
+def test_half_precision_is_rounding_and_no_other_code(tmp_path):
+    "Batches of other sizes may round otherwise by the resolution of the type"
+    with torch.autocast("cpu", torch.bfloat16):
+        extract_features(encoder(), pictures(40), cache=tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            extract_features(encoder(), pictures(40), cache=tmp_path)
 
 def test_nothing_is_stored_of_a_run_that_fails(tmp_path):
     for bad, message in ((np.zeros((0, 4, 4, 3), np.uint8), "0 images"), (torch.full((3, 3, 8, 8), torch.nan), "not finite")):

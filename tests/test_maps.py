@@ -148,6 +148,28 @@ def test_map_shows_every_class_once_in_the_legend_with_its_own_look():
     with pytest.raises(ValueError, match="labels or values"): plot_map(coords, labels, values=labels)
 
 
+def shown(fig):
+    "Legend entry to the points that have its look"
+    ax, = [a for a in fig.axes if a.collections]
+    return {c.get_label(): sorted(c.get_offsets()[:, 0].astype(int).tolist()) for c in ax.collections}
+
+
+@pytest.mark.parametrize("labels, expected", [
+    (np.array([2, 10, 10, 2, None, 2], object), {"unlabelled": [4], "2": [0, 3, 5], "10": [1, 2]}), (np.array([2, 10, 10, 2, np.nan, -1], object), {"unlabelled": [4, 5], "2": [0, 3], "10": [1, 2]}),
+    (np.array(["2", "10", "10", "2", "", "2"]), {"unlabelled": [4], "2": [0, 3, 5], "10": [1, 2]}), (np.array([7, 3, 3, 7, -1, 7]), {"unlabelled": [4], "7": [0, 3, 5], "3": [1, 2]}),
+    (["b", None, "a", 10, 9, "a"], {"unlabelled": [1], "a": [2, 5], "b": [0], "10": [3], "9": [4]}), (np.array([True, False, True, True, False, True]), {"True": [0, 2, 3, 5], "False": [1, 4]})])
+def test_the_legend_names_the_points_that_it_names(labels, expected):
+    fig = plot_map({"a": np.c_[np.arange(6), np.zeros(6)]}, labels)
+    assert shown(fig) == expected and {t.get_text() for t in fig.legends[0].get_texts()} == expected.keys()
+
+
+def test_class_indices_beside_missing_ones_are_indices():
+    coords = {"a": np.c_[np.arange(4), np.zeros(4)]}
+    assert shown(plot_map(coords, np.array([10, 2, None, 2], object), [f"c{i}" for i in range(11)])) == {"unlabelled": [2], "c10": [0], "c2": [1, 3]}
+    with pytest.raises(ValueError, match="labels such as 'b' arrived together with classes"): plot_map(coords, np.array(["b", "a", "a", "b"]), ["b", "a"])
+    assert agreement(np.arange(4.)[:, None], np.array([0, 0, -1, None], object), k=1) == (1, 1)
+
+
 def test_map_by_patient_and_by_position(made):
     h, labels, groups, found = made
     fig = plot_map({"a": found}, [f"P{g}" for g in groups])

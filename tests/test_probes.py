@@ -45,6 +45,17 @@ def test_every_protocol_predicts_and_gives_its_module(protocol, kind, n_classes)
     np.testing.assert_allclose(out, logits, rtol=1e-3, atol=3e-3)                  # float32 weights on features of scale 1e-2 to 1e2
     assert np.array_equal(probe.logits(vx), logits)                                # the module is a copy
 
+@pytest.mark.parametrize("protocol", ["linear", "sgd", "farndale"])
+def test_features_without_an_answer_are_refused(protocol):
+    probe = linear_probe(*SPLIT, protocol=protocol, epochs=2)
+    x = SPLIT[2][:5].copy()
+    x[3, 2], x[4, 0] = np.nan, np.inf
+    for answer in (probe.logits, probe.predict, probe.predict_proba):
+        with pytest.raises(ValueError, match="2 of 5 rows of features are not finite: rows 3, 4"): answer(x)
+        for bad, shape in ((x[:3, :11], r"\(3, 11\)"), (x[0], r"\(12,\)"), (x[:3, :1], r"\(3, 1\)"), (x[None], r"\(1, 5, 12\)")):
+            with pytest.raises(ValueError, match=rf"features of shape {shape} arrived; expected \(N, 12\)"): answer(bad)
+    assert len(probe.predict(x[:0])) == 0
+
 def test_farndale_is_the_network_of_the_papers():
     probe = linear_probe(*SPLIT, protocol="farndale")
     for network in (probe.network, probe.module()):

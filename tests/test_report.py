@@ -109,6 +109,15 @@ def test_mistakes_are_named(build, message):
     with pytest.raises(ValueError, match=re.escape(message)): build(Report("t").section("s"))
 
 
+def test_long_cells_wrap_and_a_box_that_goes_on_says_so(tmp_path):
+    html = Report("t").section("s").table([{"arm": "a", "what": "x"*40}, {"arm": "b", "what": "y"*41}], "c").save(tmp_path).read_text(encoding="utf-8")
+    assert [attrs.get("class") for attrs in Page(html).all("td")] == [None, "long"]
+    style, script = "".join(Page(html).texts("style")), "".join(Page(html).texts("script"))
+    assert "Scroll sideways" in style and all(f".{name} " in style and f'toggle("{name}"' in script for name in ("more", "wide"))
+    printed = style[style.index("@media print"):]
+    assert "mask-image: none" in printed and ".wide + ::before { content: none; }" in printed
+
+
 def test_a_failed_save_keeps_the_old_page(tmp_path, monkeypatch):
     path = Report("old").section("s").save(tmp_path)
     before = path.read_bytes()
@@ -162,6 +171,11 @@ def test_accuracy_draws_the_intervals_in_the_order_given():
     assert [line.get_xdata().tolist() for line in ax.lines if line.get_linewidth() == 2] == [[.7 - .1, .7 + .05], [.4 - .1, .4 + .05]]
     assert ax.lines[-1].get_xdata()[0] == .2                                                 # guessing among five classes
     assert figures.plot_accuracy({"a": {"balanced_accuracy": {"mean": .5}}}, key="balanced_accuracy").axes[0].lines[1].get_xdata()[0] == .5
+
+
+def test_the_place_is_named_for_a_reader():
+    assert figures.plot_accuracy({"a": {"position_r2": {"mean": .5}}}, key="position_r2", chance=0).axes[0].get_xlabel().startswith("R² of the place (")
+    assert figures.plot_accuracy({"a": {"accuracy_stain_shift": {"mean": .5}}}, key="accuracy_stain_shift").axes[0].get_xlabel().startswith("accuracy stain shift (")
 
 
 def test_recall_without_a_class_is_a_dash():
@@ -220,3 +234,65 @@ def test_what_was_not_judged_is_said_with_its_reason():
     r = Report("t")
     tissue_report._quality(r, {"tiles": (None, [], "pair 0 has 24 pixels")})
     assert "not judged, because pair 0 has 24 pixels" in str(r.sections) and not r.pngs
+
+
+# The verdict of a study of tiles
+
+def ratio(base, low, high, augmentation="chosen", tiles="as they are", model="trident"):
+    return {"base": base, "model": model, "augmentation": augmentation, "tiles": tiles, "ratio": (low + high)/2, "ci": [low, high], "text": f"{(low + high)/2:.2f} [{low:.2f}, {high:.2f}]"}
+
+def study_of(*ratios, groups=8, seeds=3, tiles=400, **accuracy):
+    accuracy = {"mean_rgb": .3, "colour_histogram": .4, "random_encoder": .5, "siamese_unprivileged": .7, "trident": .8, **accuracy}
+    return {"arms": {n: {"accuracy": {"mean": m, "ci": [m - .02, m + .02]}} for n, m in accuracy.items() if m}, "seeds": list(range(seeds)),
+            "data": {"groups": {"test": groups}, "tiles": {"test": tiles}}, "error_reduction": list(ratios)}
+
+HELPS, HARMS, OPEN = (ratio("siamese_unprivileged", low, high) for low, high in ((1.24, 1.41), (.6, .9), (.9, 1.2)))
+BEATS = ratio("random_encoder", 1.5, 2.5)
+
+
+def test_yes_needs_groups_seeds_and_more_than_no_training():
+    said = tissue_report.verdict(study_of(HELPS, BEATS))
+    assert said.startswith("**Yes, on these tiles:** with each arm") and "hint" not in said and "calls it a finding" not in said
+    assert "Against `random_encoder`, the best arm without training, TriDeNT's error ratio is 2.00 [1.50, 2.50]. " in said + " "
+
+
+@pytest.mark.parametrize("changes, ratios, lacking", [
+    ({"groups": 7}, (BEATS,), "7 test groups"), ({"seeds": 2}, (BEATS,), "2 training seeds"), ({"groups": 4, "seeds": 1}, (BEATS,), "4 test groups, 1 training seed"), ({"groups": 1}, (BEATS,), "1 test group"),
+    ({}, (ratio("random_encoder", 1.001, 1.12),), "not shown to be better than `random_encoder`, which was not trained"),       # printed as [1.00, 1.12]
+    ({}, (), "not shown to be better than `random_encoder`, which was not trained"),
+    ({}, (ratio("random_encoder", 1.5, 2.5, tiles="stain-shifted"), ratio("random_encoder", 1.5, 2.5, "weak")), "not shown to be better than `random_encoder`, which was not trained"),
+    ({"colour_histogram": .6}, (BEATS, ratio("colour_histogram", .9, 1.2)), "not shown to be better than `colour_histogram`, which was not trained"),
+    ({"mean_rgb": .6}, (BEATS,), "not shown to be better than `mean_rgb`, which was not trained"),
+    ({"mean_rgb": 0, "colour_histogram": 0, "random_encoder": 0}, (), "no arm without training in the study")])
+def test_less_is_a_hint_that_names_what_is_lacking(changes, ratios, lacking):
+    said = tissue_report.verdict(study_of(HELPS, *ratios, **changes))
+    assert said.startswith(f"**A hint, not a finding** ({lacking}): the second image seems to help; with each arm") and "**Yes" not in said
+    assert said.endswith(" This report calls it a finding from 8 test groups and 3 training seeds on, if TriDeNT also makes fewer errors than the best arm without training.")
+
+
+def test_harm_needs_groups_and_seeds_but_no_baseline():
+    assert tissue_report.verdict(study_of(HARMS)).startswith("**No, on these tiles it does harm:** ")
+    said = tissue_report.verdict(study_of(HARMS, seeds=1))
+    assert said.startswith("**A hint, not a finding** (1 training seed): the second image seems to do harm; ") and said.endswith("8 test groups and 3 training seeds on.")
+
+
+@pytest.mark.parametrize("row", [OPEN, ratio("siamese_unprivileged", 1.004, 1.2), ratio("siamese_unprivileged", .8, .996)])
+def test_an_interval_that_holds_1_as_printed_is_open(row):
+    said = tissue_report.verdict(study_of(row, BEATS, groups=4, seeds=1))
+    assert said.startswith("**Not shown:** ") and "holds 1" in said and "the best arm without training" in said and "hint" not in said
+
+
+def test_the_ratio_to_no_training_is_told_in_every_case():
+    def told(*rows, **k): return tissue_report.verdict(study_of(OPEN, *rows, **k))
+    assert "2.00 [1.50, 2.50]." in told(BEATS)
+    assert "[0.90, 1.20]: it is not shown that training helped at all." in told(ratio("random_encoder", .9, 1.2))
+    assert "[0.50, 0.90]: training made it worse." in told(ratio("random_encoder", .5, .9))
+    assert "The best arm without training is `mean_rgb`, 60.0 % [58.0, 62.0]; the results hold no ratio" in told(BEATS, mean_rgb=.6)
+    assert "without training" not in told(mean_rgb=0, colour_histogram=0, random_encoder=0)
+    assert "Every test tile is a group of its own" in told(groups=400) and "group of its own" not in told(groups=399)
+
+
+def test_other_settings_and_tiles_are_told_and_a_study_without_the_pair_says_so():
+    said = tissue_report.verdict(study_of(HELPS, BEATS, ratio("siamese_unprivileged", .95, 1.05, "strong"), ratio("siamese_unprivileged", 1.1, 1.3, tiles="stain-shifted"), supervised=.9))
+    assert "With strong colour augmentation of both, the ratio is 1.00 [0.95, 1.05]." in said and "On test tiles in other stains it is 1.20 [1.10, 1.30]." in said and "that of `supervised`, 90.0 %" in said
+    assert tissue_report.verdict(study_of(BEATS)).startswith("The study has no pair")

@@ -43,7 +43,8 @@ def test_similarity_of_maps():
     a, b = np.random.default_rng(0).normal(size=(2, 3, 16, 16))
     mixed = a + .7*b
     assert map_similarity(a, mixed)[0] == pytest.approx(spearmanr(np.abs(a), np.abs(mixed), axis=None).statistic)
-    assert map_similarity(a, -2*a) == pytest.approx((1, 1)) and map_similarity(a, 0*a) == (0, 0) and map_similarity(a, 0*a + 3) == (0, 0)
+    assert map_similarity(a, -2*a) == pytest.approx((1, 1))
+    for flat in (0*a, 0*a + 3): assert np.isnan(map_similarity(a, flat)).all() and np.isnan(map_similarity(flat, a)).all()       # nothing to rank
     assert 0 < map_similarity(a, mixed)[1] < 1 and map_similarity(a[:, :4, :5], b[:, :4, :5])[1] < 1                 # smaller than the usual window
     assert map_similarity(a[:1].repeat(9, 0).reshape(1, 9, 16, 16), -a[:1].repeat(9, 0).reshape(1, 9, 16, 16)) == pytest.approx((1, 1))
     with pytest.raises(ValueError, match=r"\(3, 16, 16\) and \(3, 8, 16\)"): map_similarity(a, b[:, :8])
@@ -82,7 +83,7 @@ def test_the_verdict(images):
         for p in blind.parameters(): p.fill_(.1)                   # entries that are all alike cannot change places
     failing = sanity_check(blind, images, 1, methods=["gradient", "guided_backprop"])
     assert np.allclose(failing.table.spearman, 1) or (failing.table.zero == 1).all()
-    assert not failing.passes().any() and (failing.left() > .99).all()
+    assert failing.passes().eq(False).all() and (failing.left() > .99).all()
     assert "**gradient does not pass**" in failing.verdict() and "100% of the likeness is left" in failing.verdict()
     table = passing.table.copy()
     for rho, ok in ((.36 - 1e-6, True), (.36 + 1e-6, False)):        # (.36 - .2)/(1 - .2) = .2, the limit
@@ -95,7 +96,7 @@ def test_empty_maps_are_counted(images):
     dead = small()
     with torch.no_grad(): dead[7].weight.zero_()
     check = sanity_check(dead, images, 0, methods=["gradcam"], stages=2)
-    assert (check.table.zero == 1).all() and check.table.spearman.isna().all() and not check.passes().any() and "**gradcam cannot be judged**" in check.verdict()
+    assert (check.table.zero == 1).all() and check.table.spearman.isna().all() and check.passes()["gradcam"] is None and "**gradcam cannot be judged**" in check.verdict()
     plot_sanity(check).draw_without_rendering()
 
 
@@ -109,9 +110,33 @@ def test_images_whose_first_map_is_zero_are_left_out(images, monkeypatch):
         return maps
     monkeypatch.setattr(room, "saliency_maps", some)
     table = sanity_check(small(), images, methods=["gradient"], stages=2).table
-    assert table.n.tolist() == [4]*3 and table.zero.round(3).tolist() == [.333]*3 and table.spearman[0] == pytest.approx(1) and table.spearman[1] <= .5
+    assert table.n.tolist() == [4, 2, 2] and table.zero.round(3).tolist() == [.333]*3 and table.spearman[0] == pytest.approx(1) and table.spearman[1] <= .5
+    by_hand = table.spearman[2]
+    monkeypatch.setattr(room, "saliency_maps", true)
+    net, (a, b) = small(), (2, 4)                                   # the images whose maps are zero neither at first nor later
+    with torch.no_grad(): classes = net(images).argmax(1)
+    hand = deepcopy(net)
+    for k in (7, 3, 1, 0): shuffle_weights(hand[k], room.seed_for(0, str(k)))
+    pairs = [map_similarity(m, n)[0] for m, n in zip(saliency_maps(net, images, classes)["gradient"][a:b].numpy(), saliency_maps(hand, images, classes)["gradient"][a:b].numpy())]
+    assert by_hand == pytest.approx(np.mean(pairs))
+    monkeypatch.setattr(room, "saliency_maps", some)
     calls.clear()
     assert "33% of its last maps are zero" in sanity_check(small(), images, methods=["gradient"], stages=2).verdict()
+
+
+def test_maps_that_vanish_are_no_proof(images, monkeypatch):
+    import synthpi.sanity as room
+    true, calls = room.saliency_maps, []
+    def vanish(*args):
+        maps = true(*args)
+        calls.append(1)
+        for m in maps.values(): m[1 if len(calls) > 2 else 6:] = 0          # at the last stage one map is left
+        return maps
+    monkeypatch.setattr(room, "saliency_maps", vanish)
+    check = sanity_check(small(), images, methods=["gradient"], stages=2)
+    assert check.table.n.tolist() == [6, 6, 1] and np.isnan(check.left()["gradient"]) and check.passes().to_dict() == {"gradient": None}
+    assert "**gradient cannot be judged**: with all 4 layers random only 1 of 6 maps" in check.verdict() and "pass" not in check.verdict()
+    plot_sanity(check).draw_without_rendering()
 
 
 def test_volumes_and_embeddings():

@@ -166,10 +166,18 @@ def test_compare_over_folds_is_the_corrected_t_test():
     assert table["p (Holm)"][["a", "c"]].tolist() == [f"{v:.3f}" for v in p] and table["p (Holm)"]["lost"] == ""           # nothing to test it on, and the cell says nothing
     assert table["AUC"].tolist() == ["0.800 [0.700, 0.900]"]*3 + ["0.500"] and table["test"]["a"] == "corrected t, 10 folds"
 
+def test_fold_sizes_may_stand_with_one_arm():
+    size, a, b = dict(n_train=90, n_test=10), dict(per_fold=[.7, .8, .9]), dict(per_fold=[.6, .8, .7])
+    both = compare(dict(a=a | size, b=b | size), base="a")
+    for one in (dict(a=a | size, b=b), dict(a=a, b=b | size), dict(a=a | size, b=b | dict(n_train=90*(1 + 1e-12)))): assert compare(one, base="a").equals(both)
+
 @pytest.mark.parametrize("arms, options, message", [
     (dict(a={}), dict(base="b"), "base is 'b'; expected one of the arms: a"), (dict(a={}, b=dict(correct=[1, 0])), dict(base="a"), "no arm shares"),
     (dict(a=dict(correct=[1, 0]), b=dict(correct=[1, 0, 1])), dict(base="a"), "expected the same images"), (dict(a=dict(correct=np.ones((2, 4))), b=dict(correct=np.ones((3, 4)))), dict(base="a"), "as many seeds or one"),
-    (dict(a=dict(correct=[1, 0]), b=dict(correct=[1, 0])), dict(base="a", groups=[1]), "1 groups arrived for 2 images")])
+    (dict(a=dict(correct=[1, 0]), b=dict(correct=[1, 0])), dict(base="a", groups=[1]), "1 groups arrived for 2 images"),
+    (dict(a=dict(per_fold=[.1, .2, .4]), b=dict(per_fold=[.2, .2, .5])), dict(base="a"), "'b' and 'a' hold per_fold but no n_train"), (dict(a=dict(per_fold=[.1, .2, .4], n_train=9), b=dict(per_fold=[.2, .2, .5])), dict(base="a"), "hold per_fold but no n_test"),
+    (dict(a=dict(per_fold=[.1, .2, .4], n_train=9, n_test=3), b=dict(per_fold=[.2, .2, .5], n_train=9, n_test=4)), dict(base="a"), "n_test is 4 in 'b' but 3 in 'a'"),
+    (dict(a=dict(per_fold=[.1, .2, .4], n_train=9, n_test=3), b=dict(per_fold=[.2, .2, .5], n_train=90, n_test=3)), dict(base="a"), "n_train is 90 in 'b' but 9 in 'a'")])
 def test_tables_that_cannot_be_made(arms, options, message):
     with pytest.raises(ValueError, match=message): compare(arms, **options)
 

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -94,6 +95,11 @@ def test_every_run_leaves_an_encoder_that_loads(study):
 def test_report_is_one_file(study):
     page = (study/"report.html").read_text()
     assert "http://" not in page and "https://" not in page and "tiles are simulated" not in page
+    assert "**" not in page and ("A hint, not a finding" in page or "Not shown:" in page) and "the best arm without training" in page          # 2 steps, 2 seeds: no study of this size says yes
+    heads = re.findall(r'<button type="button">(.*?)</button>', page)
+    assert heads.count("what") == 2 and heads[heads.index("what") + 1] in ("arm", "base")                          # the sentences stand last, behind the numbers
+    alts = re.findall(r'<img [^>]*alt="([^"]*)"', page)
+    assert len(alts) > 8 and all(a.endswith(".") and len(a.split()) > 7 for a in alts), alts
     assert {"pairs", "accuracy", "losses", "recall", "confusion", "saliency", "map", "augmentation"} <= {p.stem for p in (study/"figures").glob("*.png")}
 
 def test_a_second_call_finds_everything(study, source):

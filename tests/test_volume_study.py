@@ -1,6 +1,7 @@
 "The study of volumes through the command line: results as promised, bad input told and nothing lost, a stopped study that goes on."
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,10 @@ def test_distances_of_the_stored_embedding_are_those_of_the_study(study):
 def test_report_is_one_file(study):
     page = (study/"report.html").read_text()
     assert "http://" not in page and "https://" not in page and "volumes are simulated" not in page and "position_atlas" in page and "corrected t-test" in page
+    heads = re.findall(r'<button type="button">(.*?)</button>', page)
+    assert heads[0] == "arm" and heads[1] == "R²" and heads[heads.index("what") - 1] == "seconds"            # the sentences stand last, behind the numbers
+    alts = re.findall(r'<img [^>]*alt="([^"]*)"', page)
+    assert len(alts) == 9 and all(a.endswith(".") and len(a.split()) > 7 for a in alts), alts
     assert {"crops", "position", "places", "distance_errors", "map", "maps", "auc", "regions", "losses"} == {p.stem for p in (study/"figures").glob("*.png")}
 
 def test_splits_and_crops_are_portable(study):
