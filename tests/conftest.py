@@ -1,6 +1,8 @@
 import os
 import signal
 
+import pytest
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)      # started in the background, tests and their children would not hear Ctrl-C
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")     # no look for a newer release
@@ -10,7 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")               # nothing in the test
 # Longest first, so that both processes are busy to the end: pytest-xdist hands out whole files (their fixtures are shared) in the order of this list
 LONG = "notebooks docs study volume_study translation packaging generator_run trainer pairs presets pretrain quality explain_run explore distributed".split()
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config): config.addinivalue_line("markers", "slow: takes about a minute; runs with --slow, as in the workflow")
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"): item.add_marker(pytest.mark.skip(reason="takes about a minute: pytest --slow"))
     rank = {f"test_{name}.py": k for k, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
 

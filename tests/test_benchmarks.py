@@ -23,6 +23,7 @@ def test_the_loader_is_compared_with_the_same_pixels():
 def test_startup_is_measured():
     assert load("startup").run(quick=True)["seconds"]["synthpi"]["all"] > 0
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_works_where_there_is_none():
     r = load("gpu").run(quick=True, device="cpu")
     assert len(r["results"]) == 2 and all(x["images_per_second"] > 0 for rows in r["results"].values() for x in rows.values())

@@ -94,9 +94,9 @@ from synthpi.cli import main
 sys.exit(main())
 """
 
-def test_the_wheel_alone_runs_the_demo(dist, requires, pytestconfig):
+@pytest.mark.slow
+def test_the_wheel_alone_runs_the_demo(dist, requires):
     "A few tiles and steps: `.ci/run` runs the demo at its full length"
-    if not pytestconfig.getoption("--slow"): pytest.skip("takes a minute: pytest --slow, as the workflow does")
     asked = asked_for(requires)
     assert not [name for name, d in asked.items() if d is None], "asked for, and not installed here"
     assert not {"pytest", "nbdev", "build"} & set(asked)
