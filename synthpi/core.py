@@ -223,6 +223,7 @@ def claim_folder(
     overwrite:bool=False, # Remove the study that is there, if it is another one
     inputs:Sequence[str|Path]=(), # Folders that must not contain the output folder
     writes:Sequence[str]=_WRITES, # Names that such a study writes, and that are removed to replace it
+    dry:bool=False, # Only refuse or agree: nothing is written or removed
 )->bool: # Whether the folder held this very study already
     "Take a folder for a study, or say why not (`ValueError`)."
     out, identity = Path(out), json.loads(json.dumps(identity))
@@ -241,6 +242,7 @@ def claim_folder(
         differs = sorted(k for k in {*old, *identity} if old.get(k) != identity.get(k))
         raise ValueError(f"the folder {out} holds another study; these differ: " + "; ".join(f"{k} was {old.get(k)!r}, is {identity.get(k)!r}" for k in differs[:6]) +
                          ". Choose another folder, or give overwrite (--overwrite) to replace that study.")
+    if dry: return False
     for name in writes:
         target = out/name
         if target.is_dir(): shutil.rmtree(target)

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import synthpi
-from .core import Progress, claim_folder, environment, seed_for, to_rgb, write_json
+from .core import Progress, choose_device, claim_folder, environment, seed_for, to_rgb, write_json
 from .crop_lists import make_crop_list
 from .data import check_images, image_folder
 from .evaluate import extract_features
@@ -37,6 +37,7 @@ from .explain import Dimension, Similarity, coverage, guided_gradcam, saliency_d
 from .generators import fingerprint
 from .maps import align_maps, embedding_map, plot_map, save_map
 from .models import load_encoder
+from .position_maps import AXES
 from .report import Report
 from .sanity import plot_sanity, sanity_check
 from .views import Images, square
@@ -191,8 +192,7 @@ def _refuse(out, identity, overwrite, images):
         except ValueError: pass
         if not isinstance(old, dict) or old.get("kind") != identity["kind"]:
             raise ValueError(f"the folder {out} holds a study of another kind (its study.json is not of a report of `synthpi explain`), which is not replaced, even with overwrite (--overwrite): choose another folder.")
-    inputs, taken = [images] if images.is_dir() else [], out.exists() and (not out.is_dir() or any(not p.name.startswith(".") and p.name not in ("cache", "data") for p in out.iterdir()))
-    if inputs and images.resolve() in (out.resolve(), *out.resolve().parents) or taken and not (old and overwrite): claim_folder(out, identity, False, inputs, ())
+    claim_folder(out, identity, overwrite, [images] if images.is_dir() else [], dry=True)
 
 def _try(runs, sample, tables):
     "The names of the encoders that can be guided, each tried on one image"
@@ -278,7 +278,7 @@ def _map_section(report, runs, sample, features, seed):
     report.section("How they arrange the images", "UMAP of the features, each turned onto the first. The scores count neighbours: *same class* among images of other patients (groups) where these are known, because images of a patient are alike for other reasons.")
     if sample.labels is not None: report.figure(plot_map(maps, sample.labels, sample.classes), "map", "Coloured by class.", "Scatter plots of the images by class, one for each encoder")
     if sample.center_mm is not None:
-        axes = dict(zip(("left-right", "posterior-anterior", "inferior-superior"), sample.center_mm.T))
+        axes = dict(zip(AXES, sample.center_mm.T))
         report.figure(plot_map(maps, values=axes, unit="mm", size=2.4), "map_position", f"Coloured by the place of the crop in the body, in the frame {sample.about['frame']}.", "Scatter plots of the crops by position")
     if groups is not None: report.figure(plot_map(maps, groups), "map_groups", "Coloured by patient (group): groups that lie apart are what a probe may learn in place of the class.", "Scatter plots by patient")
     elif sample.labels is None and sample.center_mm is None: report.figure(plot_map(maps, np.zeros(len(sample.x), int), ["images"]), "map", "The images have neither classes nor groups.", "Scatter plots of the images")
@@ -311,13 +311,13 @@ def explain_run(
     progress:bool=True, # Show the bar
 )->dict: # What results.json holds
     "Coverage, saliency maps, sanity check and map of encoders; writes report.html, results.json, maps.npz and figures. `ValueError` or `FileNotFoundError` before anything is computed when it cannot be done as told; an old report is replaced when the new one is whole."
-    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available(): raise ValueError(f"device {device!r} arrived; expected auto or cpu, or cuda where there is a CUDA device.")
+    device = choose_device(device)
     if not re.fullmatch(r"auto|class|similarity|(component|dimension):\d+", target): raise ValueError(f"target {target!r} arrived; expected auto, class, similarity, component:K or dimension:K with a whole number K.")
     if n < 8 or shown < 1 or checked < 0 or checked == 1 or batch_size < 1 or size is not None and size < 1:
         raise ValueError(f"n={n}, shown={shown}, checked={checked}, batch_size={batch_size}, size={size} arrived; expected n of 8 or more, one or more shown, checked 0, or 2 or more, and a batch_size and size of 1 or more.")
     out, images = Path(out), Path(images)
     if not images.exists(): raise FileNotFoundError(f"no such file or folder: {images}. Check the path.")
-    runs = open_runs(encoders, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    runs = open_runs(encoders, device)
     volumes = runs[0].encoder.spec["spatial_dims"] == 3
     if reference is not None and (volumes or target not in ("auto", "similarity")): raise ValueError(f"reference={str(reference)!r} arrived {'for an encoder of volumes' if volumes else f'with target {target}'}; expected it with the target similarity, of images.")
     if reference is not None and not Path(reference).is_file(): raise FileNotFoundError(f"no reference image at {reference}. Check the path.")

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from .maps import embedding_map
 from .figures import _STYLE, _span, plot_accuracy, plot_losses
-from .position_maps import distance_errors, plot_distance_errors, plot_folds, plot_positions, plot_region_auc
+from .position_maps import AXES, distance_errors, plot_distance_errors, plot_folds, plot_positions, plot_region_auc
 from .report import Report
 from .volume_arms import VOLUME_ARMS
 
@@ -94,7 +94,7 @@ def plot_crops(
 def plot_places(
     true:np.ndarray, # Places of the crops, (N, 3), mm
     predicted:dict[str, np.ndarray], # Arm to predicted places, (N, 3)
-    names=("left-right", "posterior-anterior", "inferior-superior"), # Of the axes
+    names=AXES, # Of the axes
     most:int=1500, # Crops drawn, the first of a random order
     size:float=2., # Width of a panel, inches
 )->Figure: # The figure, not shown
@@ -166,7 +166,7 @@ def _places(report, results, store, crops, load):
     d, arms, pairs = results["data"], {n: a for n, a in results["arms"].items() if "position_r2" in a}, results["settings"]["pairs"]
     if not arms: return
     report.section("Where is this crop?", "A ridge regression from frozen features to the middle of the crop, fitted on training subjects (its penalty chosen among them), scored on test subjects. R² is 1 for a perfect guess and 0 for always guessing the average place.")
-    report.table(pd.DataFrame([{"arm": n, "R²": _ci(a["position_r2"], 3), "mean error, mm": _ci(a["position_mae_mm"], 1), **{f"{x}, mm": v for x, v in zip(("left-right", "posterior-anterior", "inferior-superior"), a["position_mae_axes_mm"])},
+    report.table(pd.DataFrame([{"arm": n, "R²": _ci(a["position_r2"], 3), "mean error, mm": _ci(a["position_mae_mm"], 1), **{f"{x}, mm": v for x, v in zip(AXES, a["position_mae_axes_mm"])},
                                 "rank correlation of distances": a["distance_spearman"]["mean"], "RankMe": a["rankme"], "steps": a["steps"], "seconds": round(a["seconds"]), "what": VOLUME_ARMS[n].what} for n, a in arms.items()]).set_index("arm"),
                  "How well the place can be read, with 95 % intervals over test subjects. *Mean error*: mean over the axes of the mean absolute error; then each axis. *Rank correlation*: of distances between embeddings with distances between places, "
                  f"over pairs of test crops ({pairs}; two million of them at most); of the arm's own embedding where its loss asks for distances, else of its features. Seconds are of one training.", digits=2)
