@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")              # two test processes 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")               # nothing in the tests may need the hub
 
 # Longest first, so that both processes are busy to the end: pytest-xdist hands out whole files (their fixtures are shared) in the order of this list
-LONG = "notebooks docs study volume_study translation packaging generator_run trainer pairs presets pretrain quality explain_run explore distributed".split()
+LONG = "test_notebooks test_docs studies/ pairs/test_training test_packaging train/ pairs/ explain/ losses/ data/ evaluate/".split()
 
 def pytest_configure(config): config.addinivalue_line("markers", "slow: takes about a minute; runs with --slow, as in the workflow")
 
@@ -18,8 +18,10 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"): item.add_marker(pytest.mark.skip(reason="takes about a minute: pytest --slow"))
-    rank = {f"test_{name}.py": k for k, name in enumerate(LONG)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
+    def place(item):
+        path = item.path.relative_to(config.rootpath/"tests").as_posix()
+        return next((k for k, start in enumerate(LONG) if path.startswith(start)), len(LONG))
+    items.sort(key=place)
 
 def pytest_addoption(parser):
     parser.addoption("--browser", action="store_true", help="also drive the explorers in JupyterLab with Chromium")

@@ -1,6 +1,6 @@
 """The encoder that ships with synthpi for the features of KID, made again: `python tests/phantom_encoder.py --out synthpi/phantom_encoder.safetensors`
 
-A narrow ResNet-10 is told what the simulation of `synthpi.phantoms` knows about a tile: its tissue, how it is rendered (H&E, mask, gray stain, brown stain), whether it is inverted, how much
+A narrow ResNet-10 is told what the simulation of `synthpi.data.phantoms` knows about a tile: its tissue, how it is rendered (H&E, mask, gray stain, brown stain), whether it is inverted, how much
 of it is nucleus, how far out of focus and how noisy it is. No image of a real patient takes part. The same seed on the same machine and PyTorch gives the same file.
 """
 import argparse
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import synthpi
-from synthpi.core import seed_for, set_seed
-from synthpi.kid import pooled_stages
-from synthpi.models import make_encoder, save_encoder
-from synthpi.phantoms import CLASSES, OTHER_LAB, Lab, tissue_phantoms
+from synthpi.core.seeds import seed_for, set_seed
+from synthpi.pairs.kid import pooled_stages
+from synthpi.models.encoders import make_encoder
+from synthpi.models.files import save_encoder
+from synthpi.data.phantoms import CLASSES, Lab, OTHER_LAB, tissue_phantoms
 
 RENDERINGS = ("H&E", "mask", "gray stain", "brown stain")
 SIDE = 64       # of the crops, pixels
@@ -91,7 +92,7 @@ def train(steps, size, n_per_class, seed, lr=2e-3):
 
 def main(out, steps, batch_size, n_per_class, seed):
     encoder, mean, std, learnt = train(steps, batch_size, n_per_class, seed)
-    save_encoder(encoder.half(), out, purpose="features of KID", data="synthpi.phantoms.tissue_phantoms", synthpi=synthpi.__version__, steps=steps, batch_size=batch_size, n_per_class=n_per_class,
+    save_encoder(encoder.half(), out, purpose="features of KID", data="synthpi.data.phantoms.tissue_phantoms", synthpi=synthpi.__version__, steps=steps, batch_size=batch_size, n_per_class=n_per_class,
                  seed=seed, mean=[float(f"{v:.4g}") for v in mean], std=[float(f"{v:.4g}") for v in std], held_out=learnt)
     print(f"{out}: {Path(out).stat().st_size/1e6:.2f} MB; on other simulated patients {learnt}")
 

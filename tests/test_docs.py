@@ -44,12 +44,12 @@ def test_every_page_is_rendered_and_in_the_sidebar(pages):
 
 def test_the_parts_of_the_site_can_be_reached_from_everywhere():
     entries = {e["text"]: e["href"] for e in SITE["website"]["navbar"]["left"]}
-    assert list(entries) == ["Home", "Get started", "Tutorials", "Studies", "API", "About the methods", "Benchmarks", "Changelog"]
+    assert list(entries) == ["Home", "Get started", "Tutorials", "Evidence", "API", "About the methods", "Benchmarks", "Changelog"]
     for sidebar in SITE["website"]["sidebar"]:
         inside = [*_hrefs(sidebar)]
         assert inside[0] in entries.values(), f"{sidebar['id']}: the first page is what the navbar opens"
-    folders = {s["id"]: {h.split("/")[1] for h in _hrefs(s)} for s in SITE["website"]["sidebar"] if s["id"] in ("tutorials", "studies")}
-    assert folders == {"tutorials": {"tutorials"}, "studies": {"studies"}}
+    folders = {s["id"]: {h.split("/")[1] for h in _hrefs(s)} for s in SITE["website"]["sidebar"] if s["id"] in ("tutorials", "evidence")}
+    assert folders == {"tutorials": {"tutorials"}, "evidence": {"evidence"}}
     html = SITE["format"]["html"]
     assert SITE["website"]["navbar"]["search"] and html["code-copy"] and {*html["theme"]} == {"light", "dark"} and SITE["website"]["repo-actions"] == ["issue"] and SITE["website"]["page-footer"]
 
@@ -62,7 +62,8 @@ def test_every_page_becomes_html(pages):
         assert "<h1" in html or "output-file" in html, p
 
 def test_every_page_about_synthetic_images_says_what_they_are():
-    about = ["index", "get_started", "methods", "08_cards", "tutorials/does_it_help", "tutorials/siamese_or_trident", "tutorials/make_and_judge", "tutorials/your_own_data", "studies/tiles", "03_*", "04_*", "05_*", "14_generator_run", "14_synthesise", "14_pretrain", "14_arms", "14_study", "14_tissue_report", "15_cli"]
+    about = ["index", "get_started", "methods", "models/cards", "tutorials/does_it_help", "tutorials/siamese_or_trident", "tutorials/make_and_judge", "tutorials/your_own_data", "evidence/tiles",
+             "pairs/*", "studies/generator", "studies/synthesise", "studies/pretraining", "studies/tissue/arms", "studies/tissue/study", "studies/tissue/report", "cli/tissue"]
     silent = [p.name for g in about for p in (ROOT/"nbs").glob(f"{g}.ipynb") if "Synthetic images are training aids, not findings" not in p.read_text(encoding="utf-8")]
     assert not silent
 
@@ -180,18 +181,18 @@ def _public(module):
     return {s.name for s in tree.body if isinstance(s, (ast.FunctionDef, ast.ClassDef))} & set(names)
 
 def test_every_public_name_is_documented(pages):
-    shown = "".join(p.read_text(encoding="utf-8") for p in pages.glob("nbs/*.ipynb"))
-    public = {(m.stem, name) for m in (ROOT/"synthpi").glob("*.py") if m.name[0] != "_" for name in _public(m)}
+    shown = "".join(p.read_text(encoding="utf-8") for p in pages.glob("nbs/**/*.ipynb"))
+    public = {(m.stem, name) for m in (ROOT/"synthpi").rglob("*.py") if m.name[0] != "_" for name in _public(m)}
     assert public and not {(m, name) for m, name in public if f"show_doc({name})" not in shown}
 
 def test_every_signature_is_shown(pages):
     "A default whose truth is not defined, an array for example, makes show_doc leave nothing and no error"
-    cells = [(p.stem, c) for p in pages.glob("nbs/*.ipynb") for c in nbformat.read(p, 4).cells if c.cell_type == "code" and "show_doc(" in c.source]
+    cells = [(p.stem, c) for p in pages.glob("nbs/**/*.ipynb") for c in nbformat.read(p, 4).cells if c.cell_type == "code" and "show_doc(" in c.source]
     assert len(cells) > 200 and not [(page, c.source) for page, c in cells if not any("```python" in "".join(o.get("data", {}).get("text/markdown", "")) for o in c.outputs)]
 
 # ---- an API page teaches
 
-API = [p for p in sorted((ROOT/"nbs").glob("*.ipynb")) if "default_exp" in p.read_text(encoding="utf-8")]
+API = [p for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if p.stem != "index" and "default_exp" in p.read_text(encoding="utf-8")]
 LESSON = re.compile(r"\bassert |\btest_(eq|close|ne|fail|warns|stdout)\(|\bexpect_fail\(")
 
 def _cells(path): return [(c["cell_type"], "".join(c["source"]), c.get("outputs", [])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if "".join(c["source"]).strip()]
@@ -210,10 +211,10 @@ def _untold(cells):
         elif not source.startswith("#|") and not re.fullmatch(r"((from|import) .*\n?|\n| .*\n?)*", source): told, row = False, 0
     return found
 
-@pytest.mark.parametrize("path", API, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", API, ids=lambda p: p.relative_to(ROOT/"nbs").as_posix())
 def test_an_api_page_teaches(path):
     cells = _cells(path)
-    module = (ROOT/"synthpi"/re.search(r"default_exp (\w+)", cells[0][1])[1]).with_suffix(".py")
+    module = ROOT/"synthpi"/path.relative_to(ROOT/"nbs").with_suffix(".py")
     assert re.match(r"# \S.*\n+> \S", cells[1][1]), "a title, and in one line what the module is"
     assert len(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "") > 150, "a summary, which is also the module's docstring"
     assert not _untold(cells), "why comes before what: prose leads up to every exported cell"
@@ -283,7 +284,7 @@ def test_the_workflow_builds_on_pull_requests_and_publishes_from_main():
 @pytest.mark.skipif(not shutil.which("quarto"), reason="quarto is not installed")
 def test_site_builds(pages):
     run(["quarto", "render"], cwd=pages, check=True)
-    assert (pages/"_docs/nbs/core.html").exists()
+    assert (pages/"_docs/nbs/core/index.html").exists()
 
 DEFECTS = 35       # found in the published code, as the page numbers them
 
@@ -297,11 +298,11 @@ def test_the_differences_name_every_defect_and_a_test_for_each():
 def test_the_tests_that_the_differences_name_are_there():
     text = "".join(c.source for c in nbformat.read(ROOT/"nbs/differences.ipynb", 4).cells)
     named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", text)
-    assert named and not [n for n in named if not re.search(rf"^def {n[1]}\(", (ROOT/f"tests/{n[0]}.py").read_text(encoding="utf-8"), re.M)]
+    assert named and not [n for n in named if not re.search(rf"^def {n[1]}\(", next((ROOT/"tests").rglob(f"{n[0]}.py")).read_text(encoding="utf-8"), re.M)]
 
 def test_pictures_of_the_pages_to_read_are_described_in_words():
     silent = []
-    for p in [ROOT/f"nbs/{name}.ipynb" for name in ("index", "get_started", "methods", "differences", "benchmarks")] + sorted((ROOT/"nbs/tutorials").glob("*.ipynb")) + sorted((ROOT/"nbs/studies").glob("*.ipynb")):
+    for p in [ROOT/f"nbs/{name}.ipynb" for name in ("index", "get_started", "methods", "differences", "benchmarks")] + sorted((ROOT/"nbs/tutorials").glob("*.ipynb")) + sorted((ROOT/"nbs/evidence").glob("*.ipynb")):
         for c in nbformat.read(p, 4).cells:
             if not any("image/png" in o.get("data", {}) for o in c.get("outputs", [])): continue
             said = yaml.safe_load("\n".join(line[2:] for line in c.source.splitlines() if line.startswith("#|"))) or {}

@@ -6,17 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
-from synthpi.batch_views import BatchViews
-from synthpi.data import image_folder
-from synthpi.generators import ModuleGenerator, make_unet
-from synthpi.losses import BarlowTwins, SimCLR, VICReg
-from synthpi.memory import memory_estimate
-from synthpi.models import make_branches, siamese
-from synthpi.pairs import add_privileged
-from synthpi.recipes import farndale, histology, strong, weak
-from synthpi.steps import large_batch_step, paired_step
-from synthpi.trainer import Trainer, make_accelerator
-from synthpi.views import batches
+from synthpi.data.device_views import BatchViews
+from synthpi.data.folders import image_folder
+from synthpi.pairs.generators import ModuleGenerator, make_unet
+from synthpi.losses.paired import BarlowTwins, SimCLR, VICReg
+from synthpi.train.memory import memory_estimate
+from synthpi.models.branches import make_branches, siamese
+from synthpi.pairs.privileged import add_privileged
+from synthpi.data.recipes import farndale, histology, strong, weak
+from synthpi.train.steps import large_batch_step, paired_step
+from synthpi.train.trainer import Trainer
+from synthpi.train.processes import make_accelerator
+from synthpi.data.views import batches
 
 @pytest.fixture(autouse=True)
 def cuda(request):

@@ -12,7 +12,7 @@ from nbdev.test import test_nb as run_nb
 ROOT = Path(__file__).parents[1]
 NBS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not any(o[0] in "._" for o in p.relative_to(ROOT).parts))
 
-@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.relative_to(ROOT/"nbs").with_suffix("").as_posix())
 def test_notebook(nb, request):
     cfg = get_config(ROOT)
     force = [f for f in ("slow", "gpu") if request.config.getoption(f"--{f}")]
@@ -28,7 +28,7 @@ def test_export_is_current(tmp_path):
     fresh, disk = mods(tmp_path/"synthpi"), mods(ROOT/"synthpi")
     assert not sorted(m for m in fresh.keys() | disk.keys() if fresh.get(m) != disk.get(m)), "run nbdev-export and commit synthpi/"
 
-@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.relative_to(ROOT/"nbs").with_suffix("").as_posix())
 def test_stored_outputs_hold_no_standard_error(nb):
     "Warnings and progress bars name paths of the machine that they were printed on"
     streams = [o["name"] for c in json.loads(nb.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", []) if o["output_type"] == "stream"]

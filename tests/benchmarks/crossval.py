@@ -22,9 +22,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from synthpi.core import environment
-from synthpi.crossval import group_folds
-from synthpi.logistic import fit_logistic
+from synthpi.core.runs import environment
+from synthpi.core.groups import group_folds
+from synthpi.evaluate.logistic import fit_logistic
 
 CS = 10.**np.arange(-4, 5)
 LOOPS = {"plain loop, tolerance 1e-6": dict(tol=1e-6), "each C from the last, tolerance 1e-6": dict(tol=1e-6, warm_start=True),

@@ -23,13 +23,15 @@ from accelerate.utils import send_to_device
 from datasets import Dataset, Features, Image as ImageFeature
 from PIL import Image
 
-from synthpi.batch_views import BatchViews
-from synthpi.core import environment
-from synthpi.losses import BarlowTwins, VICReg
-from synthpi.models import make_branches, make_encoder
-from synthpi.recipes import histology, weak
-from synthpi.trainer import Trainer, make_accelerator
-from synthpi.views import Views, batches
+from synthpi.data.device_views import BatchViews
+from synthpi.core.runs import environment
+from synthpi.losses.paired import BarlowTwins, VICReg
+from synthpi.models.branches import make_branches
+from synthpi.models.encoders import make_encoder
+from synthpi.data.recipes import histology, weak
+from synthpi.train.trainer import Trainer
+from synthpi.train.processes import make_accelerator
+from synthpi.data.views import Views, batches
 
 def vit_small(size, layers):
     "ViT-S/16: width 384, 12 layers, 6 heads"

@@ -24,11 +24,12 @@ from datasets.utils.logging import disable_progress_bar
 from PIL import Image
 from torch.utils.data import default_collate
 
-from synthpi.core import environment, write_json
-from synthpi.data import pair_folders
-from synthpi.phantoms import tissue_phantoms
-from synthpi.recipes import farndale, histology, strong, weak
-from synthpi.views import Views
+from synthpi.core.runs import environment
+from synthpi.core.files import write_json
+from synthpi.data.folders import pair_folders
+from synthpi.data.phantoms import tissue_phantoms
+from synthpi.data.recipes import farndale, histology, strong, weak
+from synthpi.data.views import Views
 
 RECIPES = {"weak": weak, "strong": strong, "histology": histology, "farndale": farndale}
 GOAL, BATCH = .95, 9

@@ -16,8 +16,8 @@ from statistics import median
 
 import torch
 
-from synthpi.core import environment
-from synthpi.losses import BarlowTwins, VICReg
+from synthpi.core.runs import environment
+from synthpi.losses.paired import BarlowTwins, VICReg
 
 def textbook_vicreg(z1, z2):
     "The official two-branch VICReg with its weights, by way of the D x D covariances."

@@ -20,10 +20,10 @@ from datasets import Dataset, Features, Image as ImageFeature, Value
 from PIL import Image
 from torch import nn
 
-from synthpi.core import environment
-from synthpi.foreign import ResNet, UNet
-from synthpi.generators import ModuleGenerator, make_unet
-from synthpi.pairs import add_privileged
+from synthpi.core.runs import environment
+from synthpi.pairs.foreign import ResNet, UNet
+from synthpi.pairs.generators import ModuleGenerator, make_unet
+from synthpi.pairs.privileged import add_privileged
 
 NETWORKS = {"U-Net (make_unet(16))": lambda: nn.Sequential(make_unet(16), nn.Sigmoid()), "U-Net-256": lambda: nn.Sequential(UNet(8), Unit()), "ResNet-9": lambda: nn.Sequential(ResNet(9), Unit())}
 

@@ -13,11 +13,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 
-from synthpi.core import environment
+from synthpi.core.runs import environment
 
-CASES = {"synthpi": "pass", "synthpi.losses": "import torch, torch.distributed, torch.distributed.nn.functional",
-         "synthpi.trainer": "import torch, accelerate, accelerate.utils, pandas, matplotlib.pyplot, tqdm.auto, numpy, PIL.Image, safetensors.torch",
-         "synthpi.views": "import torch.utils.data, albumentations, cv2, numpy, PIL.Image, matplotlib.pyplot, safetensors.torch"}
+CASES = {"synthpi": "pass", "synthpi.losses.paired": "import torch, torch.distributed, torch.distributed.nn.functional",
+         "synthpi.train.trainer": "import torch, accelerate, accelerate.utils, pandas, matplotlib.pyplot, tqdm.auto, numpy, PIL.Image, safetensors.torch",
+         "synthpi.data.views": "import torch.utils.data, albumentations, cv2, numpy, PIL.Image, matplotlib.pyplot, safetensors.torch"}
 
 def seconds(statement):
     code = f"import os, time; os.environ['NO_ALBUMENTATIONS_UPDATE'] = '1'; t = time.perf_counter(); exec({statement!r}); print(time.perf_counter() - t)"

@@ -13,10 +13,11 @@ from statistics import median
 
 import torch
 
-from synthpi.core import environment
-from synthpi.losses import VICReg
-from synthpi.models import siamese
-from synthpi.trainer import Trainer, make_accelerator, warmup_cosine
+from synthpi.core.runs import environment
+from synthpi.losses.paired import VICReg
+from synthpi.models.branches import siamese
+from synthpi.train.trainer import Trainer, warmup_cosine
+from synthpi.train.processes import make_accelerator
 
 def build(setup, device):
     torch.manual_seed(0)

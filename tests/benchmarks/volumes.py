@@ -24,11 +24,13 @@ import torch
 from monai.data import CacheDataset, Dataset
 from monai.transforms import Compose, CropForegroundd, EnsureChannelFirstd, EnsureTyped, LoadImaged, RandSpatialCropSamplesd, ScaleIntensityRangePercentilesd, SpatialPadd
 
-from synthpi.bodies import write_bodies
-from synthpi.core import environment, write_json
-from synthpi.crops import crop_batches
-from synthpi.volume_sets import find_volumes
-from synthpi.volumes import VolumeStore, prepare_volumes
+from synthpi.volumes.bodies import write_bodies
+from synthpi.core.runs import environment
+from synthpi.core.files import write_json
+from synthpi.volumes.crops import crop_batches
+from synthpi.volumes.sets import find_volumes
+from synthpi.volumes.store import VolumeStore
+from synthpi.volumes.scans import prepare_volumes
 
 GOALS = {"published chain": 150, "CacheDataset": 10}
 V, C = 4, 8
