@@ -1,4 +1,5 @@
-"The benchmarks run, at their quick size, and do the same on both sides (that of the losses: test_losses.py). Speed is read from stored results, never asserted."
+"""The benchmarks run, at their quick size, and do the same on both sides (that of the losses:
+test_losses.py). Speed is read from stored results, never asserted."""
 import importlib.util
 import json
 from pathlib import Path
@@ -26,7 +27,9 @@ def test_startup_is_measured():
 @pytest.mark.slow
 def test_the_gpu_benchmark_works_where_there_is_none():
     r = load("gpu").run(quick=True, device="cpu")
-    assert len(r["results"]) == 2 and all(x["images_per_second"] > 0 for rows in r["results"].values() for x in rows.values())
+    assert len(r["results"]) == 2 and all(
+        x["images_per_second"] > 0 for rows in r["results"].values() for x in rows.values()
+    )
 
 def test_the_table_is_made_from_the_results(tmp_path, monkeypatch):
     table = load("table")
@@ -34,4 +37,6 @@ def test_the_table_is_made_from_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "HERE", tmp_path)
     (tmp_path/"results").symlink_to(HERE/"results")
     table.main()
-    assert (tmp_path/"README.md").read_text(encoding="utf-8") == stored, "run python tests/benchmarks/table.py"
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == stored, (
+        "run python tests/benchmarks/table.py"
+    )

@@ -1,6 +1,8 @@
-"""The package as others get it: sdist and wheel build, and the wheel runs the demo away from the checkout, among nothing but what it asks for.
+"""The package as others get it: sdist and wheel build, and the wheel runs the demo away from the
+checkout, among nothing but what it asks for.
 
-The requirements are not installed again: the environment gets links to those of the installed distributions that the wheel's own metadata ask for, and to what these ask for. A module that is
+The requirements are not installed again: the environment gets links to those of the installed
+distributions that the wheel's own metadata ask for, and to what these ask for. A module that is
 imported and not asked for is missing there, as it is after `pip install`.
 """
 import ast
@@ -21,14 +23,26 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-CLEAN = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-EXTRAS = ("volumes", "presets", "diffusion")                         # what a user may ask for; dev is ours
+CLEAN = {
+    k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+}
+# what a user may ask for; dev is ours
+EXTRAS = ("volumes", "presets", "diffusion")
 
 def run(*args, cwd):
     "Run outside of the checkout; on failure show the end of what it said"
-    done = subprocess.run([str(a) for a in args], cwd=cwd, env=CLEAN, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
-    assert done.returncode == 0, f"{' '.join(map(str, args))} ended with {done.returncode}:\n{done.stdout[-4000:]}"
+    done = subprocess.run(
+        [str(a) for a in args],
+        cwd=cwd,
+        env=CLEAN,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(map(str, args))} ended with {done.returncode}:\n{done.stdout[-4000:]}"
+    )
     return done.stdout
 
 @pytest.fixture(scope="module")
@@ -41,20 +55,30 @@ def dist(tmp_path_factory):
 @pytest.fixture(scope="module")
 def requires(dist):
     "What the wheel asks for"
-    with zipfile.ZipFile(next(dist.glob("*.whl"))) as f: metadata = f.read(next(n for n in f.namelist() if n.endswith(".dist-info/METADATA")))
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as f:
+        metadata = f.read(next(n for n in f.namelist() if n.endswith(".dist-info/METADATA")))
     return Parser().parsestr(metadata.decode()).get_all("Requires-Dist")
 
 def asked_for(requirements, extras=("",)):
-    "By name: the installed distribution, or None, of everything that these requirements ask for, and of what that asks for"
-    found, seen, todo = {}, set(), [(Requirement(r), extra) for r in requirements for extra in extras]
+    """By name: the installed distribution, or None, of everything that these requirements ask for,
+    and of what that asks for"""
+    found, seen, todo = (
+        {},
+        set(),
+        [(Requirement(r), extra) for r in requirements for extra in extras],
+    )
     while todo:
         r, extra = todo.pop()
         if r.marker and not r.marker.evaluate({"extra": extra}): continue
         name = canonicalize_name(r.name)
-        try: found[name] = distribution(name)
-        except PackageNotFoundError: found.setdefault(name, None); continue
+        try:
+            found[name] = distribution(name)
+        except PackageNotFoundError:
+            found.setdefault(name, None)
+            continue
         for extra in {"", *r.extras}:
-            if (name, extra) not in seen: todo += [(Requirement(x), extra) for x in found[name].requires or ()]
+            if (name, extra) not in seen:
+                todo += [(Requirement(x), extra) for x in found[name].requires or ()]
             seen.add((name, extra))
     return found
 
@@ -65,24 +89,49 @@ def link(distributions, site):
             if not (site/top).exists(): (site/top).symlink_to(Path(d.locate_file(top)).absolute())
 
 def test_sdist_holds_what_a_build_needs(dist):
-    with tarfile.open(next(dist.glob("*.tar.gz"))) as f: names = {n.split("/", 1)[1] for n in f.getnames() if "/" in n}
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as f:
+        names = {n.split("/", 1)[1] for n in f.getnames() if "/" in n}
     assert {"settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 def test_wheel_holds_the_library_and_nothing_else(dist):
-    with zipfile.ZipFile(next(dist.glob("*.whl"))) as f: names = {n for n in f.namelist() if ".dist-info/" not in n}
-    assert names == {p.relative_to(ROOT).as_posix() for p in (ROOT/"synthpi").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as f:
+        names = {n for n in f.namelist() if ".dist-info/" not in n}
+    assert names == {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "synthpi").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
 
 def imported(source):
     "The packages that `source` imports, at its top or inside a function"
     nodes = list(ast.walk(ast.parse(source)))
-    return {name.split(".")[0] for n in nodes for name in ([a.name for a in n.names] if isinstance(n, ast.Import) else [n.module] if isinstance(n, ast.ImportFrom) and not n.level else [])}
+    return {
+        name.split(".")[0]
+        for n in nodes
+        for name in (
+            [a.name for a in n.names]
+            if isinstance(n, ast.Import)
+            else [n.module]
+            if isinstance(n, ast.ImportFrom) and not n.level
+            else []
+        )
+    }
 
 def test_every_import_is_asked_for(requires):
     "Also where a function imports it that the demo does not call"
     owners, asked = packages_distributions(), asked_for(requires, ("", *EXTRAS))
-    files = {m: p.name for p in (ROOT/"synthpi").rglob("*.py") for m in imported(p.read_text(encoding="utf-8")) if m != "synthpi" and m not in sys.stdlib_module_names}
+    files = {
+        m: p.name
+        for p in (ROOT / "synthpi").rglob("*.py")
+        for m in imported(p.read_text(encoding="utf-8"))
+        if m != "synthpi" and m not in sys.stdlib_module_names
+    }
     assert {"torch", "umap", "h5py"} <= set(files)
-    assert not {m: f for m, f in files.items() if not {canonicalize_name(o) for o in owners.get(m, [m])} & set(asked)}, "imported, and neither in the requirements nor in an extra of settings.ini"
+    assert not {
+        m: f
+        for m, f in files.items()
+        if not {canonicalize_name(o) for o in owners.get(m, [m])} & set(asked)
+    }, "imported, and neither in the requirements nor in an extra of settings.ini"
 
 SHORT = """
 import sys
@@ -104,16 +153,40 @@ def test_the_wheel_alone_runs_the_demo(dist, requires):
         tmp = Path(tmp).resolve()
         venv.create(tmp/"env")
         bin = tmp/"env"/("Scripts" if os.name == "nt" else "bin")
-        site = Path(run(bin/"python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp).strip())
+        site = Path(
+            run(
+                bin / "python",
+                "-c",
+                "import sysconfig; print(sysconfig.get_path('purelib'))",
+                cwd=tmp,
+            ).strip()
+        )
         link(asked.values(), site)
         pip = [sys.executable, "-m", "pip", "--python", bin/"python"]
         run(*pip, "install", "--no-deps", "--no-index", next(dist.glob("*.whl")), cwd=tmp)
-        run(*pip, "check", cwd=tmp)                                  # every version is one that is asked for
-        assert Path(run(bin/"python", "-c", "import synthpi; print(synthpi.__file__)", cwd=tmp).strip()).is_relative_to(site)
+        # every version is one that is asked for
+        run(*pip, "check", cwd=tmp)
+        assert Path(
+            run(bin / "python", "-c", "import synthpi; print(synthpi.__file__)", cwd=tmp).strip()
+        ).is_relative_to(site)
         assert "demo" in run(bin/"synthpi", "--help", cwd=tmp)
         (tmp/"short.py").write_text(SHORT)
-        run(bin/"python", tmp/"short.py", "demo", "--quick", "--device", "cpu", "--workers", "0", "--out", tmp/"out", cwd=tmp)
+        run(
+            bin / "python",
+            tmp / "short.py",
+            "demo",
+            "--quick",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--out",
+            tmp / "out",
+            cwd=tmp,
+        )
         results = json.loads((tmp/"out/results.json").read_text(encoding="utf-8"))
-        assert results["schema"] == 1 and {"trident", "trident_real_pairs", "supervised"} <= set(results["arms"])
+        assert results["schema"] == 1 and {"trident", "trident_real_pairs", "supervised"} <= set(
+            results["arms"]
+        )
         page = (tmp/"out/report.html").read_text(encoding="utf-8")
         assert "<html" in page and "tiles are simulated" in page

@@ -9,7 +9,8 @@ __all__ = ['main']
 
 # %% ../../nbs/cli/index.ipynb #e49ab501
 from .app import app
-from . import tissue, pretrain, pairs, explain, volumes, doctor  # registers their commands
+# registers their commands
+from . import tissue, pretrain, pairs, explain, volumes, doctor
 
 # %% ../../nbs/cli/index.ipynb #ebb86e10
 def main():

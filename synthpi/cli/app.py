@@ -25,53 +25,114 @@ from typing import Annotated, Optional
 import typer
 
 # %% ../../nbs/cli/app.ipynb #d911de75
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Train medical-image encoders with synthetic privileged information, and see whether it helped.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train medical-image encoders with synthetic privileged information, and see whether it "
+         "helped.",
+)
 
-def first()->bool: return os.environ.get("RANK", "0") == "0"        # of several training processes, one speaks
+# of several training processes, one speaks
+def first()->bool: return os.environ.get("RANK", "0") == "0"
 
 @contextlib.contextmanager
 def told():
     "What goes wrong is told in a line: exit code 2 for an error, 130 for Ctrl-C."
-    warnings.formatwarning = lambda message, category, *a, **k: f"Note: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
+    warnings.formatwarning = lambda message, category, *a, **k: (
+        f"Note: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
+    )
     try: yield
     except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
         if first(): typer.echo(f"synthpi: {error}", err=True)
         raise typer.Exit(2) from error
     except RuntimeError as error:
         if "out of memory" not in str(error).lower(): raise
-        typer.echo(f"synthpi: the device is out of memory ({str(error).splitlines()[0]}). Use a smaller batch, or for pretrain --micro-batch 32, which keeps the batch, and --precision bf16.", err=True)
+        typer.echo(
+            f"synthpi: the device is out of memory ({str(error).splitlines()[0]}). Use a smaller "
+            "batch, or for pretrain --micro-batch 32, which keeps the batch, and --precision "
+            "bf16.",
+            err=True,
+        )
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
-        typer.echo("\nsynthpi: stopped. What was finished is kept; the same command goes on from there.", err=True)
+        typer.echo(
+            "\nsynthpi: stopped. What was finished is kept; the same command goes on from there.",
+            err=True,
+        )
         raise typer.Exit(130)
 
 Out = Annotated[Path, typer.Option(help="Output folder; a study that was stopped goes on there.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Trainings of every arm, with seeds 0, 1, ...")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another study in the output folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace another study in the output folder.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Workers = Annotated[Optional[int], typer.Option(min=0, help="Worker processes for decoding and augmenting; default: one for each second core, up to 4.")]
+Workers = Annotated[
+    Optional[int],
+    typer.Option(
+        min=0,
+        help="Worker processes for decoding and augmenting; default: one for each second core, up "
+             "to 4.",
+    ),
+]
 
 # %% ../../nbs/cli/app.ipynb #9c66c521
 def start_the_others()->None:
-    """`accelerate launch --cpu --num_processes 2` starts one process, in silence, unless it is given an MPI host file. Where it was asked for more, this process
+    """`accelerate launch --cpu --num_processes 2` starts one process, in silence, unless it is
+    given an MPI host file. Where it was asked for more, this process
     becomes the launcher that starts them."""
-    started_alone = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") and "MASTER_ADDR" in os.environ     # set only if more than one was asked for
-    if not started_alone or {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"} & set(os.environ): return
+    # set only if more than one was asked for
+    started_alone = (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+        and "MASTER_ADDR" in os.environ
+    )
+    if not started_alone or {
+        "RANK",
+        "PMI_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_RANK",
+    } & set(os.environ):
+        return
     import psutil
     launcher = " ".join(psutil.Process().parent().cmdline())
     asked = re.search(r"--num[-_]processes[ =](\d+)", launcher)
-    if not asked or "--mpirun" in launcher or re.search(r"--num[-_]machines[ =]([2-9]|\d\d)", launcher):
-        raise ValueError("this process was started alone although several were asked for, as accelerate does on processors without MPI: start them with "
-                         "`torchrun --nproc_per_node N -m synthpi pretrain ...`, or give accelerate an MPI host file.")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", asked[1], "-m", "synthpi", *sys.argv[1:]]
-    typer.echo(f"accelerate starts one process on a processor; starting {asked[1]} with torchrun.", err=True)
-    sys.stdout.flush(); sys.stderr.flush()
-    os.execv(sys.executable, command)               # in the place of this process, so that signals reach it
+    if (
+        not asked
+        or "--mpirun" in launcher
+        or re.search(r"--num[-_]machines[ =]([2-9]|\d\d)", launcher)
+    ):
+        raise ValueError(
+            "this process was started alone although several were asked for, as accelerate does "
+            "on processors without MPI: start them with "
+            "`torchrun --nproc_per_node N -m synthpi pretrain ...`, or give accelerate an MPI "
+            "host file."
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        asked[1],
+        "-m",
+        "synthpi",
+        *sys.argv[1:],
+    ]
+    typer.echo(
+        f"accelerate starts one process on a processor; starting {asked[1]} with torchrun.",
+        err=True,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # in the place of this process, so that signals reach it
+    os.execv(sys.executable, command)
 
 
 def leave_group()->None:
-    "A process group that is still open, or whose wrapped model is still alive, when Python ends can abort it"
+    """A process group that is still open, or whose wrapped model is still alive, when Python ends
+    can abort it"""
     import torch.distributed as dist
     gc.collect()
     if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
@@ -79,13 +140,17 @@ def leave_group()->None:
 
 def share_cores(
     workers:int|None, # Worker processes asked for; None: one for each second core, up to 4
-    beside:bool=True, # They work while this process computes; False: they are done before it does, which so gets every core
+    # They work while this process computes; False: they are done before it does, which so gets
+    # every core
+    beside:bool=True,
 )->int: # Worker processes to start
-    """Cores that the workers do not need do the arithmetic. Two busy threads on one core wait for each other: with both cores of a small machine taken by
+    """Cores that the workers do not need do the arithmetic. Two busy threads on one core wait
+    for each other: with both cores of a small machine taken by
     another program, two threads were seen to take twenty times as long as one."""
     import torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = max(1, cores//int(os.environ.get("LOCAL_WORLD_SIZE", 1)))       # several training processes on this machine share them
+    # several training processes on this machine share them
+    cores = max(1, cores//int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     workers = min(4, cores//2) if workers is None else workers
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers*beside)))
     return workers

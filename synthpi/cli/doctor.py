@@ -25,30 +25,82 @@ import typer
 from .app import app, told
 
 # %% ../../nbs/cli/doctor.ipynb #14d4c8b2
-def _row(what, found, says="", status="ok", needed=False): return {"what": what, "found": _no_home(str(found)), "says": _no_home(says), "status": status, "needed": needed}
+def _row(what, found, says="", status="ok", needed=False):
+    return {
+        "what": what,
+        "found": _no_home(str(found)),
+        "says": _no_home(says),
+        "status": status,
+        "needed": needed,
+    }
 
 def _no_home(text):
-    for home in {os.path.expanduser("~"), os.path.realpath(os.path.expanduser("~"))} - {"/", "~"}: text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
+    for home in {os.path.expanduser("~"), os.path.realpath(os.path.expanduser("~"))} - {"/", "~"}:
+        text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
     return re.sub(r"(/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s:'\"]+", "~", text)
 
 def _line(error): return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 # %% ../../nbs/cli/doctor.ipynb #ba050757
-def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 def _machine(out):
-    rows, cores = [_row("Python", platform.python_version()), _row("system", f"{platform.system()} {platform.release()}, {platform.machine()}"), _row("cores", _cores(), f"of {os.cpu_count()} in the machine")], _cores()
+    rows, cores = (
+        [
+            _row("Python", platform.python_version()),
+            _row("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+            _row("cores", _cores(), f"of {os.cpu_count()} in the machine"),
+        ],
+        _cores(),
+    )
     if importlib.util.find_spec("psutil"):
         import psutil
         memory = psutil.virtual_memory()
         low = memory.available < 2e9
-        rows.append(_row("memory", f"{memory.available/1e9:.1f} GB free", f"of {memory.total/1e9:.1f} GB" + "; little: close other programs, or give --workers 0 and a smaller batch"*low, "warning" if low else "ok"))
+        rows.append(
+            _row(
+                "memory",
+                f"{memory.available / 1e9:.1f} GB free",
+                f"of {memory.total / 1e9:.1f} GB"
+                + "; little: close other programs, or give --workers 0 and a smaller batch" * low,
+                "warning" if low else "ok",
+            )
+        )
     folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
-    if not (folder.is_dir() and os.access(folder, os.W_OK)): rows.append(_row("output folder", "cannot be written to", f"give another folder than {out} with --out", "missing", True))
-    else: rows.append(_row("disk", f"{free/1e9:.1f} GB free", "at the output folder" + "; little: runs, checkpoints and synthetic images are written there"*(free < 1e9), "warning" if free < 1e9 else "ok"))
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        rows.append(
+            _row(
+                "output folder",
+                "cannot be written to",
+                f"give another folder than {out} with --out",
+                "missing",
+                True,
+            )
+        )
+    else:
+        rows.append(
+            _row(
+                "disk",
+                f"{free / 1e9:.1f} GB free",
+                "at the output folder"
+                + "; little: runs, checkpoints and synthetic images are written there"
+                * (free < 1e9),
+                "warning" if free < 1e9 else "ok",
+            )
+        )
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > cores: rows.append(_row("OMP_NUM_THREADS", asked, f"more threads than the {cores} cores that may be used wait for each other: export OMP_NUM_THREADS={cores}", "warning"))
+    if asked.isdigit() and int(asked) > cores:
+        rows.append(
+            _row(
+                "OMP_NUM_THREADS",
+                asked,
+                f"more threads than the {cores} cores that may be used wait for each other: "
+                f"export OMP_NUM_THREADS={cores}",
+                "warning",
+            )
+        )
     return rows
 
 # %% ../../nbs/cli/doctor.ipynb #b07918f3
@@ -57,20 +109,40 @@ def _version(name):
     except importlib.metadata.PackageNotFoundError: return None
 
 def _asked():
-    "Requirements by the extra that brings them, '' for those of every installation; None where synthpi is not installed"
+    """Requirements by the extra that brings them, '' for those of every installation; None where
+    synthpi is not installed"""
     from packaging.requirements import Requirement
     try: lines = importlib.metadata.requires("synthpi") or []
     except importlib.metadata.PackageNotFoundError: return None
-    asked, extras = [Requirement(line) for line in lines], importlib.metadata.metadata("synthpi").get_all("Provides-Extra") or ()
+    asked, extras = (
+        [Requirement(line) for line in lines],
+        importlib.metadata.metadata("synthpi").get_all("Provides-Extra") or (),
+    )
     def wants(r, extra): return r.marker is None or r.marker.evaluate({"extra": extra})
-    return {"": [r for r in asked if wants(r, "")], **{extra: [r for r in asked if wants(r, extra) and not wants(r, "")] for extra in extras}}
+    return {
+        "": [r for r in asked if wants(r, "")],
+        **{extra: [r for r in asked if wants(r, extra) and not wants(r, "")] for extra in extras},
+    }
 
 def _serves(requirement, version): return requirement.specifier.contains(version, prereleases=True)
 
-def _pip(*requirements): return "pip install " + " ".join(f'"{r}"' if re.search(r"[<>=!~]", r) else r for r in requirements)
+def _pip(*requirements):
+    return "pip install " + " ".join(
+        f'"{r}"' if re.search(r"[<>=!~]", r) else r for r in requirements
+    )
 
 def _requirements(asked):
-    if asked is None: return [_row("synthpi", "not installed", "it runs from its folder, so that what it needs is not known: pip install -e . in that folder", "missing", True)]
+    if asked is None:
+        return [
+            _row(
+                "synthpi",
+                "not installed",
+                "it runs from its folder, so that what it needs is not known: pip install -e . in "
+                "that folder",
+                "missing",
+                True,
+            )
+        ]
     rows = [_row("synthpi", _version("synthpi"), needed=True)]
     for r in asked[""]:
         version, wanted = _version(r.name), f"{r.name}{r.specifier}"
@@ -83,96 +155,253 @@ def _torchvision():
     from packaging.requirements import Requirement
     there, torch = _version("torchvision"), _version("torch")
     if there is None or torch is None: return []
-    asks = [r for r in map(Requirement, importlib.metadata.requires("torchvision") or ()) if r.name == "torch"]
+    asks = [
+        r
+        for r in map(Requirement, importlib.metadata.requires("torchvision") or ())
+        if r.name == "torch"
+    ]
     builds = {v.partition("+")[2] for v in (there, torch)} - {""}
-    if all(_serves(r, torch) for r in asks) and len(builds) < 2: return [_row("torchvision", there, "fits torch; synthpi does not need it")]
-    return [_row("torchvision", there, f"was built for {', '.join(f'torch{r.specifier}' for r in asks)}{' of another build'*(len(builds) > 1)}, and torch {torch} is installed: libraries that look for it may fail to load. "
-                 "synthpi does not need it: pip uninstall torchvision, or install both from one index", "warning")]
+    if all(_serves(r, torch) for r in asks) and len(builds) < 2:
+        return [_row("torchvision", there, "fits torch; synthpi does not need it")]
+    return [
+        _row(
+            "torchvision",
+            there,
+            "was built for "
+            f"{', '.join(f'torch{r.specifier}' for r in asks)}{' of another build' * (len(builds) > 1)}, "
+            f"and torch {torch} is installed: libraries that look for it may fail to load. "
+            "synthpi does not need it: pip uninstall torchvision, or install both from one index",
+            "warning",
+        )
+    ]
 
 # %% ../../nbs/cli/doctor.ipynb #6157a93f
 def _works(torch, device, dtype):
-    try: x = torch.ones(8, 8, device=device, dtype=dtype); return bool((x@x == 8).all())
-    except (RuntimeError, TypeError): return False
+    try:
+        x = torch.ones(8, 8, device=device, dtype=dtype)
+        return bool((x @ x == 8).all())
+    except (RuntimeError, TypeError):
+        return False
 
-def _half(torch, device): return "bf16 works" if _works(torch, device, torch.bfloat16) else "no bf16"
+def _half(torch, device):
+    return "bf16 works" if _works(torch, device, torch.bfloat16) else "no bf16"
 
 def _torch():
-    if _version("torch") is None: return []                                      # the requirements tell
-    try: import torch
-    except (ImportError, OSError, RuntimeError, AttributeError) as error: return [_row("torch build", "cannot be loaded", f"{_line(error)}: install torch again, see pytorch.org/get-started", "missing", True)]
+    # the requirements tell
+    if _version("torch") is None: return []
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return [
+            _row(
+                "torch build",
+                "cannot be loaded",
+                f"{_line(error)}: install torch again, see pytorch.org/get-started",
+                "missing",
+                True,
+            )
+        ]
     v, driver = torch.version, shutil.which("nvidia-smi") is not None
-    build, there = f"CUDA {v.cuda}" if v.cuda else f"ROCm {v.hip}" if getattr(v, "hip", None) else "CPU", torch.cuda.is_available()
+    build, there = (
+        f"CUDA {v.cuda}" if v.cuda else f"ROCm {v.hip}" if getattr(v, "hip", None) else "CPU",
+        torch.cuda.is_available(),
+    )
     says, status = "", "ok"
-    if build == "CPU" and driver: says, status = "an NVIDIA driver is here, and this torch cannot use it: install its CUDA build, see pytorch.org/get-started", "warning"
+    if build == "CPU" and driver:
+        says, status = (
+            "an NVIDIA driver is here, and this torch cannot use it: install its CUDA build, see "
+            "pytorch.org/get-started",
+            "warning",
+        )
     elif build != "CPU" and not there:
-        says, status = ("no device is seen: CUDA_VISIBLE_DEVICES hides it, or the driver is too old for this build", "warning") if driver else ("no GPU is seen; the processor computes", "ok")
-    return [_row("torch build", build, says, status), *_devices(torch, there), *_precision(torch, there), *_threads(torch)]
+        says, status = (
+            (
+                "no device is seen: CUDA_VISIBLE_DEVICES hides it, or the driver is too old for "
+                "this build",
+                "warning",
+            )
+            if driver
+            else ("no GPU is seen; the processor computes", "ok")
+        )
+    return [
+        _row("torch build", build, says, status),
+        *_devices(torch, there),
+        *_precision(torch, there),
+        *_threads(torch),
+    ]
 
 def _devices(torch, there):
-    rows = [_row("cpu", "works" if _works(torch, "cpu", torch.float32) else "fails", _half(torch, "cpu"))]
+    rows = [
+        _row(
+            "cpu", "works" if _works(torch, "cpu", torch.float32) else "fails", _half(torch, "cpu")
+        )
+    ]
     for i in range(torch.cuda.device_count() if there else 0):
         p, works = torch.cuda.get_device_properties(i), _works(torch, f"cuda:{i}", torch.float32)
-        half = _half(torch, f"cuda:{i}") if torch.cuda.get_device_capability(i)[0] >= 8 else "no bf16: use fp16"
-        says = half if works else "this torch cannot compute on it: install the build for it, or give --device cpu, or hide it with CUDA_VISIBLE_DEVICES"
-        rows.append(_row(f"cuda:{i}", f"{p.name}, {p.total_memory/1e9:.0f} GB", says, "ok" if works else "missing", not works))
+        half = (
+            _half(torch, f"cuda:{i}")
+            if torch.cuda.get_device_capability(i)[0] >= 8
+            else "no bf16: use fp16"
+        )
+        says = (
+            half
+            if works
+            else "this torch cannot compute on it: install the build for it, or give --device "
+                 "cpu, or hide it with CUDA_VISIBLE_DEVICES"
+        )
+        rows.append(
+            _row(
+                f"cuda:{i}",
+                f"{p.name}, {p.total_memory / 1e9:.0f} GB",
+                says,
+                "ok" if works else "missing",
+                not works,
+            )
+        )
     return rows
 
 def _precision(torch, there):
     told_to = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     chosen = {"no": "fp32"}.get(told_to, told_to)
-    says = "as accelerate was told" if told_to != "no" else "the default; on this GPU --precision bf16 is faster" if there and torch.cuda.get_device_capability(0)[0] >= 8 else "the default"
-    if chosen == "fp16" and not there: return [_row("precision", chosen, "needs a GPU: give --precision fp32 or bf16", "warning")]
+    says = (
+        "as accelerate was told"
+        if told_to != "no"
+        else "the default; on this GPU --precision bf16 is faster"
+        if there and torch.cuda.get_device_capability(0)[0] >= 8
+        else "the default"
+    )
+    if chosen == "fp16" and not there:
+        return [_row("precision", chosen, "needs a GPU: give --precision fp32 or bf16", "warning")]
     return [_row("precision", chosen, says)]
 
 def _threads(torch):
     n, cores = torch.get_num_threads(), _cores()
-    return [_row("threads", n, f"more than the {cores} cores that may be used: export OMP_NUM_THREADS={cores}", "warning")] if n > cores else [_row("threads", n)]
+    return (
+        [
+            _row(
+                "threads",
+                n,
+                f"more than the {cores} cores that may be used: export OMP_NUM_THREADS={cores}",
+                "warning",
+            )
+        ]
+        if n > cores
+        else [_row("threads", n)]
+    )
 
 # %% ../../nbs/cli/doctor.ipynb #119cecf1
-_FEATURES = {"NRRD volumes": {"nrrd": "pynrrd"}, "DICOM volumes": {"pydicom": "pydicom"}, "MHA volumes": {"itk": "itk"}, "preset pcam": {"h5py": "h5py"}, "diffusers generators": {"diffusers": "diffusers", "transformers": "transformers"},
-             "timm encoders": {"timm": "timm"}, "Hugging Face encoders": {"transformers": "transformers"}, "tracking": {"tensorboard": "tensorboard"}, "ONNX generators": {"onnxruntime": "onnxruntime", "onnx": "onnx"},
-             "explorers": {"ipywidgets": "ipywidgets", "anywidget": "anywidget"}}
+_FEATURES = {
+    "NRRD volumes": {"nrrd": "pynrrd"},
+    "DICOM volumes": {"pydicom": "pydicom"},
+    "MHA volumes": {"itk": "itk"},
+    "preset pcam": {"h5py": "h5py"},
+    "diffusers generators": {"diffusers": "diffusers", "transformers": "transformers"},
+    "timm encoders": {"timm": "timm"},
+    "Hugging Face encoders": {"transformers": "transformers"},
+    "tracking": {"tensorboard": "tensorboard"},
+    "ONNX generators": {"onnxruntime": "onnxruntime", "onnx": "onnx"},
+    "explorers": {"ipywidgets": "ipywidgets", "anywidget": "anywidget"},
+}
 
 def _features(asked):
     wanted, rows = {r.name: r for rs in (asked or {}).values() for r in rs}, []
     for feature, packages in _FEATURES.items():
-        there = {name: _version(name) or "present" for module, name in packages.items() if importlib.util.find_spec(module)}
-        full = lambda name: f"{name}{wanted[name].specifier}" if name in wanted else name
+        there = {
+            name: _version(name) or "present"
+            for module, name in packages.items()
+            if importlib.util.find_spec(module)
+        }
+        def full(name): return f"{name}{wanted[name].specifier}" if name in wanted else name
         lacks = [name for name in packages.values() if name not in there]
-        old = [name for name, version in there.items() if name in wanted and version != "present" and not _serves(wanted[name], version)]
+        old = [
+            name
+            for name, version in there.items()
+            if name in wanted and version != "present" and not _serves(wanted[name], version)
+        ]
         says = _pip(*map(full, lacks + old)) if lacks or old else ""
-        if says and feature == "timm encoders": says += "; it brings torchvision: take both from the index of the installed torch"
-        rows.append(_row(feature, ", ".join(f"{n} {v}" for n, v in there.items()) or "none", says, "missing" if lacks else "warning" if old else "ok"))
+        if says and feature == "timm encoders":
+            says += "; it brings torchvision: take both from the index of the installed torch"
+        rows.append(
+            _row(
+                feature,
+                ", ".join(f"{n} {v}" for n, v in there.items()) or "none",
+                says,
+                "missing" if lacks else "warning" if old else "ok",
+            )
+        )
     return rows
 
 # %% ../../nbs/cli/doctor.ipynb #237e2da4
 def _accelerate():
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"huggingface").expanduser()
-    try: text = (home/"accelerate"/"default_config.yaml").read_text(encoding="utf-8", errors="replace")
-    except OSError: text = ""
+    home = Path(
+        os.environ.get("HF_HOME")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    ).expanduser()
+    try:
+        text = (home / "accelerate" / "default_config.yaml").read_text(
+            encoding="utf-8", errors="replace"
+        )
+    except OSError:
+        text = ""
     settings = dict(re.findall(r"^(\w+): *['\"]?([\w.]+)", text, re.M))
     n = int(settings["num_processes"]) if settings.get("num_processes", "").isdigit() else 1
-    on_cpu = settings.get("use_cpu", "").lower() == "true" or settings.get("distributed_type") == "MULTI_CPU"
-    alone = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") and "MASTER_ADDR" in os.environ and "RANK" not in os.environ
+    on_cpu = (
+        settings.get("use_cpu", "").lower() == "true"
+        or settings.get("distributed_type") == "MULTI_CPU"
+    )
+    alone = (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+        and "MASTER_ADDR" in os.environ
+        and "RANK" not in os.environ
+    )
     if not (on_cpu and n > 1 or alone): return []
     n = max(n, 2)
-    return [_row("accelerate", "several processes on the CPU", f"without MPI it starts one of them: torchrun --nproc_per_node {n} -m synthpi pretrain ..., or accelerate launch --cpu --num_processes {n} -m synthpi pretrain ...", "warning")]
+    return [
+        _row(
+            "accelerate",
+            "several processes on the CPU",
+            f"without MPI it starts one of them: torchrun --nproc_per_node {n} -m synthpi "
+            f"pretrain ..., or accelerate launch --cpu --num_processes {n} -m synthpi pretrain ...",
+            "warning",
+        )
+    ]
 
 # %% ../../nbs/cli/doctor.ipynb #8ed7974e
 def _rows(out):
     rows = _machine(out)
-    if not importlib.util.find_spec("packaging"): return [*rows, _row("packaging", "none", f"versions cannot be compared without it: {_pip('packaging')}", "missing", True)]
+    if not importlib.util.find_spec("packaging"):
+        return [
+            *rows,
+            _row(
+                "packaging",
+                "none",
+                f"versions cannot be compared without it: {_pip('packaging')}",
+                "missing",
+                True,
+            ),
+        ]
     asked = _asked()
     needs = importlib.metadata.metadata("synthpi").get("Requires-Python") if asked else None
     if needs:
         from packaging.specifiers import SpecifierSet
-        if not SpecifierSet(needs).contains(platform.python_version(), prereleases=True): rows[0] = _row("Python", platform.python_version(), f"Python {needs} is supported", "missing", True)
-    return [*rows, *_torch(), *_torchvision(), *_accelerate(), *_requirements(asked), *_features(asked)]
+        if not SpecifierSet(needs).contains(platform.python_version(), prereleases=True):
+            rows[0] = _row(
+                "Python", platform.python_version(), f"Python {needs} is supported", "missing", True
+            )
+    return [
+        *rows,
+        *_torch(),
+        *_torchvision(),
+        *_accelerate(),
+        *_requirements(asked),
+        *_features(asked),
+    ]
 
 def check_environment(
     out:str|Path=".", # Where runs would be written; the folder need not exist
 ): # pandas DataFrame with columns `what`, `found`, `says`, `status` ("ok", "warning" or "missing") and `needed` (whether `synthpi demo` needs it)
-    "What this machine has, what is missing, and what to do about it. Loads no package but torch, pandas, psutil and packaging."
+    """What this machine has, what is missing, and what to do about it. Loads no package but torch,
+    pandas, psutil and packaging."""
     import pandas as pd
     return pd.DataFrame(_rows(out))
 
@@ -185,11 +414,27 @@ def doctor(
     out: Annotated[Path, typer.Option(help="Folder that runs would be written to.")] = Path("."),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ):
-    "What this machine has, what is missing for which feature, and what to do about it; exit code 0 if the demo can run."
+    """What this machine has, what is missing for which feature, and what to do about it; exit code
+    0 if the demo can run."""
     rows = _rows(out)
     stops = _stops(rows)
     if as_json: typer.echo(json.dumps({"can_run_demo": not stops, "rows": rows}, indent=1))
     else:
-        for r in rows: typer.echo(f"{r['status']:<8} {r['what']:<22} {r['found']}" + (f"\n{'':31} {r['says']}" if r["says"] and r["status"] != "ok" else f"  ({r['says']})" if r["says"] else ""))
-        typer.echo("\nsynthpi demo can run here." if not stops else "\nsynthpi demo cannot run here:\n" + "\n".join(f"  {r['what']}: {r['says']}" for r in stops))
+        for r in rows:
+            typer.echo(
+                f"{r['status']:<8} {r['what']:<22} {r['found']}"
+                + (
+                    f"\n{'':31} {r['says']}"
+                    if r["says"] and r["status"] != "ok"
+                    else f"  ({r['says']})"
+                    if r["says"]
+                    else ""
+                )
+            )
+        typer.echo(
+            "\nsynthpi demo can run here."
+            if not stops
+            else "\nsynthpi demo cannot run here:\n"
+            + "\n".join(f"  {r['what']}: {r['says']}" for r in stops)
+        )
     raise typer.Exit(bool(stops))

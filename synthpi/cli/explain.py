@@ -21,31 +21,106 @@ from .app import app, command_line, Device, share_cores, told
 @app.command()
 @told()
 def explain(
-    encoder: Annotated[list[Path], typer.Option(help="An encoder.safetensors, or the run folder of a study, which also holds its probe (OUT/runs/NAME); may be given several times.")],
-    images: Annotated[Path, typer.Option(help="Folder or manifest of tiles; for encoders of volumes a folder of prepared volumes, as a study leaves it in OUT/cache/volumes.")],
-    out: Annotated[Path, typer.Option(help="Output folder: report.html, results.json, maps.npz, figures.")],
-    target: Annotated[str, typer.Option(help="What to explain: class (needs a probe), similarity (needs labels or --reference), component:K or dimension:K of the embedding; auto: the first of these that is possible.")] = "auto",
-    reference: Annotated[Optional[Path], typer.Option(help="An image: explain the similarity of the others to it.")] = None,
-    size: Annotated[Optional[int], typer.Option(min=8, help="Side of the images, pixels or voxels; default: that of training, where the encoder's file tells it.")] = None,
+    encoder: Annotated[
+        list[Path],
+        typer.Option(
+            help="An encoder.safetensors, or the run folder of a study, which also holds its "
+                 "probe (OUT/runs/NAME); may be given several times."
+        ),
+    ],
+    images: Annotated[
+        Path,
+        typer.Option(
+            help="Folder or manifest of tiles; for encoders of volumes a folder of prepared "
+                 "volumes, as a study leaves it in OUT/cache/volumes."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Output folder: report.html, results.json, maps.npz, figures.")
+    ],
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What to explain: class (needs a probe), similarity (needs labels or "
+                 "--reference), component:K or dimension:K of the embedding; auto: the first of "
+                 "these that is possible."
+        ),
+    ] = "auto",
+    reference: Annotated[
+        Optional[Path], typer.Option(help="An image: explain the similarity of the others to it.")
+    ] = None,
+    size: Annotated[
+        Optional[int],
+        typer.Option(
+            min=8,
+            help="Side of the images, pixels or voxels; default: that of training, where the "
+                 "encoder's file tells it.",
+        ),
+    ] = None,
     n: Annotated[int, typer.Option(min=8, help="Images for the map, drawn at random.")] = 300,
-    shown: Annotated[int, typer.Option(min=1, help="Images with a saliency map, where there are no classes.")] = 8,
-    checked: Annotated[int, typer.Option(min=0, help="Images of the sanity check; 0: no check.")] = 12,
-    split: Annotated[Optional[str], typer.Option(help="Of the images; default: test if there is one.")] = None,
+    shown: Annotated[
+        int, typer.Option(min=1, help="Images with a saliency map, where there are no classes.")
+    ] = 8,
+    checked: Annotated[
+        int, typer.Option(min=0, help="Images of the sanity check; 0: no check.")
+    ] = 12,
+    split: Annotated[
+        Optional[str], typer.Option(help="Of the images; default: test if there is one.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of draws, random weights and maps.")] = 0,
-    group_column: Annotated[Optional[str], typer.Option(help="Column of the manifest that names the patient.")] = None,
-    on_bad: Annotated[str, typer.Option(help="Unreadable images: raise, or skip and count.")] = "raise",
+    group_column: Annotated[
+        Optional[str], typer.Option(help="Column of the manifest that names the patient.")
+    ] = None,
+    on_bad: Annotated[
+        str, typer.Option(help="Unreadable images: raise, or skip and count.")
+    ] = "raise",
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another report in the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another report in the output folder.")
+    ] = False,
     device: Device = "auto",
 ):
     "What encoders look at: coverage, Guided-GradCAM, its sanity check, and a map of the data set."
     from synthpi.studies.explanation import explain_run           # --help should not wait for torch
     share_cores(0)
-    try: found = explain_run(encoder, images, out, target, reference, size, n, shown, checked, split, seed, group_column, on_bad, batch, device, overwrite, command_line())
-    except KeyboardInterrupt:                             # a report is made in one go
+    try:
+        found = explain_run(
+            encoder,
+            images,
+            out,
+            target,
+            reference,
+            size,
+            n,
+            shown,
+            checked,
+            split,
+            seed,
+            group_column,
+            on_bad,
+            batch,
+            device,
+            overwrite,
+            command_line(),
+        )
+    except KeyboardInterrupt:  # a report is made in one go
         typer.echo("\nsynthpi: stopped. Nothing is kept; the same command begins anew.", err=True)
         raise typer.Exit(130)
-    for name, table in found["coverage"].items(): typer.echo(f"{name}: {sum(r['calls'] for r in table if r['guided'])} activations guided, {sum(r['calls'] for r in table if not r['guided'])} missed")
-    for name, check in found.get("sanity", {}).items(): typer.echo(f"{name}: " + ", ".join(f"{method} {({True: 'passes', False: 'does not pass', None: 'cannot be judged'})[ok]}" for method, ok in check["passes"].items()))
+    for name, table in found["coverage"].items():
+        typer.echo(
+            f"{name}: {sum(r['calls'] for r in table if r['guided'])} activations guided, "
+            f"{sum(r['calls'] for r in table if not r['guided'])} missed"
+        )
+    for name, check in found.get("sanity", {}).items():
+        typer.echo(
+            f"{name}: "
+            + ", ".join(
+                f"{method} "
+                f"{({True: 'passes', False: 'does not pass', None: 'cannot be judged'})[ok]}"
+                for method, ok in check["passes"].items()
+            )
+        )
     if "target" in found: typer.echo(f"Explained: {found['target']}")
-    typer.echo(f"Report: {out/'report.html'}\nNumbers: {out/'results.json'}\nMaps: {out/'maps.npz'}")
+    typer.echo(
+        f"Report: {out / 'report.html'}\nNumbers: {out / 'results.json'}\nMaps: {out / 'maps.npz'}"
+    )

@@ -24,26 +24,85 @@ from synthpi.cli.app import (
 @app.command()
 @told()
 def generator(
-    pairs: Annotated[Path, typer.Option(help="Folder with image/NAME.* and privileged/NAME.*; with --privileged, a folder of primary images.")],
-    out: Annotated[Path, typer.Option(help="Output folder: generator.safetensors, report, samples; a training that was stopped goes on there.")],
-    um_per_px: Annotated[Optional[str], typer.Option(help="Micrometres per pixel of the images, or unknown. It is asked for.")] = None,
-    objective: Annotated[str, typer.Option(help="regression or pix2pix, from pairs; cyclegan or cut, which use no pair.")] = "regression",
-    privileged: Annotated[Optional[Path], typer.Option(help="For cyclegan and cut: a folder of privileged images of other tissue.")] = None,
-    kind: Annotated[Optional[str], typer.Option(help="mask or image; default: a mask if the privileged images are gray.")] = None,
-    width: Annotated[int, typer.Option(min=1, help="Channels of the generator's first level; published: 64.")] = 16,
-    option: Annotated[Optional[list[str]], typer.Option(help="NAME=VALUE, an argument of the objective, for example l1=50 or network=unet; may be given several times.")] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Budget in steps; 400 if no budget is given.")] = None,
-    minutes: Annotated[Optional[float], typer.Option(min=.01, help="Budget in time.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Crops per step; default as suits the objective.")] = None,
+    pairs: Annotated[
+        Path,
+        typer.Option(
+            help="Folder with image/NAME.* and privileged/NAME.*; with --privileged, a folder of "
+                 "primary images."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Output folder: generator.safetensors, report, samples; a training that was "
+                 "stopped goes on there."
+        ),
+    ],
+    um_per_px: Annotated[
+        Optional[str],
+        typer.Option(help="Micrometres per pixel of the images, or unknown. It is asked for."),
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(help="regression or pix2pix, from pairs; cyclegan or cut, which use no pair."),
+    ] = "regression",
+    privileged: Annotated[
+        Optional[Path],
+        typer.Option(help="For cyclegan and cut: a folder of privileged images of other tissue."),
+    ] = None,
+    kind: Annotated[
+        Optional[str],
+        typer.Option(help="mask or image; default: a mask if the privileged images are gray."),
+    ] = None,
+    width: Annotated[
+        int, typer.Option(min=1, help="Channels of the generator's first level; published: 64.")
+    ] = 16,
+    option: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="NAME=VALUE, an argument of the objective, for example l1=50 or network=unet; "
+                 "may be given several times."
+        ),
+    ] = None,
+    steps: Annotated[
+        Optional[int], typer.Option(min=1, help="Budget in steps; 400 if no budget is given.")
+    ] = None,
+    minutes: Annotated[Optional[float], typer.Option(min=0.01, help="Budget in time.")] = None,
+    batch_size: Annotated[
+        Optional[int], typer.Option(min=1, help="Crops per step; default as suits the objective.")
+    ] = None,
     crop: Annotated[int, typer.Option(min=32, help="Side of the crops, pixels.")] = 96,
-    lr: Annotated[Optional[float], typer.Option(help="Peak learning rate; default as suits the objective.")] = None,
-    val: Annotated[float, typer.Option(help="Part of the training patients that chooses the checkpoint.")] = .2,
-    test: Annotated[float, typer.Option(help="Part of all patients that is kept to judge the generator; 0: none.")] = .2,
-    patience: Annotated[int, typer.Option(min=1, help="Evaluations without a better score that end the training.")] = 5,
-    evaluate_every: Annotated[Optional[int], typer.Option(min=1, help="Steps between evaluations, each with a sample sheet; default: a twentieth of the steps.")] = None,
-    group_column: Annotated[Optional[str], typer.Option(help="Column of pairs.csv that names the patient.")] = None,
-    licence: Annotated[Optional[str], typer.Option(help="Of the images; goes into the manifest of every pair made.")] = None,
-    on_bad: Annotated[str, typer.Option(help="Unreadable images: raise, or skip and count.")] = "raise",
+    lr: Annotated[
+        Optional[float], typer.Option(help="Peak learning rate; default as suits the objective.")
+    ] = None,
+    val: Annotated[
+        float, typer.Option(help="Part of the training patients that chooses the checkpoint.")
+    ] = 0.2,
+    test: Annotated[
+        float,
+        typer.Option(help="Part of all patients that is kept to judge the generator; 0: none."),
+    ] = 0.2,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Evaluations without a better score that end the training.")
+    ] = 5,
+    evaluate_every: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1,
+            help="Steps between evaluations, each with a sample sheet; default: a twentieth of "
+                 "the steps.",
+        ),
+    ] = None,
+    group_column: Annotated[
+        Optional[str], typer.Option(help="Column of pairs.csv that names the patient.")
+    ] = None,
+    licence: Annotated[
+        Optional[str],
+        typer.Option(help="Of the images; goes into the manifest of every pair made."),
+    ] = None,
+    on_bad: Annotated[
+        str, typer.Option(help="Unreadable images: raise, or skip and count.")
+    ] = "raise",
     seed: Annotated[int, typer.Option(min=0, help="Splits, weights, crops.")] = 0,
     precision: Annotated[Optional[str], typer.Option(help="fp32, bf16 or fp16.")] = None,
     overwrite: Overwrite = False,
@@ -52,51 +111,180 @@ def generator(
     "Train a generator on a small set, and judge it on patients that it has not seen."
     from synthpi.studies.generator import tested_on, train_generator
     share_cores(0)
-    made = train_generator(pairs, out, objective, privileged=privileged, um_per_px=_scale(um_per_px, "unknown"), kind=kind, width=width, options=_options(option), steps=steps, minutes=minutes, batch_size=batch_size, crop=crop, lr=lr,
-                           val=val, test=test, patience=patience, evaluate_every=evaluate_every, group_column=group_column, licence=licence, on_bad=on_bad, seed=seed, precision=precision, overwrite=overwrite,
-                           device=device, command=command_line())
+    made = train_generator(
+        pairs,
+        out,
+        objective,
+        privileged=privileged,
+        um_per_px=_scale(um_per_px, "unknown"),
+        kind=kind,
+        width=width,
+        options=_options(option),
+        steps=steps,
+        minutes=minutes,
+        batch_size=batch_size,
+        crop=crop,
+        lr=lr,
+        val=val,
+        test=test,
+        patience=patience,
+        evaluate_every=evaluate_every,
+        group_column=group_column,
+        licence=licence,
+        on_bad=on_bad,
+        seed=seed,
+        precision=precision,
+        overwrite=overwrite,
+        device=device,
+        command=command_line(),
+    )
     if made.interrupted: raise KeyboardInterrupt
-    if made.quality is not None: typer.echo(f"\nOn {tested_on(made.patients_known)}:\n{made.quality}")
-    typer.echo(f"\nGenerator: {out/'generator.safetensors'}\nReport: {out/'report.html'}\nNext: " + shlex.join(["synthpi", "pairs", "--tiles", "TILES", "--um-per-px", "UM" if made.generator.um_per_px else "same",
-                                                                                                       "--generator", str(out/"generator.safetensors"), "--out", "PAIRS"]))
+    if made.quality is not None:
+        typer.echo(f"\nOn {tested_on(made.patients_known)}:\n{made.quality}")
+    typer.echo(
+        f"\nGenerator: {out / 'generator.safetensors'}\nReport: {out / 'report.html'}\nNext: "
+        + shlex.join(
+            [
+                "synthpi",
+                "pairs",
+                "--tiles",
+                "TILES",
+                "--um-per-px",
+                "UM" if made.generator.um_per_px else "same",
+                "--generator",
+                str(out / "generator.safetensors"),
+                "--out",
+                "PAIRS",
+            ]
+        )
+    )
 
 @app.command()
 @told()
 def pairs(
-    tiles: Annotated[Path, typer.Option(help="Folder or manifest of tiles; labels are not needed.")],
-    generator: Annotated[str, typer.Option(help="A file of synthpi generator, or of others; or haematoxylin, eosin, dab, macenko, which need no training.")],
-    out: Annotated[Path, typer.Option(help="Folder of the pairs, for pretrain --pairs-cache; what is there is not made again.")],
-    um_per_px: Annotated[Optional[str], typer.Option(help="Micrometres per pixel of the tiles, or same: a nucleus has as many pixels as where the generator was trained. It is asked for.")] = None,
-    generator_um_per_px: Annotated[Optional[float], typer.Option(help="Micrometres per pixel that the generator was trained at, where its file does not say.")] = None,
+    tiles: Annotated[
+        Path, typer.Option(help="Folder or manifest of tiles; labels are not needed.")
+    ],
+    generator: Annotated[
+        str,
+        typer.Option(
+            help="A file of synthpi generator, or of others; or haematoxylin, eosin, dab, "
+                 "macenko, which need no training."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the pairs, for pretrain --pairs-cache; what is there is not made again."
+        ),
+    ],
+    um_per_px: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Micrometres per pixel of the tiles, or same: a nucleus has as many pixels as "
+                 "where the generator was trained. It is asked for."
+        ),
+    ] = None,
+    generator_um_per_px: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Micrometres per pixel that the generator was trained at, where its file does "
+                 "not say."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Tiles per call of the generator.")] = 32,
-    licence: Annotated[Optional[str], typer.Option(help="Of the tiles; goes into the manifest.")] = None,
-    generator_licence: Annotated[Optional[str], typer.Option(help="Of the generator, where its file does not say.")] = None,
-    option: Annotated[Optional[list[str]], typer.Option(help="NAME=VALUE for a network of others, for example range=[-1,1] or entry=netG_A; may be given several times.")] = None,
-    preview: Annotated[bool, typer.Option("--preview/--no-preview", help="Write preview.png of the first batch before the rest is made.")] = True,
-    on_bad: Annotated[str, typer.Option(help="Unreadable tiles: raise, or skip and count.")] = "raise",
+    licence: Annotated[
+        Optional[str], typer.Option(help="Of the tiles; goes into the manifest.")
+    ] = None,
+    generator_licence: Annotated[
+        Optional[str], typer.Option(help="Of the generator, where its file does not say.")
+    ] = None,
+    option: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="NAME=VALUE for a network of others, for example range=[-1,1] or entry=netG_A; "
+                 "may be given several times."
+        ),
+    ] = None,
+    preview: Annotated[
+        bool,
+        typer.Option(
+            "--preview/--no-preview",
+            help="Write preview.png of the first batch before the rest is made.",
+        ),
+    ] = True,
+    on_bad: Annotated[
+        str, typer.Option(help="Unreadable tiles: raise, or skip and count.")
+    ] = "raise",
     overwrite: Overwrite = False,
     device: Device = "auto",
 ):
-    "Give every tile of a folder its synthetic second image; also on several devices, by `accelerate launch -m synthpi pairs ...`."
+    """Give every tile of a folder its synthetic second image; also on several devices, by
+    `accelerate launch -m synthpi pairs ...`."""
     start_the_others()
     from synthpi.studies.synthesise import synthesise
     share_cores(0)
-    made = synthesise(tiles, generator, out, um_per_px=_scale(um_per_px, "same"), generator_um_per_px=generator_um_per_px, batch_size=batch_size, device=device, on_bad=on_bad, preview=preview, licence=licence,
-                      generator_licence=generator_licence, generator_options=_options(option), overwrite=overwrite, command=command_line())
+    made = synthesise(
+        tiles,
+        generator,
+        out,
+        um_per_px=_scale(um_per_px, "same"),
+        generator_um_per_px=generator_um_per_px,
+        batch_size=batch_size,
+        device=device,
+        on_bad=on_bad,
+        preview=preview,
+        licence=licence,
+        generator_licence=generator_licence,
+        generator_options=_options(option),
+        overwrite=overwrite,
+        command=command_line(),
+    )
     leave_group()
     if made.interrupted: raise KeyboardInterrupt
     if first():
         speed = f", {made.images_per_second:.1f} a second" if made.images_per_second else ""
-        typer.echo(f"{made.n} tiles: {made.made} images made{speed}, {made.n - made.made} were there.\nManifest: {out/'manifest.csv'}\nSynthetic images are training aids, not findings.\n"
-                   "Next: " + shlex.join(["synthpi", "pretrain", "--tiles", str(tiles), "--pairs-cache", str(out), "--method", "trident", "--out", "RUN"]))
+        typer.echo(
+            f"{made.n} tiles: {made.made} images made{speed}, {made.n - made.made} were "
+            f"there.\nManifest: {out / 'manifest.csv'}\nSynthetic images are training aids, not "
+            "findings.\n"
+            "Next: "
+            + shlex.join(
+                [
+                    "synthpi",
+                    "pretrain",
+                    "--tiles",
+                    str(tiles),
+                    "--pairs-cache",
+                    str(out),
+                    "--method",
+                    "trident",
+                    "--out",
+                    "RUN",
+                ]
+            )
+        )
 
 @app.command()
 @told()
 def convert(
-    name: Annotated[str, typer.Argument(help="A published set: pannuke, bci, monuseg, tiff_pairs, paired, nct_crc or pcam.")],
-    folder: Annotated[str, typer.Argument(help="The set as it was downloaded; for tile sets also hub:OWNER/NAME.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A published set: pannuke, bci, monuseg, tiff_pairs, paired, nct_crc or pcam."
+        ),
+    ],
+    folder: Annotated[
+        str, typer.Argument(help="The set as it was downloaded; for tile sets also hub:OWNER/NAME.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write, which every other command reads.")],
-    option: Annotated[Optional[list[str]], typer.Option(help="NAME=VALUE, an argument of the set's reader, for example masks=classes; may be given several times.")] = None,
+    option: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="NAME=VALUE, an argument of the set's reader, for example masks=classes; may be "
+                 "given several times."
+        ),
+    ] = None,
 ):
     "Read a published set in its own layout and write it as a plain folder of tiles or of pairs."
     from synthpi.data.published import read_published
@@ -105,8 +293,13 @@ def convert(
 def _scale(text, word):
     "Micrometres per pixel, the word that stands for them, or nothing"
     if text in (None, word): return text
-    try: return float(text)
-    except ValueError: raise ValueError(f"--um-per-px {text} arrived; expected micrometres per pixel, for example 0.5 at 20x, or {word}.") from None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"--um-per-px {text} arrived; expected micrometres per pixel, for example 0.5 at 20x, "
+            f"or {word}."
+        ) from None
 
 def _options(texts):
     "NAME=VALUE, where the value is JSON, or else text"

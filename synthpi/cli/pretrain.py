@@ -22,46 +22,151 @@ from synthpi.cli.app import (
 @app.command()
 @told()
 def pretrain(
-    tiles: Annotated[Path, typer.Option(help="Folder or manifest of tiles; labels are not needed. With splits, only train is used.")],
+    tiles: Annotated[
+        Path,
+        typer.Option(
+            help="Folder or manifest of tiles; labels are not needed. With splits, only train is "
+                 "used."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Run folder: encoder, history, checkpoints, record.")],
-    pairs_cache: Annotated[Optional[list[Path]], typer.Option(help="Folder of synthetic images of these tiles, as a study leaves it in OUT/cache; may be given several times.")] = None,
-    method: Annotated[str, typer.Option(help="siamese (two views, or with pairs a tile and its image) or trident (two views and the image).")] = "siamese",
+    pairs_cache: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            help="Folder of synthetic images of these tiles, as a study leaves it in OUT/cache; "
+                 "may be given several times."
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="siamese (two views, or with pairs a tile and its image) or trident (two views "
+                 "and the image)."
+        ),
+    ] = "siamese",
     loss: Annotated[str, typer.Option(help="vicreg, barlow, simclr or infonce.")] = "vicreg",
-    encoder: Annotated[str, typer.Option(help="resnet10_narrow, resnet18, resnet34, resnet50, densenet121, timm:NAME or hf:NAME.")] = "resnet18",
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="resnet10_narrow, resnet18, resnet34, resnet50, densenet121, timm:NAME or hf:NAME."
+        ),
+    ] = "resnet18",
     widths: Annotated[str, typer.Option(help="Projector layers.")] = "2048,2048,2048",
-    norm: Annotated[str, typer.Option(help="Normalisation in the encoders: batch, group or instance.")] = "batch",
+    norm: Annotated[
+        str, typer.Option(help="Normalisation in the encoders: batch, group or instance.")
+    ] = "batch",
     size: Annotated[int, typer.Option(min=16, help="Side of the views, pixels.")] = 224,
-    augmentation: Annotated[str, typer.Option(help="Of the tiles: weak, strong, histology or farndale.")] = "histology",
-    privileged_augmentation: Annotated[str, typer.Option(help="Of the synthetic images, likewise.")] = "weak",
-    same_geometry: Annotated[bool, typer.Option("--same-geometry", help="The synthetic image is cropped, flipped and turned as the first view is.")] = False,
-    batch_size: Annotated[int, typer.Option(min=2, help="Tiles per step, of all processes together.")] = 256,
-    micro_batch: Annotated[Optional[int], typer.Option(min=1, help="Rows in memory at once; the gradient stays that of the whole batch.")] = None,
+    augmentation: Annotated[
+        str, typer.Option(help="Of the tiles: weak, strong, histology or farndale.")
+    ] = "histology",
+    privileged_augmentation: Annotated[
+        str, typer.Option(help="Of the synthetic images, likewise.")
+    ] = "weak",
+    same_geometry: Annotated[
+        bool,
+        typer.Option(
+            "--same-geometry",
+            help="The synthetic image is cropped, flipped and turned as the first view is.",
+        ),
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=2, help="Tiles per step, of all processes together.")
+    ] = 256,
+    micro_batch: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Rows in memory at once; the gradient stays that of the whole batch."
+        ),
+    ] = None,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Budget in optimiser steps.")] = None,
-    epochs: Annotated[Optional[float], typer.Option(min=.01, help="Budget in passes over the tiles; 100 if no budget is given.")] = None,
-    minutes: Annotated[Optional[float], typer.Option(min=.01, help="Budget in time.")] = None,
+    epochs: Annotated[
+        Optional[float],
+        typer.Option(min=0.01, help="Budget in passes over the tiles; 100 if no budget is given."),
+    ] = None,
+    minutes: Annotated[Optional[float], typer.Option(min=0.01, help="Budget in time.")] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    precision: Annotated[Optional[str], typer.Option(help="fp32, bf16 or fp16; default: what accelerate launch was told, or fp32.")] = None,
+    precision: Annotated[
+        Optional[str],
+        typer.Option(help="fp32, bf16 or fp16; default: what accelerate launch was told, or fp32."),
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
-    augment_on: Annotated[str, typer.Option(help="workers, device, or auto: the GPU if there is one.")] = "auto",
+    augment_on: Annotated[
+        str, typer.Option(help="workers, device, or auto: the GPU if there is one.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Weights, order, augmentation.")] = 0,
-    on_bad: Annotated[str, typer.Option(help="Unreadable images: raise, or skip and count.")] = "raise",
-    save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 60.,
-    track: Annotated[Optional[str], typer.Option(help="A tracker, for example tensorboard; its files go to the run folder.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in the run folder; begin if there are none.")] = False,
+    on_bad: Annotated[
+        str, typer.Option(help="Unreadable images: raise, or skip and count.")
+    ] = "raise",
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 60.0,
+    track: Annotated[
+        Optional[str],
+        typer.Option(help="A tracker, for example tensorboard; its files go to the run folder."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the checkpoints in the run folder; begin if there are none.",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     device: Device = "auto",
     workers: Workers = None,
 ):
-    "Train one encoder on tiles, and on their synthetic images; also on several devices, by `accelerate launch -m synthpi pretrain ...`."
+    """Train one encoder on tiles, and on their synthetic images; also on several devices, by
+    `accelerate launch -m synthpi pretrain ...`."""
     start_the_others()
     from synthpi.studies.pretraining import pretrain as run
-    try: layers = [int(w) for w in widths.split(",")]
-    except ValueError: raise ValueError(f"widths {widths!r} arrived; expected whole numbers with commas, for example 2048,2048,2048.") from None
-    result = run(tiles, out, pairs_cache or (), method, loss, encoder=encoder, widths=layers, norm=norm, size=size, augmentation=augmentation, privileged_augmentation=privileged_augmentation,
-                 same_geometry=same_geometry, batch_size=batch_size, micro_batch=micro_batch, steps=steps, epochs=epochs, minutes=minutes, lr=lr, precision=precision, compile=compile,
-                 augment_on=augment_on, seed=seed, on_bad=on_bad, save_every=save_every, track=track, resume=resume, overwrite=overwrite, device=device, workers=share_cores(workers), command=command_line())
+    try:
+        layers = [int(w) for w in widths.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"widths {widths!r} arrived; expected whole numbers with commas, for example "
+            "2048,2048,2048."
+        ) from None
+    result = run(
+        tiles,
+        out,
+        pairs_cache or (),
+        method,
+        loss,
+        encoder=encoder,
+        widths=layers,
+        norm=norm,
+        size=size,
+        augmentation=augmentation,
+        privileged_augmentation=privileged_augmentation,
+        same_geometry=same_geometry,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        steps=steps,
+        epochs=epochs,
+        minutes=minutes,
+        lr=lr,
+        precision=precision,
+        compile=compile,
+        augment_on=augment_on,
+        seed=seed,
+        on_bad=on_bad,
+        save_every=save_every,
+        track=track,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        workers=share_cores(workers),
+        command=command_line(),
+    )
     leave_group()
-    if result.interrupted and first(): typer.echo(f"\nsynthpi: stopped after step {len(result.history)}. The same command with --resume goes on from there.", err=True)
+    if result.interrupted and first():
+        typer.echo(
+            f"\nsynthpi: stopped after step {len(result.history)}. The same command with --resume "
+            "goes on from there.",
+            err=True,
+        )
     if result.interrupted: raise typer.Exit(130)
     if first():
-        typer.echo(f"{len(result.history)} steps; loss {result.history.loss.iloc[0]:.4g} at first, {result.history.loss.iloc[-1]:.4g} at last.\nEncoder: {out/'encoder.safetensors'}\nHistory: {out/'history.csv'}")
+        typer.echo(
+            f"{len(result.history)} steps; loss {result.history.loss.iloc[0]:.4g} at first, "
+            f"{result.history.loss.iloc[-1]:.4g} at last.\nEncoder: "
+            f"{out / 'encoder.safetensors'}\nHistory: {out / 'history.csv'}"
+        )

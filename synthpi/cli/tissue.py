@@ -22,76 +22,227 @@ from synthpi.cli.app import (
 )
 
 # %% ../../nbs/cli/tissue.ipynb #87e957df
-_Controls = Annotated[bool, typer.Option("--controls", help="Also the control arms: shuffled, blank, third view, haematoxylin.")]
+_Controls = Annotated[
+    bool,
+    typer.Option(
+        "--controls", help="Also the control arms: shuffled, blank, third view, haematoxylin."
+    ),
+]
 
 @app.command()
 @told()
 def demo(
-    out: Annotated[Optional[Path], typer.Option(help="Output folder; a study that was stopped goes on there. Default: synthpi-demo, with --volumes synthpi-demo-volumes.")] = None,
-    volumes: Annotated[bool, typer.Option("--volumes", help="The study of volumes in place of that of tissue: simulated bodies, about four minutes.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the tiles and of the steps: shows that it runs, not what it reaches.")] = False,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Output folder; a study that was stopped goes on there. Default: synthpi-demo, "
+                 "with --volumes synthpi-demo-volumes."
+        ),
+    ] = None,
+    volumes: Annotated[
+        bool,
+        typer.Option(
+            "--volumes",
+            help="The study of volumes in place of that of tissue: simulated bodies, about four "
+                 "minutes.",
+        ),
+    ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="A fifth of the tiles and of the steps: shows that it runs, not what it reaches.",
+        ),
+    ] = False,
     seeds: Seeds = 1,
     controls: _Controls = False,
     overwrite: Overwrite = False,
     device: Device = "auto",
     workers: Workers = None,
 ):
-    "The whole study on simulated tissue, or with --volumes on simulated bodies, offline: about eight and four minutes on two cores, two and one with --quick."
+    """The whole study on simulated tissue, or with --volumes on simulated bodies, offline: about
+    eight and four minutes on two cores, two and one with --quick."""
     out = out or Path("synthpi-demo-volumes" if volumes else "synthpi-demo")
     if volumes:
         from synthpi.cli.volumes import demo_volumes
-        if controls: raise ValueError("--controls arrived with --volumes; the control arms are those of the study of tissue.")
+        if controls:
+            raise ValueError(
+                "--controls arrived with --volumes; the control arms are those of the study of "
+                "tissue."
+            )
         return demo_volumes(out, quick, seeds, overwrite, device, workers)
-    from synthpi.data.phantoms import write_tissue       # here and below: --help should not wait for torch
+    # here and below: --help should not wait for torch
+    from synthpi.data.phantoms import write_tissue
     from synthpi.studies.tissue.study import tissue_study
     data = out/"data"/("quick" if quick else "full")
     if not (data/"phantoms.json").exists():
         typer.echo(f"Drawing simulated tissue into {data}")
-        write_tissue(data, **(dict(n_per_class={"train": 60, "val": 16, "test": 24}, n_pairs=48) if quick else {}))
-    _finish(tissue_study(data/"tiles", out, pairs=data/"pairs", um_per_px_tiles=.75, um_per_px_pairs=.5, size=64, steps=60 if quick else 240,
-            generator_steps=60 if quick else 150, all_settings=False, seeds=range(seeds), controls=controls, overwrite=overwrite, device=device, workers=share_cores(workers),
-            command=command_line(), simulated=True), out)
+        write_tissue(
+            data,
+            **(dict(n_per_class={"train": 60, "val": 16, "test": 24}, n_pairs=48) if quick else {}),
+        )
+    _finish(
+        tissue_study(
+            data / "tiles",
+            out,
+            pairs=data / "pairs",
+            um_per_px_tiles=0.75,
+            um_per_px_pairs=0.5,
+            size=64,
+            steps=60 if quick else 240,
+            generator_steps=60 if quick else 150,
+            all_settings=False,
+            seeds=range(seeds),
+            controls=controls,
+            overwrite=overwrite,
+            device=device,
+            workers=share_cores(workers),
+            command=command_line(),
+            simulated=True,
+        ),
+        out,
+    )
 
 @app.command()
 @told()
 def tissue(
-    tiles: Annotated[Path, typer.Option(help="Folder DIR/<split>/<class>/*.png|jpg|tif, a folder with tiles.csv, or a CSV manifest.")],
+    tiles: Annotated[
+        Path,
+        typer.Option(
+            help="Folder DIR/<split>/<class>/*.png|jpg|tif, a folder with tiles.csv, or a CSV "
+                 "manifest."
+        ),
+    ],
     out: Out,
-    pairs: Annotated[Optional[Path], typer.Option(help="Folder with image/NAME.* and privileged/NAME.*, to train a generator on.")] = None,
-    generator: Annotated[Optional[Path], typer.Option(help="A generator.safetensors, in place of --pairs.")] = None,
-    arms: Annotated[Optional[str], typer.Option(help="Names, separated by commas; default: all that the inputs allow.")] = None,
+    pairs: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder with image/NAME.* and privileged/NAME.*, to train a generator on."
+        ),
+    ] = None,
+    generator: Annotated[
+        Optional[Path], typer.Option(help="A generator.safetensors, in place of --pairs.")
+    ] = None,
+    arms: Annotated[
+        Optional[str],
+        typer.Option(help="Names, separated by commas; default: all that the inputs allow."),
+    ] = None,
     controls: _Controls = False,
     seeds: Seeds = 1,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every trained arm.")] = 300,
-    epochs: Annotated[Optional[float], typer.Option(min=.01, help="In place of --steps: passes over the training tiles.")] = None,
+    epochs: Annotated[
+        Optional[float],
+        typer.Option(min=0.01, help="In place of --steps: passes over the training tiles."),
+    ] = None,
     size: Annotated[int, typer.Option(min=16, help="Side of the tiles in the study, pixels.")] = 96,
-    encoder: Annotated[str, typer.Option(help="resnet10_narrow, resnet18, resnet34, resnet50 or densenet121.")] = "resnet10_narrow",
+    encoder: Annotated[
+        str, typer.Option(help="resnet10_narrow, resnet18, resnet34, resnet50 or densenet121.")
+    ] = "resnet10_narrow",
     batch_size: Annotated[int, typer.Option(min=2, help="Tiles per step.")] = 64,
-    generator_steps: Annotated[int, typer.Option(min=1, help="Steps of the generator's training.")] = 400,
-    generator_crop: Annotated[int, typer.Option(min=32, help="Side of its crops, pixels of the pairs.")] = 96,
-    um_per_px_tiles: Annotated[Optional[float], typer.Option(help="Micrometres per pixel of the tile files; asked for where they matter.")] = None,
-    um_per_px_pairs: Annotated[Optional[float], typer.Option(help="Micrometres per pixel of the pair files, likewise.")] = None,
-    same_scale: Annotated[bool, typer.Option("--same-scale", help="In place of the two: nuclei have as many pixels in tiles as in pairs.")] = False,
-    generator_um_per_px: Annotated[Optional[float], typer.Option(help="Micrometres per pixel that --generator was trained at, where its file does not say.")] = None,
-    group_column: Annotated[Optional[str], typer.Option(help="Column of the manifest that names the patient or group.")] = None,
-    hard_pair: Annotated[Optional[str], typer.Option(help="Two classes, separated by a comma, to report on their own.")] = None,
-    on_bad: Annotated[str, typer.Option(help="Unreadable images: raise, or skip and count.")] = "raise",
+    generator_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the generator's training.")
+    ] = 400,
+    generator_crop: Annotated[
+        int, typer.Option(min=32, help="Side of its crops, pixels of the pairs.")
+    ] = 96,
+    um_per_px_tiles: Annotated[
+        Optional[float],
+        typer.Option(help="Micrometres per pixel of the tile files; asked for where they matter."),
+    ] = None,
+    um_per_px_pairs: Annotated[
+        Optional[float], typer.Option(help="Micrometres per pixel of the pair files, likewise.")
+    ] = None,
+    same_scale: Annotated[
+        bool,
+        typer.Option(
+            "--same-scale",
+            help="In place of the two: nuclei have as many pixels in tiles as in pairs.",
+        ),
+    ] = False,
+    generator_um_per_px: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Micrometres per pixel that --generator was trained at, where its file does not "
+                 "say."
+        ),
+    ] = None,
+    group_column: Annotated[
+        Optional[str], typer.Option(help="Column of the manifest that names the patient or group.")
+    ] = None,
+    hard_pair: Annotated[
+        Optional[str],
+        typer.Option(help="Two classes, separated by a comma, to report on their own."),
+    ] = None,
+    on_bad: Annotated[
+        str, typer.Option(help="Unreadable images: raise, or skip and count.")
+    ] = "raise",
     overwrite: Overwrite = False,
     device: Device = "auto",
     workers: Workers = None,
 ):
-    "The study on your own tiles: every arm at weak and strong augmentation, the better one chosen on validation data."
+    """The study on your own tiles: every arm at weak and strong augmentation, the better one chosen
+    on validation data."""
     from synthpi.studies.tissue.study import tissue_study
-    _finish(tissue_study(tiles, out, pairs=pairs, generator=generator, arms=names(arms), controls=controls, seeds=range(seeds), steps=steps, epochs=epochs, size=size,
-            encoder=encoder, batch_size=batch_size, generator_steps=generator_steps, generator_crop=generator_crop, um_per_px_tiles=um_per_px_tiles, um_per_px_pairs=um_per_px_pairs, same_scale=same_scale, generator_um_per_px=generator_um_per_px,
-            group_column=group_column, hard_pair=names(hard_pair), on_bad=on_bad, device=device, workers=share_cores(workers), overwrite=overwrite, command=command_line()), out)
+    _finish(
+        tissue_study(
+            tiles,
+            out,
+            pairs=pairs,
+            generator=generator,
+            arms=names(arms),
+            controls=controls,
+            seeds=range(seeds),
+            steps=steps,
+            epochs=epochs,
+            size=size,
+            encoder=encoder,
+            batch_size=batch_size,
+            generator_steps=generator_steps,
+            generator_crop=generator_crop,
+            um_per_px_tiles=um_per_px_tiles,
+            um_per_px_pairs=um_per_px_pairs,
+            same_scale=same_scale,
+            generator_um_per_px=generator_um_per_px,
+            group_column=group_column,
+            hard_pair=names(hard_pair),
+            on_bad=on_bad,
+            device=device,
+            workers=share_cores(workers),
+            overwrite=overwrite,
+            command=command_line(),
+        ),
+        out,
+    )
 
 def _finish(results, out):
     "Print what a reader wants to see first, and where the rest is."
     from synthpi.evaluate.tables import compare
-    keep = ("accuracy", "accuracy_stain_shift", "macro_f1", "augmentation", "rankme", "steps", "seconds")
-    typer.echo("\n" + compare({n: {k: a[k] for k in keep if k in a} for n, a in results["arms"].items()}).to_string())
+    keep = (
+        "accuracy",
+        "accuracy_stain_shift",
+        "macro_f1",
+        "augmentation",
+        "rankme",
+        "steps",
+        "seconds",
+    )
+    typer.echo(
+        "\n"
+        + compare(
+            {n: {k: a[k] for k in keep if k in a} for n, a in results["arms"].items()}
+        ).to_string()
+    )
     for r in results["error_reduction"]:
-        if (r["base"], r["model"], r["tiles"]) == ("siamese_unprivileged", "trident", "as they are"):
-            typer.echo(f"error ratio siamese_unprivileged / trident, {r['augmentation']} augmentation: {r['text']}")
-    typer.echo(f"\nReport: {out/'report.html'}\nNumbers: {out/'results.json'}\nEncoders: {out/'runs'}")
+        if (r["base"], r["model"], r["tiles"]) == (
+            "siamese_unprivileged",
+            "trident",
+            "as they are",
+        ):
+            typer.echo(
+                f"error ratio siamese_unprivileged / trident, {r['augmentation']} augmentation: "
+                f"{r['text']}"
+            )
+    typer.echo(
+        f"\nReport: {out / 'report.html'}\nNumbers: {out / 'results.json'}\nEncoders: "
+        f"{out / 'runs'}"
+    )

@@ -25,73 +25,245 @@ from synthpi.cli.app import (
 @app.command()
 @told()
 def volumes(
-    volumes: Annotated[Path, typer.Option(help="Folder of volumes (NIfTI, NRRD, MHA, DICOM; plain, Decathlon, BraTS or autoPET), or a table with name, image and perhaps label, subject, split.")],
+    volumes: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of volumes (NIfTI, NRRD, MHA, DICOM; plain, Decathlon, BraTS or "
+                 "autoPET), or a table with name, image and perhaps label, subject, split."
+        ),
+    ],
     out: Out,
-    labels: Annotated[Optional[bool], typer.Option("--labels/--no-labels", help="Judge the arms on regions from the voxels' labels; default: if every volume has them.")] = None,
-    arms: Annotated[Optional[str], typer.Option(help="Names, separated by commas; default: all that the inputs allow.")] = None,
+    labels: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--labels/--no-labels",
+            help="Judge the arms on regions from the voxels' labels; default: if every volume has "
+                 "them.",
+        ),
+    ] = None,
+    arms: Annotated[
+        Optional[str],
+        typer.Option(help="Names, separated by commas; default: all that the inputs allow."),
+    ] = None,
     seeds: Seeds = 1,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every trained arm.")] = 300,
     size: Annotated[int, typer.Option(min=8, help="Side of the crops, voxels.")] = 24,
     n_volumes: Annotated[int, typer.Option(min=1, help="Volumes of a step; published: 64.")] = 8,
     n_crops: Annotated[int, typer.Option(min=1, help="Crops of each; published: 16.")] = 8,
-    encoder: Annotated[str, typer.Option(help="resnet10_narrow, resnet18, resnet34, resnet50 or densenet121 (published).")] = "resnet10_narrow",
-    embedding: Annotated[int, typer.Option(min=1, help="Width of the embedding whose distances are compared (barlow_isimed: that of its projector).")] = 64,
-    frame: Annotated[str, typer.Option(help="Where places are counted from: world_mm for registered scans, mm_centered from the middle of the foreground, mm_local; auto looks.")] = "auto",
-    pairs: Annotated[str, typer.Option(help="Pairs of the distance loss: off-diagonal, within or cross.")] = "off-diagonal",
-    rule: Annotated[str, typer.Option(help="A crop is of a region when its center lies in it, or when it holds any voxel of it (lesions).")] = "center",
-    recipe: Annotated[str, typer.Option(help="How views differ: scanner, boxes (published) or none.")] = "scanner",
-    weight: Annotated[float, typer.Option(help="Of Barlow Twins beside the distance loss, distances being in units of their mean.")] = .1,
-    temperature: Annotated[float, typer.Option(help="Of SimCLR.")] = .5,
-    projector: Annotated[bool, typer.Option("--projector/--no-projector", help="Whether views are compared behind a projector; published: not.")] = True,
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="resnet10_narrow, resnet18, resnet34, resnet50 or densenet121 (published)."
+        ),
+    ] = "resnet10_narrow",
+    embedding: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Width of the embedding whose distances are compared (barlow_isimed: that of its "
+                 "projector).",
+        ),
+    ] = 64,
+    frame: Annotated[
+        str,
+        typer.Option(
+            help="Where places are counted from: world_mm for registered scans, mm_centered from "
+                 "the middle of the foreground, mm_local; auto looks."
+        ),
+    ] = "auto",
+    pairs: Annotated[
+        str, typer.Option(help="Pairs of the distance loss: off-diagonal, within or cross.")
+    ] = "off-diagonal",
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="A crop is of a region when its center lies in it, or when it holds any voxel of "
+                 "it (lesions)."
+        ),
+    ] = "center",
+    recipe: Annotated[
+        str, typer.Option(help="How views differ: scanner, boxes (published) or none.")
+    ] = "scanner",
+    weight: Annotated[
+        float,
+        typer.Option(
+            help="Of Barlow Twins beside the distance loss, distances being in units of their mean."
+        ),
+    ] = 0.1,
+    temperature: Annotated[float, typer.Option(help="Of SimCLR.")] = 0.5,
+    projector: Annotated[
+        bool,
+        typer.Option(
+            "--projector/--no-projector",
+            help="Whether views are compared behind a projector; published: not.",
+        ),
+    ] = True,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    folds: Annotated[int, typer.Option(min=2, help="Folds over the test subjects, at most as many as there are.")] = 10,
-    place_crops: Annotated[int, typer.Option(min=1, help="Crops of each volume on which places are judged.")] = 60,
-    region_crops: Annotated[int, typer.Option(min=1, help="Crops of each test volume on which regions are judged.")] = 120,
-    spacing_mm: Annotated[Optional[float], typer.Option(help="Resample to voxels of this edge; default: as the files are, which then have to agree.")] = None,
-    window: Annotated[Optional[str], typer.Option(help="For CT: ct, soft tissue, lung, or two numbers LOW,HIGH in HU.")] = None,
-    preset: Annotated[Optional[str], typer.Option(help="Layout of the folder: plain, msd, brats or autopet; default: looked up.")] = None,
-    sequence: Annotated[Optional[str], typer.Option(help="Which sequence, where a set has several: T1w, flair, CT, or its number.")] = None,
+    folds: Annotated[
+        int, typer.Option(min=2, help="Folds over the test subjects, at most as many as there are.")
+    ] = 10,
+    place_crops: Annotated[
+        int, typer.Option(min=1, help="Crops of each volume on which places are judged.")
+    ] = 60,
+    region_crops: Annotated[
+        int, typer.Option(min=1, help="Crops of each test volume on which regions are judged.")
+    ] = 120,
+    spacing_mm: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Resample to voxels of this edge; default: as the files are, which then have to "
+                 "agree."
+        ),
+    ] = None,
+    window: Annotated[
+        Optional[str],
+        typer.Option(help="For CT: ct, soft tissue, lung, or two numbers LOW,HIGH in HU."),
+    ] = None,
+    preset: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Layout of the folder: plain, msd, brats or autopet; default: looked up."
+        ),
+    ] = None,
+    sequence: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Which sequence, where a set has several: T1w, flair, CT, or its number."
+        ),
+    ] = None,
     precision: Annotated[Optional[str], typer.Option(help="fp32, bf16 or fp16.")] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
-    workers: Annotated[Optional[int], typer.Option(min=0, help="Processes that prepare volumes; default: one for each second core, up to 4.")] = None,
+    workers: Annotated[
+        Optional[int],
+        typer.Option(
+            min=0,
+            help="Processes that prepare volumes; default: one for each second core, up to 4.",
+        ),
+    ] = None,
 ):
-    "Where in the body is this crop? ISImed and its rivals on your own volumes, judged on subjects that were not trained on."
+    """Where in the body is this crop? ISImed and its rivals on your own volumes, judged on subjects
+    that were not trained on."""
     from synthpi.studies.volumes.study import volume_study
-    _finish_volumes(volume_study(volumes, out, labels, names(arms), range(seeds), steps, size, n_volumes, n_crops, encoder, embedding, frame, pairs, rule, recipe, weight, temperature, projector, lr,
-                                 folds, place_crops, region_crops, spacing_mm, _window(window), preset, sequence, precision, device, workers=share_cores(workers, beside=False), overwrite=overwrite, command=command_line()), out)
+    _finish_volumes(
+        volume_study(
+            volumes,
+            out,
+            labels,
+            names(arms),
+            range(seeds),
+            steps,
+            size,
+            n_volumes,
+            n_crops,
+            encoder,
+            embedding,
+            frame,
+            pairs,
+            rule,
+            recipe,
+            weight,
+            temperature,
+            projector,
+            lr,
+            folds,
+            place_crops,
+            region_crops,
+            spacing_mm,
+            _window(window),
+            preset,
+            sequence,
+            precision,
+            device,
+            workers=share_cores(workers, beside=False),
+            overwrite=overwrite,
+            command=command_line(),
+        ),
+        out,
+    )
 
 def _window(text):
     "A named window, or LOW,HIGH"
     if text is None or "," not in text: return text
-    try: low, high = map(float, text.split(","))
-    except ValueError: raise ValueError(f"--window {text} arrived; expected a name, or two numbers in HU such as -160,240.") from None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--window {text} arrived; expected a name, or two numbers in HU such as -160,240."
+        ) from None
     return low, high
 
 def _finish_volumes(results, out):
     "Print what a reader wants to see first, and where the rest is."
     import pandas as pd
-    cell = lambda x, digits: f"{x['mean']:.{digits}f} [{x['ci'][0]:.{digits}f}, {x['ci'][1]:.{digits}f}]"
-    rows = {n: {label: cell(a[k], digits) for k, label, digits in (("position_r2", "R2 of place", 3), ("position_mae_mm", "error, mm", 1), ("auc", "mean AUC", 3)) if k in a} | {"steps": a["steps"], "seconds": round(a["seconds"])}
-            for n, a in results["arms"].items()}
+    def cell(x, digits):
+        return f"{x['mean']:.{digits}f} [{x['ci'][0]:.{digits}f}, {x['ci'][1]:.{digits}f}]"
+    rows = {
+        n: {
+            label: cell(a[k], digits)
+            for k, label, digits in (
+                ("position_r2", "R2 of place", 3),
+                ("position_mae_mm", "error, mm", 1),
+                ("auc", "mean AUC", 3),
+            )
+            if k in a
+        }
+        | {"steps": a["steps"], "seconds": round(a["seconds"])}
+        for n, a in results["arms"].items()
+    }
     typer.echo("\n" + pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string())
-    typer.echo(f"\nReport: {out/'report.html'}\nNumbers: {out/'results.json'}\nEncoders: {out/'runs'}")
+    typer.echo(
+        f"\nReport: {out / 'report.html'}\nNumbers: {out / 'results.json'}\nEncoders: "
+        f"{out / 'runs'}"
+    )
 
 # %% ../../nbs/cli/volumes.ipynb #a61c56ef
 @app.command()
 @told()
 def embed(
     encoder: Annotated[Path, typer.Option(help="An encoder.safetensors for volumes.")],
-    volumes: Annotated[Path, typer.Option(help="Folder of prepared volumes, as a study leaves it in OUT/cache/volumes.")],
+    volumes: Annotated[
+        Path,
+        typer.Option(help="Folder of prepared volumes, as a study leaves it in OUT/cache/volumes."),
+    ],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
-    size: Annotated[Optional[int], typer.Option(min=1, help="Side of a crop, voxels; default: that of training, where the encoder's file tells it.")] = None,
-    stride: Annotated[Optional[int], typer.Option(min=1, help="Voxels between neighbouring crops; default: the side of a crop.")] = None,
+    size: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1,
+            help="Side of a crop, voxels; default: that of training, where the encoder's file "
+                 "tells it.",
+        ),
+    ] = None,
+    stride: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="Voxels between neighbouring crops; default: the side of a crop."),
+    ] = None,
     split: Annotated[Optional[str], typer.Option(help="Only the volumes of this split.")] = None,
-    labels: Annotated[Optional[str], typer.Option(help="center (the label of the middle voxel), any (voxels of each label), or center,any.")] = None,
-    frame: Annotated[Optional[str], typer.Option(help="What places are counted in, as in synthpi volumes; default: that of training, or world_mm.")] = None,
-    tissue: Annotated[float, typer.Option(help="Crops with this share of foreground or less are left out; -1 keeps all.")] = 0.,
+    labels: Annotated[
+        Optional[str],
+        typer.Option(
+            help="center (the label of the middle voxel), any (voxels of each label), or "
+                 "center,any."
+        ),
+    ] = None,
+    frame: Annotated[
+        Optional[str],
+        typer.Option(
+            help="What places are counted in, as in synthpi volumes; default: that of training, "
+                 "or world_mm."
+        ),
+    ] = None,
+    tissue: Annotated[
+        float,
+        typer.Option(
+            help="Crops with this share of foreground or less are left out; -1 keeps all."
+        ),
+    ] = 0.0,
     batch: Annotated[int, typer.Option(min=1, help="Crops at a time.")] = 64,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file that is there.")
+    ] = False,
     device: Device = "auto",
 ):
     "Embeddings of grids of crops of volumes, for `synthpi probe`."
@@ -100,26 +272,79 @@ def embed(
     from synthpi.volumes.store import VolumeStore
     share_cores(0)
     store, net = VolumeStore(volumes), load_encoder(encoder)
-    if (trained := net.about.get("spacing_mm")) and any(abs(a/b - 1) > .1 for a, b in zip(store.spacing_mm(0), trained)):
-        raise ValueError(f"{encoder} was trained on voxels of {trained} mm and {volumes} has {store.spacing_mm(0).round(3).tolist()} mm: prepare the volumes with that spacing.")
+    if (trained := net.about.get("spacing_mm")) and any(
+        abs(a / b - 1) > 0.1 for a, b in zip(store.spacing_mm(0), trained)
+    ):
+        raise ValueError(
+            f"{encoder} was trained on voxels of {trained} mm and {volumes} has "
+            f"{store.spacing_mm(0).round(3).tolist()} mm: prepare the volumes with that spacing."
+        )
     sides, frame = size or net.about.get("size"), frame or net.about.get("frame", "world_mm")
-    if sides is None: raise ValueError(f"{encoder} does not tell how large the crops of its training were: give --size.")
-    embed_volumes(net, store, out, sides, stride, store.indices(split) if split else None, frame, tissue, batch, names(labels), device, overwrite)
-    typer.echo(f"Embeddings: {out}\nNext: " + shlex.join(["synthpi", "probe", "--features", str(out), "--target", "labels" if labels else "position"]))
+    if sides is None:
+        raise ValueError(
+            f"{encoder} does not tell how large the crops of its training were: give --size."
+        )
+    embed_volumes(
+        net,
+        store,
+        out,
+        sides,
+        stride,
+        store.indices(split) if split else None,
+        frame,
+        tissue,
+        batch,
+        names(labels),
+        device,
+        overwrite,
+    )
+    typer.echo(
+        f"Embeddings: {out}\nNext: "
+        + shlex.join(
+            [
+                "synthpi",
+                "probe",
+                "--features",
+                str(out),
+                "--target",
+                "labels" if labels else "position",
+            ]
+        )
+    )
 
 @app.command()
 @told()
 def probe(
-    features: Annotated[Path, typer.Option(help="A file of synthpi embed; or Parquet or CSV with a column embedding (lists of numbers), of any encoder.")],
-    target: Annotated[str, typer.Option(help="position; labels (every region) or a region's number; or a column of the file.")] = "position",
-    group: Annotated[str, typer.Option(help="Column of what must not be in training and test: subject, patient.")] = "subject",
-    split: Annotated[Optional[str], typer.Option(help="For labels, whose rows: a split, or all; default: test where a file of embed has it.")] = None,
+    features: Annotated[
+        Path,
+        typer.Option(
+            help="A file of synthpi embed; or Parquet or CSV with a column embedding (lists of "
+                 "numbers), of any encoder."
+        ),
+    ],
+    target: Annotated[
+        str,
+        typer.Option(
+            help="position; labels (every region) or a region's number; or a column of the file."
+        ),
+    ] = "position",
+    group: Annotated[
+        str, typer.Option(help="Column of what must not be in training and test: subject, patient.")
+    ] = "subject",
+    split: Annotated[
+        Optional[str],
+        typer.Option(
+            help="For labels, whose rows: a split, or all; default: test where a file of embed "
+                 "has it."
+        ),
+    ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of folds, halves and intervals.")] = 0,
     out: Annotated[Optional[Path], typer.Option(help="Also write the table as CSV.")] = None,
     device: Device = "auto",
 ):
-    "What frozen features know: where a crop was, in which region, or a label of tiles; with intervals over subjects."
+    """What frozen features know: where a crop was, in which region, or a label of tiles; with
+    intervals over subjects."""
     from synthpi.core.files import atomic_path
     from synthpi.core.runs import choose_device
     from synthpi.studies.embeddings import probe_table
@@ -145,6 +370,25 @@ def demo_volumes(
     data = out/"data"/("quick" if quick else "full")
     if not (data/"labels.csv").exists():            # written last
         typer.echo(f"Drawing simulated bodies into {data}")
-        write_bodies(data, *((12, "mri", (48, 36, 48), 9.) if quick else (30, "mri", (72, 52, 72), 6.)), test_share=1/3)
-    _finish_volumes(volume_study(data, out, steps=20 if quick else 100, size=12 if quick else 16, place_crops=30 if quick else 60, region_crops=60 if quick else 120, seeds=range(seeds), overwrite=overwrite, device=device,
-                                 workers=share_cores(workers, beside=False), command=command_line(), simulated=True), out)
+        write_bodies(
+            data,
+            *((12, "mri", (48, 36, 48), 9.0) if quick else (30, "mri", (72, 52, 72), 6.0)),
+            test_share=1 / 3,
+        )
+    _finish_volumes(
+        volume_study(
+            data,
+            out,
+            steps=20 if quick else 100,
+            size=12 if quick else 16,
+            place_crops=30 if quick else 60,
+            region_crops=60 if quick else 120,
+            seeds=range(seeds),
+            overwrite=overwrite,
+            device=device,
+            workers=share_cores(workers, beside=False),
+            command=command_line(),
+            simulated=True,
+        ),
+        out,
+    )

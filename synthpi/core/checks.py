@@ -14,7 +14,9 @@ import numpy as np
 def some_names(names, n=10):
     "The first `n` names, and how many more there are."
     names = list(names)
-    return ", ".join(map(str, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")
+    return ", ".join(map(str, names[:n])) + (
+        f" and {len(names) - n} more" if len(names) > n else ""
+    )
 
 # %% ../../nbs/core/checks.ipynb #c4641544
 def check_finite(
@@ -25,5 +27,8 @@ def check_finite(
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if len(bad):
         names = ", ".join(map(str, bad[:8])) + ", ..."*(len(bad) > 8)
-        raise ValueError(f"{len(bad)} of {len(x)} rows of {what} are not finite: rows {names}. Look at these images, and whether training diverged.")
+        raise ValueError(
+            f"{len(bad)} of {len(x)} rows of {what} are not finite: rows {names}. Look at these "
+            "images, and whether training diverged."
+        )
     return x

@@ -16,7 +16,8 @@ from .images import to_rgb
 
 # %% ../../nbs/core/figures.ipynb #334766ce
 def show_images(
-    images, # Sequence of images: arrays as for `to_rgb`, PIL images, or tensors `(C, H, W)` in [0, 1]
+    # Sequence of images: arrays as for `to_rgb`, PIL images, or tensors `(C, H, W)` in [0, 1]
+    images,
     titles:list[str]|None=None, # One title per image
     ncols:int=8, # Images per row
     size:float=1.4, # Width of one image, inches
@@ -24,10 +25,16 @@ def show_images(
     "Images in a grid, row by row."
     if not len(images): raise ValueError("0 images arrived; expected at least one to show.")
     nrows = -(-len(images)//ncols)
-    fig, axes = plt.subplots(nrows, min(ncols, len(images)), figsize=(size*min(ncols, len(images)), (size + .25*(titles is not None))*nrows), squeeze=False)
+    fig, axes = plt.subplots(
+        nrows,
+        min(ncols, len(images)),
+        figsize=(size * min(ncols, len(images)), (size + 0.25 * (titles is not None)) * nrows),
+        squeeze=False,
+    )
     for ax in axes.flat: ax.axis("off")
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
-        if isinstance(image, torch.Tensor): image = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
         ax.imshow(to_rgb(image))
         if titles is not None: ax.set_title(titles[i], fontsize=8)
     fig.tight_layout(pad=.3)
@@ -39,26 +46,63 @@ COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #4D4D4D #B8A800 #8822
 MARKERS = "o s ^ D v P X < > p * h".split()
 
 # %% ../../nbs/core/figures.ipynb #67d104b7
-_LOOKS = {"mean_rgb": ("#8A8A8A", "v"), "colour_histogram": ("#5F5F5F", "^"), "random_encoder": ("#A08060", "X"), "supervised": ("#1A1A1A", "s"),
-          "siamese_unprivileged": ("#E69F00", "D"), "siamese_privileged": ("#009E73", "P"),
-          "trident": ("#0072B2", "o"), "trident_real_pairs": ("#CC79A7", "p"),
-          "position_atlas": ("#1A1A1A", "s"), "intensity_histogram": ("#5F5F5F", "^"), "shuffled": ("#8A8A8A", "v"), "isimed": ("#0072B2", "o"), "simclr": ("#E69F00", "D"), "barlow": ("#D55E00", "<"),
-          "barlow_isimed": ("#009E73", "P"), "two_head": ("#56B4E9", ">"), "regression": ("#CC79A7", "p")}
-_OTHERS = [("#D55E00", "<"), ("#56B4E9", ">"), ("#882255", "h"), ("#6A51A3", "*"), ("#B8A800", "d"), ("#1B4F3A", "8")]
+_LOOKS = {
+    "mean_rgb": ("#8A8A8A", "v"),
+    "colour_histogram": ("#5F5F5F", "^"),
+    "random_encoder": ("#A08060", "X"),
+    "supervised": ("#1A1A1A", "s"),
+    "siamese_unprivileged": ("#E69F00", "D"),
+    "siamese_privileged": ("#009E73", "P"),
+    "trident": ("#0072B2", "o"),
+    "trident_real_pairs": ("#CC79A7", "p"),
+    "position_atlas": ("#1A1A1A", "s"),
+    "intensity_histogram": ("#5F5F5F", "^"),
+    "shuffled": ("#8A8A8A", "v"),
+    "isimed": ("#0072B2", "o"),
+    "simclr": ("#E69F00", "D"),
+    "barlow": ("#D55E00", "<"),
+    "barlow_isimed": ("#009E73", "P"),
+    "two_head": ("#56B4E9", ">"),
+    "regression": ("#CC79A7", "p"),
+}
+_OTHERS = [
+    ("#D55E00", "<"),
+    ("#56B4E9", ">"),
+    ("#882255", "h"),
+    ("#6A51A3", "*"),
+    ("#B8A800", "d"),
+    ("#1B4F3A", "8"),
+]
 
 def arm_looks(arms):
     "Colour and marker by arm."
     others = [arm for arm in arms if arm not in _LOOKS]
     return {arm: _LOOKS.get(arm) or _OTHERS[others.index(arm) % len(_OTHERS)] for arm in arms}
 
-HOUSE_STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
-          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E3E6E9", "grid.linewidth": .8,
-          "axes.axisbelow": True, "text.parse_math": False}
+HOUSE_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E3E6E9",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "text.parse_math": False,
+}
 
 def range_in_words(values):
     "The ends of a row of numbers in words, for alt texts."
     low, high = min(values, key=values.get), max(values, key=values.get)
-    return f"from {values[low]:.2f} ({low}) to {values[high]:.2f} ({high})" if low != high else f"{values[low]:.2f} ({low})"
+    return (
+        f"from {values[low]:.2f} ({low}) to {values[high]:.2f} ({high})"
+        if low != high
+        else f"{values[low]:.2f} ({low})"
+    )
 
 def check_arms(arms, what):
     if not arms: raise ValueError(f"{what} of 0 arms arrived; expected at least one.")

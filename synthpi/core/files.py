@@ -30,7 +30,9 @@ def atomic_path(
     "Write a file whole or not at all: temporary file, fsync, rename."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
+    handle, tmp = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix
+    )
     os.close(handle)
     try:
         yield Path(tmp)
@@ -54,7 +56,8 @@ def write_json(
         if isinstance(x, np.generic): return plain(x.item())
         if isinstance(x, Path): return x.as_posix()
         return None if isinstance(x, float) and not np.isfinite(x) else x
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(plain(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(plain(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 # %% ../../nbs/core/files.ipynb #fbf6f1d9
 def tensor_bytes(
@@ -79,35 +82,61 @@ def write_safetensors(
 )->None:
     "Write weights, facts and a checksum of both; atomic."
     header = {"format": format, **{k: json.dumps(v) for k, v in facts.items()}}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}       # clone: the format has no tensors that share memory
+    # clone: the format has no tensors that share memory
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     header = json.dumps({**header, "sha256": _checksum(header, tensors)}, sort_keys=True)
-    with atomic_path(path) as tmp: save_file(tensors, tmp, metadata={"synthpi": header})      # one entry: safetensors writes several in a random order, and equal runs give equal files
+    # one entry: safetensors writes several in a random order, and equal runs give equal files
+    with atomic_path(path) as tmp: save_file(tensors, tmp, metadata={"synthpi": header})
 
 # %% ../../nbs/core/files.ipynb #c7d5f26a
 def read_safetensors(
     path:str|Path, # A file of `write_safetensors`
     format:str, # The format that is expected
     needs:Sequence[str]=(), # Facts that the header must hold
-    foreign:str="build its module yourself and load the weights into it.", # What to do with a file of another format
+    # What to do with a file of another format
+    foreign:str="build its module yourself and load the weights into it.",
 )->tuple[dict, dict[str, torch.Tensor]]: # The facts, and the weights
-    "Facts and weights of a file; `FileNotFoundError`, or `ValueError` with the reason when it cannot be used."
+    """Facts and weights of a file; `FileNotFoundError`, or `ValueError` with the reason when it
+    cannot be used."""
     path, kind = Path(path), format.split("-")[1]
-    if path.is_dir(): raise ValueError(f"{path} is a folder and no {kind} file: give the path of the {kind}.safetensors in it.")
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder and no {kind} file: give the path of the {kind}.safetensors in it."
+        )
     if not path.is_file():
         article = "an" if kind[0] in "aeiou" else "a"
-        raise FileNotFoundError(f"no {kind} file at {path}: give the path of {article} {kind}.safetensors that a run has written.")
+        raise FileNotFoundError(
+            f"no {kind} file at {path}: give the path of {article} {kind}.safetensors that a run "
+            "has written."
+        )
     try:
-        with safe_open(str(path), "pt") as f: header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(str(path), "pt") as f:
+            header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e:
-        raise ValueError(f"{path} is not a safetensors file, or not a whole one ({e}); expected one written by save_{kind}. "
-                         "Pickles (.pt, .pth) are not opened: they can run code.") from e
-    if "synthpi" in header: header = json.loads(header["synthpi"])                   # files of version 0.1.0 have an entry for each fact
-    if header.get("format") != format: raise ValueError(f"{path} is a safetensors file with format {header.get('format')!r} and not {format!r}: {foreign}")
+        raise ValueError(
+            f"{path} is not a safetensors file, or not a whole one ({e}); expected one written by "
+            f"save_{kind}. "
+            "Pickles (.pt, .pth) are not opened: they can run code."
+        ) from e
+    # files of version 0.1.0 have an entry for each fact
+    if "synthpi" in header: header = json.loads(header["synthpi"])
+    if header.get("format") != format:
+        raise ValueError(
+            f"{path} is a safetensors file with format {header.get('format')!r} and not "
+            f"{format!r}: {foreign}"
+        )
     checksum = header.pop("sha256", None)       # nor a checksum
     if checksum is not None and checksum != _checksum(header, tensors):
-        raise ValueError(f"{path} is damaged: its content does not have the checksum {checksum[:12]}... that it was written with. Copy it again, or repeat the run.")
+        raise ValueError(
+            f"{path} is damaged: its content does not have the checksum {checksum[:12]}... that "
+            "it was written with. Copy it again, or repeat the run."
+        )
     missing = sorted({*needs} - header.keys())
-    if missing: raise ValueError(f"the header of {path} lacks {', '.join(missing)}; expected a file written by save_{kind}.")
+    if missing:
+        raise ValueError(
+            f"the header of {path} lacks {', '.join(missing)}; expected a file written by "
+            f"save_{kind}."
+        )
     return {k: json.loads(v) for k, v in header.items() if k != "format"}, tensors
 
 # %% ../../nbs/core/files.ipynb #3ea22897

@@ -25,45 +25,68 @@ def _by_class(y:np.ndarray)->np.ndarray:
 def group_folds(
     groups:Sequence, # Group of every row, for example its subject
     k:int=10, # Number of folds
-    labels:np.ndarray|None=None, # Classes (N,) or targets (N, T) to spread evenly; None balances sizes only
+    # Classes (N,) or targets (N, T) to spread evenly; None balances sizes only
+    labels:np.ndarray|None=None,
     seed:int=0, # Order of equal groups
 )->np.ndarray: # (N,) folds, 0 to k - 1
-    "Folds of whole groups, none of them empty; `ValueError` when there are fewer groups than folds."
+    """Folds of whole groups, none of them empty; `ValueError` when there are fewer groups than
+    folds."""
     names, codes = np.unique(np.asarray(groups), return_inverse=True)
     if k < 2: raise ValueError(f"k is {k}; expected 2 folds or more.")
-    if len(names) < k: raise ValueError(f"{len(names)} groups arrived for {k} folds: give k={len(names)} or less, or more groups (a group is never split).")
+    if len(names) < k:
+        raise ValueError(
+            f"{len(names)} groups arrived for {k} folds: give k={len(names)} or less, or more "
+            "groups (a group is never split)."
+        )
     member = np.ones((len(codes), 1))
     if labels is not None:
-        if len(labels) != len(codes): raise ValueError(f"{len(labels)} labels and {len(codes)} groups arrived; expected one of each per row.")
+        if len(labels) != len(codes):
+            raise ValueError(
+                f"{len(labels)} labels and {len(codes)} groups arrived; expected one of each per "
+                "row."
+            )
         member = np.concatenate([member, _by_class(labels)], axis=1)
-    share = np.stack([np.bincount(codes, weights=m, minlength=len(names)) for m in member.T], axis=1)/np.maximum(member.sum(axis=0), 1)
+    share = np.stack(
+        [np.bincount(codes, weights=m, minlength=len(names)) for m in member.T], axis=1
+    ) / np.maximum(member.sum(axis=0), 1)
     order = np.random.default_rng(seed_for(seed, "folds")).permutation(len(names))
     order = order[np.argsort(-np.square(share[order]).sum(axis=1).round(12), kind="stable")]
     load, fold = np.zeros((k, share.shape[1])), np.empty(len(names), np.int64)
     for g in order:
-        fold[g] = np.argmin((load @ share[g]).round(12))                                     # an empty fold costs nothing, so none stays empty
+        # an empty fold costs nothing, so none stays empty
+        fold[g] = np.argmin((load @ share[g]).round(12))
         load[fold[g]] += share[g]
     return fold[codes]
 
 def check_folds(fold, groups:np.ndarray)->np.ndarray:
     "Folds of a user as 0 to K - 1, if no group is in two of them"
     fold = np.asarray(fold)
-    if fold.shape != (len(groups),): raise ValueError(f"folds of shape {fold.shape} arrived for {len(groups)} rows; expected the fold of every row, or a number of folds.")
+    if fold.shape != (len(groups),):
+        raise ValueError(
+            f"folds of shape {fold.shape} arrived for {len(groups)} rows; expected the fold of "
+            "every row, or a number of folds."
+        )
     names, fold = np.unique(fold, return_inverse=True)
-    if len(names) < 2: raise ValueError(f"every row is in fold {names.tolist()[0]!r}; expected two folds or more.")
+    if len(names) < 2:
+        raise ValueError(f"every row is in fold {names.tolist()[0]!r}; expected two folds or more.")
     pairs = pd.DataFrame(dict(group=groups, fold=fold)).drop_duplicates()
     split = np.unique(pairs.group[pairs.group.duplicated()]).tolist()
     if split:
         more = f", and {len(split) - 5} more" if len(split) > 5 else ""
-        raise ValueError(f"{len(split)} groups are in more than one fold: {', '.join(map(repr, split[:5]))}{more}. A probe would be tested on subjects it was trained on: "
-                         "put every group into one fold.")
+        raise ValueError(
+            f"{len(split)} groups are in more than one fold: "
+            f"{', '.join(map(repr, split[:5]))}{more}. A probe would be tested on subjects it was "
+            "trained on: "
+            "put every group into one fold."
+        )
     return fold
 
 # %% ../../nbs/core/groups.ipynb #e8474fc9
 def group_codes(groups, n:int)->np.ndarray:
     "Groups as 0 to G - 1"
     if groups is None: return np.arange(n)
-    if len(groups) != n: raise ValueError(f"{len(groups)} groups arrived for {n} images; expected one per image.")
+    if len(groups) != n:
+        raise ValueError(f"{len(groups)} groups arrived for {n} images; expected one per image.")
     return np.unique(np.asarray(groups), return_inverse=True)[1]
 
 def resampled_counts(rng, n:int, size:int)->np.ndarray:
@@ -73,6 +96,9 @@ def resampled_counts(rng, n:int, size:int)->np.ndarray:
 
 def percentile_interval(replicates:np.ndarray, level:float, n_groups:int)->list[float]:
     if n_groups == 1:
-        warnings.warn("all images are of one group, so there is nothing to resample: the interval is not known.")
+        warnings.warn(
+            "all images are of one group, so there is nothing to resample: the interval is not "
+            "known."
+        )
         return [float("nan")]*2
     return np.quantile(replicates, [(1 - level)/2, (1 + level)/2]).tolist()

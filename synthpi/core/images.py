@@ -14,24 +14,41 @@ from PIL import Image
 
 # %% ../../nbs/core/images.ipynb #a990aa49
 def to_rgb(
-    image, # PIL image, or array `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` of `uint8`, `uint16`, bool, or floats in [0, 1]
+    # PIL image, or array `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` of `uint8`, `uint16`,
+    # bool, or floats in [0, 1]
+    image,
 )->np.ndarray: # `(H, W, 3)`, `uint8`
-    "One image as 8-bit RGB: gray is repeated, transparency goes on white, 16 bits are scaled by 1/257, CMYK is converted. `ValueError` on anything else."
+    """One image as 8-bit RGB: gray is repeated, transparency goes on white, 16 bits are scaled by
+    1/257, CMYK is converted. `ValueError` on anything else."""
     if isinstance(image, Image.Image):
-        if image.mode in ("P", "PA"): image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
+        if image.mode in ("P", "PA"):
+            image = image.convert(
+                "RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB"
+            )
         if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"): image = image.convert("RGB")
         image = np.array(image)
-        if image.dtype == np.int32: image = image.astype(np.uint16) if image.min() >= 0 and image.max() <= 65535 else image  # PIL's mode I
+        # PIL's mode I
+        if image.dtype == np.int32:
+            image = image.astype(np.uint16) if image.min() >= 0 and image.max() <= 65535 else image
     x = np.asarray(image)
     if x.dtype == bool: x = x.astype(np.uint8)*255
-    elif x.dtype.kind == "u" and x.dtype.itemsize == 2: x = np.round(x/257).astype(np.uint8)      # either byte order
+    # either byte order
+    elif x.dtype.kind == "u" and x.dtype.itemsize == 2: x = np.round(x/257).astype(np.uint8)
     elif x.dtype.kind == "f" and np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1: x = np.round(x*255).astype(np.uint8)
     if x.dtype != np.uint8:
-        raise ValueError(f"an image of type {x.dtype} with values {x.min()} to {x.max()} arrived; expected 8 or 16 bits, or floats in [0, 1]: rescale it first.")
+        raise ValueError(
+            f"an image of type {x.dtype} with values {x.min()} to {x.max()} arrived; expected 8 "
+            "or 16 bits, or floats in [0, 1]: rescale it first."
+        )
     if x.ndim == 2: x = x[..., None]
-    if x.ndim == 3 and x.shape[2] == 2: x = np.concatenate([np.repeat(x[..., :1], 3, 2), x[..., 1:]], 2)  # gray + alpha
+    # gray + alpha
+    if x.ndim == 3 and x.shape[2] == 2:
+        x = np.concatenate([np.repeat(x[..., :1], 3, 2), x[..., 1:]], 2)
     if x.ndim != 3 or x.shape[2] not in (1, 3, 4):
-        raise ValueError(f"an image of shape {x.shape} arrived; expected (H, W), or (H, W, C) with 1, 3 or 4 channels: choose channels first.")
+        raise ValueError(
+            f"an image of shape {x.shape} arrived; expected (H, W), or (H, W, C) with 1, 3 or 4 "
+            "channels: choose channels first."
+        )
     if x.shape[2] == 1: return np.repeat(x, 3, 2)
     if x.shape[2] == 3: return x
     alpha = x[..., 3:].astype(np.float32)/255
@@ -42,17 +59,29 @@ def _array(image):
     "The pixels as stored: `(H, W, C)`, 8 or 16 bits, bool or float"
     if isinstance(image, Image.Image):
         x = np.array(image)
-        if x.dtype == np.int32 and x.min() >= 0 and x.max() <= 65535: x = x.astype(np.uint16)      # PIL's mode I
+        # PIL's mode I
+        if x.dtype == np.int32 and x.min() >= 0 and x.max() <= 65535: x = x.astype(np.uint16)
     else: x = np.asarray(image)
     if x.ndim == 2: x = x[..., None]
-    if x.ndim != 3: raise ValueError(f"an image of shape {x.shape} arrived; expected (H, W) or (H, W, C).")
-    if x.dtype not in (np.uint8, np.uint16, bool) and x.dtype.kind != "f" or x.dtype.kind == "f" and not (x.min() >= 0 and x.max() <= 1):      # NaN fails too
-        raise ValueError(f"an image of type {x.dtype} with values {x.min()} to {x.max()} arrived; expected 8 or 16 bits, bool, or floats in [0, 1]: rescale it, "
-                         "and give a data set of arrays as ds.with_format('numpy').")
+    if x.ndim != 3:
+        raise ValueError(f"an image of shape {x.shape} arrived; expected (H, W) or (H, W, C).")
+    # NaN fails too
+    if (
+        x.dtype not in (np.uint8, np.uint16, bool)
+        and x.dtype.kind != "f"
+        or x.dtype.kind == "f"
+        and not (x.min() >= 0 and x.max() <= 1)
+    ):
+        raise ValueError(
+            f"an image of type {x.dtype} with values {x.min()} to {x.max()} arrived; expected 8 "
+            "or 16 bits, bool, or floats in [0, 1]: rescale it, "
+            "and give a data set of arrays as ds.with_format('numpy')."
+        )
     return x
 
 def to_raw(
-    image, # PIL image, or array `(H, W)` or `(H, W, C)` of `uint8`, `uint16`, bool, or floats in [0, 1]
+    # PIL image, or array `(H, W)` or `(H, W, C)` of `uint8`, `uint16`, bool, or floats in [0, 1]
+    image,
 )->np.ndarray: # `(H, W, C)` `float32` in [0, 1]
     "One image with its own depth and channels: bytes are divided by 255, 16 bits by 65535."
     if isinstance(image, Image.Image) and image.mode in ("P", "PA"): image = image.convert("RGB")
@@ -60,29 +89,54 @@ def to_raw(
     return x.astype(np.float32)/(np.iinfo(x.dtype).max if x.dtype.kind == "u" else 1)
 
 def to_mask(
-    image, # PIL image, or array `(H, W)` or `(H, W, 1)` of labels; a palette image holds them as its indices
+    # PIL image, or array `(H, W)` or `(H, W, 1)` of labels; a palette image holds them as its
+    # indices
+    image,
     classes:int|None=None, # Labels must be below this number
 )->np.ndarray: # `(H, W)`: `uint8`, `uint16` or `float32`
     "One image as labels. `ValueError` for colours, and for a label that is not below `classes`."
     x = _array(image)
-    if (x != x[..., :1]).any(): raise ValueError(f"a mask of shape {x.shape} with different channels arrived; expected one label per pixel: map colours to labels first.")
+    if (x != x[..., :1]).any():
+        raise ValueError(
+            f"a mask of shape {x.shape} with different channels arrived; expected one label per "
+            "pixel: map colours to labels first."
+        )
     x = x[..., 0]
     if x.dtype == bool: x = x.astype(np.uint8)*(1 if classes else 255)
     if classes and (x.dtype.kind == "f" or x.max() >= classes):
-        raise ValueError(f"a mask of type {x.dtype} with values up to {x.max()} arrived for {classes} classes; expected integers from 0 to {classes-1}: number the "
-                         "classes in this way.")
+        raise ValueError(
+            f"a mask of type {x.dtype} with values up to {x.max()} arrived for {classes} classes; "
+            f"expected integers from 0 to {classes - 1}: number the "
+            "classes in this way."
+        )
     return x.astype(np.float32) if x.dtype.kind == "f" else x
 
 def square(
     image:np.ndarray, # `(H, W, C)`, or labels `(H, W)`
     size:int, # Side of the result, pixels
 )->np.ndarray: # `(size, size, C)`, or `(size, size)`
-    "The central square of an image, resized (area-averaged when it shrinks, labels by nearest neighbour), so that nothing is stretched."
+    """The central square of an image, resized (area-averaged when it shrinks, labels by nearest
+    neighbour), so that nothing is stretched."""
     h, w = image.shape[:2]
     s = min(h, w)
     image = image[(h-s)//2:(h-s)//2+s, (w-s)//2:(w-s)//2+s]
     if s == size: return np.ascontiguousarray(image)
-    how = cv2.INTER_NEAREST_EXACT if image.ndim == 2 else cv2.INTER_AREA if s > size else cv2.INTER_CUBIC
-    if image.ndim == 2 or image.shape[2] == 3: resized = cv2.resize(image, (size, size), interpolation=how)
-    else: resized = np.dstack([cv2.resize(image[..., c], (size, size), interpolation=how) for c in range(image.shape[2])])     # OpenCV averages up to 4 channels
-    return resized.clip(0, 1) if image.dtype == np.float32 else resized       # a cubic may overshoot
+    how = (
+        cv2.INTER_NEAREST_EXACT
+        if image.ndim == 2
+        else cv2.INTER_AREA
+        if s > size
+        else cv2.INTER_CUBIC
+    )
+    if image.ndim == 2 or image.shape[2] == 3:
+        resized = cv2.resize(image, (size, size), interpolation=how)
+    # OpenCV averages up to 4 channels
+    else:
+        resized = np.dstack(
+            [
+                cv2.resize(image[..., c], (size, size), interpolation=how)
+                for c in range(image.shape[2])
+            ]
+        )
+    # a cubic may overshoot
+    return resized.clip(0, 1) if image.dtype == np.float32 else resized

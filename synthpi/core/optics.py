@@ -33,9 +33,11 @@ def beer_lambert(
 def recolour(
     images:Tensor, # `(B, 3, H, W)` in [0, 1]
     generator:torch.Generator, # Source of the randomness
-    strength:float=.5, # Standard deviation of the logarithm of the factor; a tenth of it for the offset
+    # Standard deviation of the logarithm of the factor; a tenth of it for the offset
+    strength:float=.5,
 )->Tensor: # `(B, 3, H, W)` in [0, 1]
-    "Every image in the colours of another laboratory: its optical density, scaled and shifted per channel."
+    """Every image in the colours of another laboratory: its optical density, scaled and shifted per
+    channel."""
     b = len(images)
     common, own, shift = (torch.randn(b, k, 1, 1, generator=generator) for k in (1, 3, 3))
     a = (strength*(.7*common + .5*own)).clamp(-1.5, 1.5).exp()
@@ -48,22 +50,34 @@ def hed_map(
     shift:np.ndarray, # What is added to these amounts, (..., 3), units of optical density
 )->tuple[np.ndarray, np.ndarray]: # Matrix (..., 3, 3) and offset (..., 3): `o @ matrix + offset` is the new optical density
     "What a change of the stain amounts does to the optical density of red, green and blue."
-    return hed_from_rgb*np.asarray(factor)[..., None, :] @ rgb_from_hed, np.asarray(shift) @ rgb_from_hed
+    return hed_from_rgb * np.asarray(factor)[..., None, :] @ rgb_from_hed, np.asarray(
+        shift
+    ) @ rgb_from_hed
 
 # %% ../../nbs/core/optics.ipynb #31f96999
 def restain(
     images, # Sequence of images of one size, anything `to_rgb` reads
     seed:int=0, # An image's stain depends on the seed and its position (or its group)
-    strength:float=.8, # Factors are between exp(-strength) and exp(strength); shifts up to a quarter of it, in natural optical density
+    # Factors are between exp(-strength) and exp(strength); shifts up to a quarter of it, in natural
+    # optical density
+    strength:float=.8,
     groups:Sequence|None=None, # One stain per group instead of one per image
 )->np.ndarray: # (N, H, W, 3), uint8
     "Copies as another laboratory might have stained them."
     def one(image, key):
         rng = np.random.default_rng(seed_for(seed, "restain", key))
-        factor, shift = np.exp(rng.uniform(-strength, strength, 2)), rng.uniform(-strength/4, strength/4, 2)
-        stains = -np.log((to_rgb(image) + 1.)/256) @ hed_from_rgb             # + 1: black has a finite density
+        factor, shift = (
+            np.exp(rng.uniform(-strength, strength, 2)),
+            rng.uniform(-strength / 4, strength / 4, 2),
+        )
+        # + 1: black has a finite density
+        stains = -np.log((to_rgb(image) + 1.)/256) @ hed_from_rgb
         stains[..., :2] = stains[..., :2]*factor + shift
         return np.clip(np.round(256*np.exp(-stains @ rgb_from_hed) - 1), 0, 255).astype(np.uint8)
     if groups is not None and len(groups) != len(images):
-        raise ValueError(f"{len(groups)} groups arrived for {len(images)} images; expected one per image.")
-    return np.stack([one(image, i if groups is None else str(groups[i])) for i, image in enumerate(images)])
+        raise ValueError(
+            f"{len(groups)} groups arrived for {len(images)} images; expected one per image."
+        )
+    return np.stack(
+        [one(image, i if groups is None else str(groups[i])) for i, image in enumerate(images)]
+    )

@@ -33,39 +33,72 @@ def choose_device(
 )->str: # "cpu" or "cuda"
     "Where to compute; `ValueError` for another word, and for CUDA where there is none."
     there = torch.cuda.is_available()
-    if device not in ("auto", "cpu", "cuda"): raise ValueError(f"device {device!r} arrived; expected 'auto', 'cpu' or 'cuda' (CUDA_VISIBLE_DEVICES chooses among several).")
-    if device == "cuda" and not there: raise ValueError("device 'cuda' arrived and no CUDA device was found; use 'auto' or 'cpu', and see synthpi doctor.")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"device {device!r} arrived; expected 'auto', 'cpu' or 'cuda' (CUDA_VISIBLE_DEVICES "
+            "chooses among several)."
+        )
+    if device == "cuda" and not there:
+        raise ValueError(
+            "device 'cuda' arrived and no CUDA device was found; use 'auto' or 'cpu', and see "
+            "synthpi doctor."
+        )
     return "cuda" if there and device != "cpu" else "cpu"
 
 # %% ../../nbs/core/runs.ipynb #2e5c34c5
-_WRITES = ("study.json", "results.json", "report.html", "runs", "figures", "generator.safetensors", "generator")
-_KEEPS = ("cache", "data")      # good for any study: synthetic images named by their content, and the demo's tiles
+_WRITES = (
+    "study.json",
+    "results.json",
+    "report.html",
+    "runs",
+    "figures",
+    "generator.safetensors",
+    "generator",
+)
+# good for any study: synthetic images named by their content, and the demo's tiles
+_KEEPS = ("cache", "data")
 
 def claim_folder(
     out:str|Path, # Output folder
     identity:dict, # JSON-ready: what makes this study this study
     overwrite:bool=False, # Remove the study that is there, if it is another one
     inputs:Sequence[str|Path]=(), # Folders that must not contain the output folder
-    writes:Sequence[str]=_WRITES, # Names that such a study writes, and that are removed to replace it
+    # Names that such a study writes, and that are removed to replace it
+    writes:Sequence[str]=_WRITES,
     dry:bool=False, # Only refuse or agree: nothing is written or removed
 )->bool: # Whether the folder held this very study already
     "Take a folder for a study, or say why not (`ValueError`)."
     out, identity = Path(out), json.loads(json.dumps(identity))
     for folder in inputs:
-        if Path(folder).resolve() in (out.resolve(), *out.resolve().parents): raise ValueError(f"the output folder {out} lies in the input folder {folder}: "
-                                                                                             "its figures would be taken for tiles. Choose a folder outside.")
-    there = [p.name for p in out.iterdir() if not p.name.startswith(".") and p.name not in _KEEPS] if out.is_dir() else []
-    if out.exists() and not out.is_dir(): raise ValueError(f"the output folder {out} is a file: choose another name.")
+        if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
+            raise ValueError(
+                f"the output folder {out} lies in the input folder {folder}: "
+                "its figures would be taken for tiles. Choose a folder outside."
+            )
+    there = (
+        [p.name for p in out.iterdir() if not p.name.startswith(".") and p.name not in _KEEPS]
+        if out.is_dir()
+        else []
+    )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"the output folder {out} is a file: choose another name.")
     old = None
     if (out/"study.json").is_file():
         try: old = json.loads((out/"study.json").read_text(encoding="utf-8"))
         except ValueError: old = {"study.json": "unreadable"}
     if old == identity: return True
-    if there and old is None: raise ValueError(f"the folder {out} holds {len(there)} files or folders ({', '.join(sorted(there)[:3])}) and no study: choose an empty or new one.")
+    if there and old is None:
+        raise ValueError(
+            f"the folder {out} holds {len(there)} files or folders "
+            f"({', '.join(sorted(there)[:3])}) and no study: choose an empty or new one."
+        )
     if old is not None and not overwrite:
         differs = sorted(k for k in {*old, *identity} if old.get(k) != identity.get(k))
-        raise ValueError(f"the folder {out} holds another study; these differ: " + "; ".join(f"{k} was {old.get(k)!r}, is {identity.get(k)!r}" for k in differs[:6]) +
-                         ". Choose another folder, or give overwrite (--overwrite) to replace that study.")
+        raise ValueError(
+            f"the folder {out} holds another study; these differ: "
+            + "; ".join(f"{k} was {old.get(k)!r}, is {identity.get(k)!r}" for k in differs[:6])
+            + ". Choose another folder, or give overwrite (--overwrite) to replace that study."
+        )
     if dry: return False
     for name in writes:
         target = out/name
@@ -77,11 +110,20 @@ def claim_folder(
 # %% ../../nbs/core/runs.ipynb #875b3d94
 class Progress:
     "One bar over a whole study, in units of work, so that its estimate is for the whole."
-    def __init__(self,
-        total:float, # Units of work
-        show:bool=True, # False: nothing is written but what `say` says
-    ): self.bar = tqdm(total=max(1, round(total)), disable=not show, smoothing=.05, mininterval=1 if sys.stderr.isatty() else 15, file=sys.stderr,
-                       bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} so far, about {remaining} to go")
+    def __init__(
+        self,
+        total: float,  # Units of work
+        show: bool = True,  # False: nothing is written but what `say` says
+    ):
+        self.bar = tqdm(
+            total=max(1, round(total)),
+            disable=not show,
+            smoothing=0.05,
+            mininterval=1 if sys.stderr.isatty() else 15,
+            file=sys.stderr,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} so far, about {remaining} to "
+                       "go",
+        )
 
     def stage(self,
         text:str, # What begins
@@ -116,7 +158,20 @@ def environment(
         except importlib.metadata.PackageNotFoundError: return None
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        cpu = next((l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo", encoding="utf-8") if l.startswith("model name")), cpu)
-    return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "cpu": cpu, "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "packages": {name: version(name) for name in packages}}
+        cpu = next(
+            (
+                l.split(":", 1)[1].strip()
+                for l in open("/proc/cpuinfo", encoding="utf-8")
+                if l.startswith("model name")
+            ),
+            cpu,
+        )
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: version(name) for name in packages},
+    }

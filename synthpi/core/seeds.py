@@ -28,16 +28,23 @@ def set_seed(
     seed:int, # Any non-negative integer
 )->None:
     "Seed Python, NumPy and PyTorch (all devices)."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 # %% ../../nbs/core/seeds.ipynb #9e8b1b8e
 def random_states(
 )->dict: # What `torch.load(weights_only=True)` can read
-    "The states of all random generators of this process: Python, NumPy, PyTorch and its CUDA devices."
+    """The states of all random generators of this process: Python, NumPy, PyTorch and its CUDA
+    devices."""
     name, keys, *rest = np.random.get_state()
     version, numbers, gauss = random.getstate()
-    return {"python": [version, list(numbers), gauss], "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 def set_random_states(
     states:dict, # From `random_states`
@@ -48,7 +55,8 @@ def set_random_states(
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 # %% ../../nbs/core/seeds.ipynb #dfb7913c
 def uniform_for(

@@ -42,20 +42,71 @@ class PublishedSet:
     groups:str # What may be kept together in a split
 
 SETS = {
-    "pannuke": PublishedSet("PanNuke", "pairs", .25, "CC BY-NC-SA 4.0 (non-commercial)", "Gamper et al., arXiv:2003.10778 (2020)",
-        "Fold 1/images/fold1/{images,types}.npy, Fold 1/masks/fold1/masks.npy, and so on for folds 2 and 3", "the folds are the authors'; patients are not published"),
-    "monuseg": PublishedSet("MoNuSeg 2018", "pairs", .25, "CC BY-NC-SA 4.0 (non-commercial)", "Kumar et al., IEEE TMI 36(7), 2017; IEEE TMI 39(5), 2020",
-        "Tissue Images/NAME.tif and Annotations/NAME.xml; in the test set both in one folder", "TCGA patient, the first 12 characters of the name"),
-    "bci": PublishedSet("BCI", "pairs", .46, "non-commercial (terms of the authors)", "Liu et al., CVPR Workshops 2022, arXiv:2204.11425",
-        "HE/{train,test}/NUMBER_{train,test}_HER2.png and IHC/{train,test}/ with the same names", "patients are not published; a slide may be in both splits"),
-    "nct_crc": PublishedSet("NCT-CRC-HE-100K and CRC-VAL-HE-7K", "tiles", .5, "CC BY 4.0", "Kather, Halama, Marx, Zenodo 1214456 (2018); Kather et al., PLoS Med. 16(1), 2019",
-        "NCT-CRC-HE-100K/CLASS/*.tif and CRC-VAL-HE-7K/CLASS/*.tif, nine classes", "patients of the 100K are not published; the 7K are of other patients"),
-    "pcam": PublishedSet("PatchCamelyon", "tiles", .972, "CC0 1.0", "Veeling et al., MICCAI 2018, arXiv:1806.03962; Bejnordi et al., JAMA 318(22), 2017",
-        "camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 (or .h5.gz) and _meta.csv", "slide, from the _meta.csv files"),
-    "tiff_pairs": PublishedSet("pairs in TIFF stacks (as SHIFT)", "pairs", None, "that of the set", "for SHIFT: Burlingame et al., Sci. Rep. 10:17507 (2020)",
-        "two folders with the same names; the privileged side of any number of channels, 8 or 16 bits", "a pattern in the names, if given"),
-    "paired": PublishedSet("paired folders", "pairs", None, "that of the set", "that of the set", "two folders with the same names, or names that differ in a suffix",
-        "a pattern in the names, if given"),
+    "pannuke": PublishedSet(
+        "PanNuke",
+        "pairs",
+        0.25,
+        "CC BY-NC-SA 4.0 (non-commercial)",
+        "Gamper et al., arXiv:2003.10778 (2020)",
+        "Fold 1/images/fold1/{images,types}.npy, Fold 1/masks/fold1/masks.npy, and so on for "
+        "folds 2 and 3",
+        "the folds are the authors'; patients are not published",
+    ),
+    "monuseg": PublishedSet(
+        "MoNuSeg 2018",
+        "pairs",
+        0.25,
+        "CC BY-NC-SA 4.0 (non-commercial)",
+        "Kumar et al., IEEE TMI 36(7), 2017; IEEE TMI 39(5), 2020",
+        "Tissue Images/NAME.tif and Annotations/NAME.xml; in the test set both in one folder",
+        "TCGA patient, the first 12 characters of the name",
+    ),
+    "bci": PublishedSet(
+        "BCI",
+        "pairs",
+        0.46,
+        "non-commercial (terms of the authors)",
+        "Liu et al., CVPR Workshops 2022, arXiv:2204.11425",
+        "HE/{train,test}/NUMBER_{train,test}_HER2.png and IHC/{train,test}/ with the same names",
+        "patients are not published; a slide may be in both splits",
+    ),
+    "nct_crc": PublishedSet(
+        "NCT-CRC-HE-100K and CRC-VAL-HE-7K",
+        "tiles",
+        0.5,
+        "CC BY 4.0",
+        "Kather, Halama, Marx, Zenodo 1214456 (2018); Kather et al., PLoS Med. 16(1), 2019",
+        "NCT-CRC-HE-100K/CLASS/*.tif and CRC-VAL-HE-7K/CLASS/*.tif, nine classes",
+        "patients of the 100K are not published; the 7K are of other patients",
+    ),
+    "pcam": PublishedSet(
+        "PatchCamelyon",
+        "tiles",
+        0.972,
+        "CC0 1.0",
+        "Veeling et al., MICCAI 2018, arXiv:1806.03962; Bejnordi et al., JAMA 318(22), 2017",
+        "camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 (or .h5.gz) and _meta.csv",
+        "slide, from the _meta.csv files",
+    ),
+    "tiff_pairs": PublishedSet(
+        "pairs in TIFF stacks (as SHIFT)",
+        "pairs",
+        None,
+        "that of the set",
+        "for SHIFT: Burlingame et al., Sci. Rep. 10:17507 (2020)",
+        "two folders with the same names; the privileged side of any number of channels, 8 or 16 "
+        "bits",
+        "a pattern in the names, if given",
+    ),
+    "paired": PublishedSet(
+        "paired folders",
+        "pairs",
+        None,
+        "that of the set",
+        "that of the set",
+        "two folders with the same names, or names that differ in a suffix",
+        "a pattern in the names, if given",
+    ),
 }
 
 # %% ../../nbs/data/conversion.ipynb #6e8c8488
@@ -73,31 +124,62 @@ def source_fingerprint(
         with open(file, "rb") as f:
             ends = f.read(65536)
             f.seek(max(0, size - 65536))
-            sha.update(json.dumps([Path(os.path.relpath(file, folder)).as_posix(), size]).encode() + ends + f.read())
+            sha.update(
+                json.dumps([Path(os.path.relpath(file, folder)).as_posix(), size]).encode()
+                + ends
+                + f.read()
+            )
         total += size
     return {"files": len(files), "bytes": total, "sha256": sha.hexdigest()}
 
 def _claim(name, out, folder, files, options):
-    "Take `out` for a conversion of these files, or go on with the same one; `ValueError` says why not."
+    """Take `out` for a conversion of these files, or go on with the same one; `ValueError` says why
+    not."""
     out, folder, known = Path(out).expanduser(), Path(folder).expanduser(), SETS[name]
-    if folder.resolve() in (out.resolve(), *out.resolve().parents): raise ValueError(f"the output folder {out} lies in the source {folder}: choose a folder outside.")
-    if out.exists() and not out.is_dir(): raise ValueError(f"the output folder {out} is a file: choose another name.")
-    facts = {"format": _FORMAT, "set": known.title, "licence": known.licence, "citation": known.citation, "groups": known.groups, "options": options,
-             "source": source_fingerprint(folder, files)}
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(
+            f"the output folder {out} lies in the source {folder}: choose a folder outside."
+        )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"the output folder {out} is a file: choose another name.")
+    facts = {
+        "format": _FORMAT,
+        "set": known.title,
+        "licence": known.licence,
+        "citation": known.citation,
+        "groups": known.groups,
+        "options": options,
+        "source": source_fingerprint(folder, files),
+    }
     facts = json.loads(json.dumps(facts))
-    there = sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) if out.is_dir() else []
-    if there and _FACTS not in there: raise ValueError(f"the output folder {out} holds {len(there)} files or folders ({some_names(there, 3)}) and no {_FACTS}: choose an empty or new one.")
+    there = (
+        sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) if out.is_dir() else []
+    )
+    if there and _FACTS not in there:
+        raise ValueError(
+            f"the output folder {out} holds {len(there)} files or folders "
+            f"({some_names(there, 3)}) and no {_FACTS}: choose an empty or new one."
+        )
     if set(there) - {_FACTS}:
-        try: old = json.loads((out/_FACTS).read_text(encoding="utf-8"))
-        except ValueError as error: raise ValueError(f"{out/_FACTS} cannot be read ({error}): choose an empty or new output folder.") from error
+        try:
+            old = json.loads((out / _FACTS).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{out / _FACTS} cannot be read ({error}): choose an empty or new output folder."
+            ) from error
         differ = [f"{k} was {old.get(k)}, is {facts[k]}" for k in facts if old.get(k) != facts[k]]
-        if differ: raise ValueError(f"the output folder {out} holds another conversion: {'; '.join(differ)}. Choose another folder, or remove that one.")
+        if differ:
+            raise ValueError(
+                f"the output folder {out} holds another conversion: {'; '.join(differ)}. Choose "
+                "another folder, or remove that one."
+            )
     for left in out.rglob(".*.png"): left.unlink()       # of a run that was killed while it wrote
     write_json(out/_FACTS, facts | {"finished": False})
     return out, facts
 
 def _convert(out, facts, rows, items, make):
-    "Write the table `rows`, then what is missing of `items`, pairs of relative paths and a key for which `make` gives their arrays or bytes; the data set."
+    """Write the table `rows`, then what is missing of `items`, pairs of relative paths and a key
+    for which `make` gives their arrays or bytes; the data set."""
     def one(item):
         if all((out/p).exists() for p in item[0]): return      # files appear whole or not at all
         for path, content in zip(item[0], make(item[1])):
@@ -105,13 +187,26 @@ def _convert(out, facts, rows, items, make):
             with atomic_path(out/path) as tmp:
                 if isinstance(content, bytes): tmp.write_bytes(content)
                 else: PILImage.fromarray(content).save(tmp)
-    if not rows: raise ValueError(f"the source of {facts['set']} holds no images; expected one at least.")
-    csv, names = ("pairs.csv", [r["name"] for r in rows]) if "name" in rows[0] else ("tiles.csv", [r["path"] for r in rows])
-    if twice := sorted({n for n, m in zip(sorted(names), sorted(names)[1:]) if n == m}): raise ValueError(f"the names {some_names(twice)} occur more than once in the source; expected each "
-                                                                                                          f"once: rename or remove the others.")
+    if not rows:
+        raise ValueError(f"the source of {facts['set']} holds no images; expected one at least.")
+    csv, names = (
+        ("pairs.csv", [r["name"] for r in rows])
+        if "name" in rows[0]
+        else ("tiles.csv", [r["path"] for r in rows])
+    )
+    if twice := sorted({n for n, m in zip(sorted(names), sorted(names)[1:]) if n == m}):
+        raise ValueError(
+            f"the names {some_names(twice)} occur more than once in the source; expected each "
+            f"once: rename or remove the others."
+        )
     with atomic_path(out/csv) as tmp: pd.DataFrame(rows).to_csv(tmp, index=False)
-    with ThreadPoolExecutor() as pool, tqdm(total=len(items), desc="Writing", delay=2, leave=False) as bar:
-        for i in range(0, len(items), 256): bar.update(len(list(pool.map(one, items[i:i + 256]))))     # in parts: neither a queue of 300,000 nor a long wait after an interrupt
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(items), desc="Writing", delay=2, leave=False) as bar,
+    ):
+        # in parts: neither a queue of 300,000 nor a long wait after an interrupt
+        for i in range(0, len(items), 256):
+            bar.update(len(list(pool.map(one, items[i : i + 256]))))
     write_json(out/_FACTS, facts | {"finished": True})
     return pair_folders(out) if csv == "pairs.csv" else image_folder(out)
 
@@ -119,7 +214,13 @@ def _rgb8(path):
     "An 8-bit picture as RGB."
     try:
         with PILImage.open(path) as image:
-            if image.mode in ("I", "F") or ";16" in str(image.tile): raise ValueError(f"mode {image.mode} with more than 8 bits")     # PIL would halve 16 bits of RGB and say nothing
+            # PIL would halve 16 bits of RGB and say nothing
+            if image.mode in ("I", "F") or ";16" in str(image.tile):
+                raise ValueError(f"mode {image.mode} with more than 8 bits")
             return to_rgb(image)
-    except (OSError, ValueError) as error: raise ValueError(f"{path} cannot be read as an 8-bit picture ({error}); expected RGB with 8 bits: convert it, or read it as the privileged "
-                                                            f"side.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as an 8-bit picture ({error}); expected RGB with 8 bits: "
+            "convert it, or read it as the privileged "
+            f"side."
+        ) from error

@@ -39,22 +39,41 @@ class Op(NamedTuple):
     "How the device does what an albumentations transform does."
     n:int # Uniform numbers that a sample needs
     draw:Callable # `(transform, u (B, n), size)` to a dict of parameters, arrays with B rows
-    apply:Callable # Pixel: `(transform, parameters, images)` to images; geometric: `(transform, parameters, x, y, inside, hard)` to `x, y, inside`,
-                   # where `x, y` (B, H, W) are coordinates in pixels, `inside` the share of a pixel within the image, and `hard` asks for nearest neighbours
+    # Pixel: `(transform, parameters, images)` to images; geometric: `(transform, parameters, x, y,
+    # inside, hard)` to `x, y, inside`,
+    apply:Callable
+                   # where `x, y` (B, H, W) are coordinates in pixels, `inside` the share of a pixel
+                   # within the image, and `hard` asks for nearest neighbours
 
 def _between(u, bounds): return bounds[0] + u*(bounds[1] - bounds[0])
-def _on(values, like): return torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32).to(like.device, non_blocking=True).view(-1, *[1]*(like.ndim - 1))
+def _on(values, like):
+    return (
+        torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32)
+        .to(like.device, non_blocking=True)
+        .view(-1, *[1] * (like.ndim - 1))
+    )
 
 def _draw_resized_crop(t, u, size):
     w, h = np.full((2, len(u)), -1)
-    for k in range(10):                                    # the first of ten tries that fits, as albumentations has it
-        area, ratio = _between(u[:, 2*k], t.scale)*size**2, np.exp(_between(u[:, 2*k+1], np.log(t.ratio)))
-        w_k, h_k = np.rint(np.sqrt(area*ratio)).astype(int), np.rint(np.sqrt(area/ratio)).astype(int)
+    # the first of ten tries that fits, as albumentations has it
+    for k in range(10):
+        area, ratio = (
+            _between(u[:, 2 * k], t.scale) * size**2,
+            np.exp(_between(u[:, 2 * k + 1], np.log(t.ratio))),
+        )
+        w_k, h_k = (
+            np.rint(np.sqrt(area * ratio)).astype(int),
+            np.rint(np.sqrt(area / ratio)).astype(int),
+        )
         fits = (w < 0) & (w_k > 0) & (w_k <= size) & (h_k > 0) & (h_k <= size)
         w, h = np.where(fits, w_k, w), np.where(fits, h_k, h)
-    none, (lo, hi) = w < 0, t.ratio                        # then the largest central crop of an allowed ratio
+    # then the largest central crop of an allowed ratio
+    none, (lo, hi) = w < 0, t.ratio
     w, h = np.where(none, round(size*min(1, hi)), w), np.where(none, round(size/max(1, lo)), h)
-    y, x = (np.where(none, (size - s)//2, np.floor((size - s + 1)*u[:, 20+k])).astype(int) for k, s in enumerate((h, w)))
+    y, x = (
+        np.where(none, (size - s) // 2, np.floor((size - s + 1) * u[:, 20 + k])).astype(int)
+        for k, s in enumerate((h, w))
+    )
     return {"crop_coords": np.stack([x, y, x + w, y + h], 1)}
 
 def _draw_side_crop(t, u, size):
@@ -64,7 +83,8 @@ def _draw_side_crop(t, u, size):
 
 def _crop(t, p, x, y, inside, hard):
     x0, y0, x1, y1 = (_on(c, x) for c in p["crop_coords"].T)
-    back = lambda a, a0, a1: torch.minimum(((a + .5)*((a1 - a0)/x.shape[-1]) - .5).clamp_min(0), a1 - a0 - 1) + a0
+    def back(a, a0, a1):
+        return torch.minimum(((a + .5)*((a1 - a0)/x.shape[-1]) - .5).clamp_min(0), a1 - a0 - 1) + a0
     return back(x, x0, x1), back(y, y0, y1), inside
 
 def _turn(angle, x, y, size):
@@ -74,7 +94,10 @@ def _turn(angle, x, y, size):
 def _rotate(t, p, x, y, inside, hard):
     size = x.shape[-1]
     x, y = _turn(np.deg2rad(p["angle"]), x, y, size)
-    for a in (x, y): inside = inside*((a >= -.5) & (a < size - .5) if hard else torch.minimum(a + 1, size - a).clamp(0, 1))
+    for a in (x, y):
+        inside = inside * (
+            (a >= -0.5) & (a < size - 0.5) if hard else torch.minimum(a + 1, size - a).clamp(0, 1)
+        )
     return x, y, inside
 
 def _choice(u, n): return np.minimum((u*n).astype(int), n - 1)
@@ -82,18 +105,37 @@ def _choice(u, n): return np.minimum((u*n).astype(int), n - 1)
 GEOMETRY = {
     A.RandomResizedCrop: Op(22, _draw_resized_crop, _crop),
     SideCrop: Op(4, _draw_side_crop, _crop),
-    A.HorizontalFlip: Op(0, lambda t, u, size: {}, lambda t, p, x, y, inside, hard: (x.shape[-1] - 1 - x, y, inside)),
-    A.VerticalFlip: Op(0, lambda t, u, size: {}, lambda t, p, x, y, inside, hard: (x, x.shape[-1] - 1 - y, inside)),
-    A.RandomRotate90: Op(1, lambda t, u, size: {"factor": _choice(u[:, 0], 4)}, lambda t, p, x, y, inside, hard: (*_turn(p["factor"]*np.pi/2, x, y, x.shape[-1]), inside)),
-    A.Rotate: Op(1, lambda t, u, size: {"angle": _between(u[:, 0], t.limit)}, _rotate)}
+    A.HorizontalFlip: Op(
+        0, lambda t, u, size: {}, lambda t, p, x, y, inside, hard: (x.shape[-1] - 1 - x, y, inside)
+    ),
+    A.VerticalFlip: Op(
+        0, lambda t, u, size: {}, lambda t, p, x, y, inside, hard: (x, x.shape[-1] - 1 - y, inside)
+    ),
+    A.RandomRotate90: Op(
+        1,
+        lambda t, u, size: {"factor": _choice(u[:, 0], 4)},
+        lambda t, p, x, y, inside, hard: (
+            *_turn(p["factor"] * np.pi / 2, x, y, x.shape[-1]),
+            inside,
+        ),
+    ),
+    A.Rotate: Op(1, lambda t, u, size: {"angle": _between(u[:, 0], t.limit)}, _rotate),
+}
 
 # %% ../../nbs/data/device_views.ipynb #05c54d4b
 def _draw_color_jitter(t, u, size):
     names = "brightness contrast saturation hue".split()
-    return {**{name: _between(u[:, k], getattr(t, name)) for k, name in enumerate(names)}, "order": np.argsort(u[:, 4:8], axis=1)}
+    return {
+        **{name: _between(u[:, k], getattr(t, name)) for k, name in enumerate(names)},
+        "order": np.argsort(u[:, 4:8], axis=1),
+    }
 
-_COLOR = [("brightness", 1, adjust_brightness_accumulative), ("contrast", 1, adjust_contrast_with_mean_subtraction), ("saturation", 1, adjust_saturation_with_gray_subtraction),
-          ("hue", 0, lambda x, turns: adjust_hue(x, 2*math.pi*turns))]
+_COLOR = [
+    ("brightness", 1, adjust_brightness_accumulative),
+    ("contrast", 1, adjust_contrast_with_mean_subtraction),
+    ("saturation", 1, adjust_saturation_with_gray_subtraction),
+    ("hue", 0, lambda x, turns: adjust_hue(x, 2 * math.pi * turns)),
+]
 
 def _color_jitter(t, p, x):
     x = x.clone()
@@ -106,13 +148,18 @@ def _color_jitter(t, p, x):
     return x
 
 def _hed(t, p, x):
-    matrix, offset = (torch.as_tensor(v, dtype=torch.float32).to(x.device, non_blocking=True) for v in hed_map(p["factor"], p["shift"]))
+    matrix, offset = (
+        torch.as_tensor(v, dtype=torch.float32).to(x.device, non_blocking=True)
+        for v in hed_map(p["factor"], p["shift"])
+    )
     density = -((x*255 + 1)/256).log10()
     changed = torch.einsum("bchw,bcd->bdhw", density, matrix) + offset[..., None, None]
     return ((256*10**-changed - 1)/255).clamp(0, 1)
 
 def _background(t, p, x):
-    noise = pixel_noise(torch.as_tensor(p["key"]).to(x.device, non_blocking=True), tuple(x.shape[1:]))
+    noise = pixel_noise(
+        torch.as_tensor(p["key"]).to(x.device, non_blocking=True), tuple(x.shape[1:])
+    )
     return torch.where((x == 0).all(1, keepdim=True), noise*256/255, x)
 
 def _blur(t, p, x):
@@ -121,45 +168,99 @@ def _blur(t, p, x):
 
 PIXELS = {
     A.ColorJitter: Op(8, _draw_color_jitter, _color_jitter),
-    A.RandomBrightnessContrast: Op(2, lambda t, u, size: {"alpha": 1 + _between(u[:, 0], t.contrast_limit), "beta": _between(u[:, 1], t.brightness_limit)},
-                                   lambda t, p, x: adjust_brightness(adjust_contrast(x, _on(p["alpha"], x).flatten(), clip_output=False), _on(p["beta"], x).flatten())),
+    A.RandomBrightnessContrast: Op(
+        2,
+        lambda t, u, size: {
+            "alpha": 1 + _between(u[:, 0], t.contrast_limit),
+            "beta": _between(u[:, 1], t.brightness_limit),
+        },
+        lambda t, p, x: adjust_brightness(
+            adjust_contrast(x, _on(p["alpha"], x).flatten(), clip_output=False),
+            _on(p["beta"], x).flatten(),
+        ),
+    ),
     A.GaussianBlur: Op(1, lambda t, u, size: {"sigma": _between(u[:, 0], t.sigma_limit)}, _blur),
-    A.Solarize: Op(1, lambda t, u, size: {"threshold": _between(u[:, 0], t.threshold_range)}, lambda t, p, x: solarize(x, _on(p["threshold"], x).flatten())),
-    HEDJitter: Op(6, lambda t, u, size: {"factor": 1 + _between(u[:, :3], (-t.factor, t.factor)), "shift": _between(u[:, 3:], (-t.shift, t.shift))}, _hed),
-    BackgroundNoise: Op(1, lambda t, u, size: {"key": (u[:, 0]*2**32).astype(np.int64)}, _background)}
+    A.Solarize: Op(
+        1,
+        lambda t, u, size: {"threshold": _between(u[:, 0], t.threshold_range)},
+        lambda t, p, x: solarize(x, _on(p["threshold"], x).flatten()),
+    ),
+    HEDJitter: Op(
+        6,
+        lambda t, u, size: {
+            "factor": 1 + _between(u[:, :3], (-t.factor, t.factor)),
+            "shift": _between(u[:, 3:], (-t.shift, t.shift)),
+        },
+        _hed,
+    ),
+    BackgroundNoise: Op(
+        1, lambda t, u, size: {"key": (u[:, 0] * 2**32).astype(np.int64)}, _background
+    ),
+}
 
 # what an operation here cannot do, though albumentations can
 _LIMITS = {
-    A.RandomResizedCrop: lambda t, size: tuple(t.size) == (size, size) and t.p == 1 and t.interpolation == cv2.INTER_LINEAR,
+    A.RandomResizedCrop: lambda t, size: (
+        tuple(t.size) == (size, size) and t.p == 1 and t.interpolation == cv2.INTER_LINEAR
+    ),
     SideCrop: lambda t, size: tuple(t.size) == (size, size) and t.p == 1,
-    A.Rotate: lambda t, size: not t.crop_border and t.border_mode == cv2.BORDER_CONSTANT and not np.any(t.fill),
+    A.Rotate: lambda t, size: (
+        not t.crop_border and t.border_mode == cv2.BORDER_CONSTANT and not np.any(t.fill)
+    ),
     A.RandomBrightnessContrast: lambda t, size: t.brightness_by_max and not t.ensure_safe_range,
-    A.GaussianBlur: lambda t, size: tuple(t.blur_limit) == (0, 0) and t.sigma_limit[0] > 0}
+    A.GaussianBlur: lambda t, size: tuple(t.blur_limit) == (0, 0) and t.sigma_limit[0] > 0,
+}
 
 # %% ../../nbs/data/device_views.ipynb #8842a278
 class BatchViews(Views):
-    "As a data set, decoded images; called on a batch of them, the batch with its `views`, a tuple of `(B, C, size, size)` floats. Arguments as for `Views`."
+    """As a data set, decoded images; called on a batch of them, the batch with its `views`, a tuple
+    of `(B, C, size, size)` floats. Arguments as for `Views`."""
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.steps = []                                    # per branch: its own geometric and its own pixel transforms
+        # per branch: its own geometric and its own pixel transforms
+        self.steps = []
         for k, recipe in enumerate(self.recipes):
             geometry, pixels = split_geometry(recipe)
             if self._sources[k][1] == "mask": pixels = []
             for known, transforms in ((GEOMETRY, geometry), (PIXELS, pixels)):
                 for t in transforms:
-                    if type(t) not in known: raise ValueError(f"branch {k}: the recipe holds {type(t).__name__}, which has no counterpart on the device; expected "
-                                                              f"{', '.join(sorted(c.__name__ for c in known))}. Augment in the workers with Views, or add an Op for it.")
+                    if type(t) not in known:
+                        raise ValueError(
+                            f"branch {k}: the recipe holds {type(t).__name__}, which has no "
+                            "counterpart on the device; expected "
+                            f"{', '.join(sorted(c.__name__ for c in known))}. Augment in the "
+                            "workers with Views, or add an Op for it."
+                        )
                     if not _LIMITS.get(type(t), lambda t, size: True)(t, self.size):
-                        raise ValueError(f"branch {k}: {t} has settings that the device does not follow; augment in the workers with Views.")
-            if recipe.p != 1: raise ValueError(f"branch {k}: a recipe of probability {recipe.p} arrived; expected 1, with a probability for each transform.")
+                        raise ValueError(
+                            f"branch {k}: {t} has settings that the device does not follow; "
+                            "augment in the workers with Views."
+                        )
+            if recipe.p != 1:
+                raise ValueError(
+                    f"branch {k}: a recipe of probability {recipe.p} arrived; expected 1, with a "
+                    "probability for each transform."
+                )
             self.steps.append((geometry, pixels))
 
     def __getitem__(self, key:int|tuple[int, int])->dict:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         arrays = [images[i] for images in self.images.values()]
-        floats = lambda x, classes: x.astype(np.float32)/np.float32(1 if classes else 65535) if x.dtype == np.uint16 else x
-        images = tuple(torch.from_numpy(floats(x, classes)) for (_, _, classes), x in zip(self.images, arrays))
-        return {"images": images, "epoch": epoch, "index": i, **({"label": int(self.labels[i])} if self.labels is not None else {})}
+        def floats(x, classes):
+            return (
+                x.astype(np.float32) / np.float32(1 if classes else 65535)
+                if x.dtype == np.uint16
+                else x
+            )
+        images = tuple(
+            torch.from_numpy(floats(x, classes)) for (_, _, classes), x in zip(self.images, arrays)
+        )
+        return {
+            "images": images,
+            "epoch": epoch,
+            "index": i,
+            **({"label": int(self.labels[i])} if self.labels is not None else {}),
+        }
 
     def draw(self,
         branch:int, # Number of the branch
@@ -169,14 +270,24 @@ class BatchViews(Views):
         "The random parameters of one branch, each row a function of its key alone."
         transforms = sum(self.steps[branch], [])
         ops = [(GEOMETRY | PIXELS)[type(t)] for t in transforms]
-        u, drawn = uniform_for([(self.seed, e, i, branch) for e, i in zip(epoch, index, strict=True)], sum(op.n + 1 for op in ops)), []
+        u, drawn = (
+            uniform_for(
+                [(self.seed, e, i, branch) for e, i in zip(epoch, index, strict=True)],
+                sum(op.n + 1 for op in ops),
+            ),
+            [],
+        )
         for t, op in zip(transforms, ops):
             drawn.append({"on": u[:, 0] < t.p, **op.draw(t, u[:, 1:op.n+1], self.size)})
             u = u[:, op.n+1:]
         return drawn
 
     def _view(self, k, x, drawn):
-        root, (_, kind, classes), hard = self._root[k], self._sources[k], self._sources[k][1] == "mask"
+        root, (_, kind, classes), hard = (
+            self._root[k],
+            self._sources[k],
+            self._sources[k][1] == "mask",
+        )
         geometry, top = self.steps[root][0], 255 if x.dtype == torch.uint8 and not classes else 1
         x = (x[..., None] if x.ndim == 3 else x).permute(0, 3, 1, 2).float()/top
         side = torch.arange(self.size, device=x.device, dtype=torch.float32)
@@ -186,26 +297,58 @@ class BatchViews(Views):
             on = _on(p["on"], xs).bool()
             new = GEOMETRY[type(t)].apply(t, p, xs, ys, inside, hard)
             xs, ys, inside = (torch.where(on, a, b) for a, b in zip(new, (xs, ys, inside)))
-        x = remap(x, xs.contiguous(), ys.contiguous(), mode="nearest" if hard else "bilinear", padding_mode="border", align_corners=True)*inside[:, None]
-        if hard: return F.one_hot(x[:, 0].round().long(), classes).permute(0, 3, 1, 2).float() if classes else x.expand(-1, 3, -1, -1)
+        x = (
+            remap(
+                x,
+                xs.contiguous(),
+                ys.contiguous(),
+                mode="nearest" if hard else "bilinear",
+                padding_mode="border",
+                align_corners=True,
+            )
+            * inside[:, None]
+        )
+        if hard:
+            return (
+                F.one_hot(x[:, 0].round().long(), classes).permute(0, 3, 1, 2).float()
+                if classes
+                else x.expand(-1, 3, -1, -1)
+            )
         for t, p in zip(self.steps[k][1], drawn[k][len(self.steps[k][0]):]):
-            if isinstance(t, (A.ColorJitter, HEDJitter)) and x.shape[1] != 3 and not (x.shape[1] == 1 and isinstance(t, A.ColorJitter)):
-                raise ValueError(f"branch {k}, column {self._sources[k][0]!r}: {type(t).__name__} cannot take an image of {x.shape[1]} channels. Use a recipe of geometry alone, "
-                                 "for example weak, or choose three channels.")
+            if (
+                isinstance(t, (A.ColorJitter, HEDJitter))
+                and x.shape[1] != 3
+                and not (x.shape[1] == 1 and isinstance(t, A.ColorJitter))
+            ):
+                raise ValueError(
+                    f"branch {k}, column {self._sources[k][0]!r}: {type(t).__name__} cannot take "
+                    f"an image of {x.shape[1]} channels. Use a recipe of geometry alone, "
+                    "for example weak, or choose three channels."
+                )
             rows = np.flatnonzero(p["on"])
             if len(rows) == len(x): x = PIXELS[type(t)].apply(t, p, x)
             elif len(rows):
                 where = torch.as_tensor(rows).to(x.device, non_blocking=True)
-                x[where] = PIXELS[type(t)].apply(t, {name: v[rows] for name, v in p.items()}, x[where])
+                x[where] = PIXELS[type(t)].apply(
+                    t, {name: v[rows] for name, v in p.items()}, x[where]
+                )
         return x
 
     @torch.no_grad()
     def __call__(self, batch:dict)->dict:
         if missing := {"images", "epoch", "index"} - set(batch):
-            raise ValueError(f"a batch with {sorted(batch)} arrived, without {sorted(missing)}; expected the batches that batches(batch_views, ...) serves.")
+            raise ValueError(
+                f"a batch with {sorted(batch)} arrived, without {sorted(missing)}; expected the "
+                "batches that batches(batch_views, ...) serves."
+            )
         images = dict(zip(self.images, batch["images"], strict=True))
         epoch, index = (torch.as_tensor(batch[name]).tolist() for name in ("epoch", "index"))
         with torch.autocast(batch["images"][0].device.type, enabled=False):
             drawn = [self.draw(k, epoch, index) for k in range(len(self.recipes))]
-            views = tuple(self._view(k, images[source], drawn) for k, source in enumerate(self._sources))
-        return {"views": views, **{name: value for name, value in batch.items() if name != "images"}}
+            views = tuple(
+                self._view(k, images[source], drawn) for k, source in enumerate(self._sources)
+            )
+        return {
+            "views": views,
+            **{name: value for name, value in batch.items() if name != "images"},
+        }

@@ -26,8 +26,10 @@ from tqdm.auto import tqdm
 from ..core.checks import some_names
 
 # %% ../../nbs/data/folders.ipynb #653b0f9f
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"} # Names that are read as a split, in any case
-GROUPS = ("group", "patient_id", "patient", "case_id", "slide_id", "look_alike_group") # Columns that are read as the group, the first one found
+# Names that are read as a split, in any case
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# Columns that are read as the group, the first one found
+GROUPS = ("group", "patient_id", "patient", "case_id", "slide_id", "look_alike_group")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"} # Files that are read as images, in any case
 
 def _find_images(folder):
@@ -36,7 +38,13 @@ def _find_images(folder):
     found = []
     for root, dirs, names in os.walk(folder, followlinks=True, onerror=stop):
         here = Path(os.path.realpath(root))
-        dirs[:] = [d for d in dirs if d[0] != "." and d != "__MACOSX" and not here.is_relative_to(os.path.realpath(os.path.join(root, d)))]
+        dirs[:] = [
+            d
+            for d in dirs
+            if d[0] != "."
+            and d != "__MACOSX"
+            and not here.is_relative_to(os.path.realpath(os.path.join(root, d)))
+        ]
         files = [Path(root, name) for name in names if name[0] != "."]
         found += [f.relative_to(folder).as_posix() for f in files if f.suffix.lower() in SUFFIXES]
     return sorted(found)
@@ -46,7 +54,10 @@ def _existing_folder(path, expected):
     path = Path(path).expanduser()
     if path.is_dir(): return path
     if path.exists(): raise ValueError(f"{path} is a file; expected {expected}.")
-    raise FileNotFoundError(f"there is no {path}; expected {expected}: check the spelling, and where relative paths start.")
+    raise FileNotFoundError(
+        f"there is no {path}; expected {expected}: check the spelling, and where relative paths "
+        "start."
+    )
 
 # %% ../../nbs/data/folders.ipynb #a8a4c77b
 def _each(f, items, desc):
@@ -59,68 +70,132 @@ def _each(f, items, desc):
 def _as_splits(names, where):
     "Split names in our spelling: `validation` and `valid` are `val`."
     if unknown := sorted({n for n in names if n.lower() not in SPLITS}):
-        raise ValueError(f"{where} has the split names {some_names(unknown)}; expected train, val (or valid, validation) and test: "
-                         "rename them, or leave all empty to split by group.")
-    renamed = [f"split '{n}' is read as '{SPLITS[n.lower()]}'" for n in sorted(set(names)) if SPLITS[n.lower()] != n]
+        raise ValueError(
+            f"{where} has the split names {some_names(unknown)}; expected train, val (or valid, "
+            "validation) and test: "
+            "rename them, or leave all empty to split by group."
+        )
+    renamed = [
+        f"split '{n}' is read as '{SPLITS[n.lower()]}'"
+        for n in sorted(set(names))
+        if SPLITS[n.lower()] != n
+    ]
     if renamed: warnings.warn(f"{where}: {', '.join(renamed)}", stacklevel=4)
     return [SPLITS[n.lower()] for n in names]
 
 def _to_dataset(folder, table, note, um_per_px=None, **images):
-    "A `Dataset` of the lists in `table`, with an `Image` column for each list of relative paths in `images`."
+    """A `Dataset` of the lists in `table`, with an `Image` column for each list of relative paths
+    in `images`."""
     if um_per_px is not None:
-        if not um_per_px > 0: raise ValueError(f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x.")
-        if odd := set(table.get("um_per_px", ())) - {um_per_px}: raise ValueError(f"um_per_px={um_per_px} arrived, but the table in {folder} says {some_names(sorted(odd))}: give none, or correct it.")
+        if not um_per_px > 0:
+            raise ValueError(
+                f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 "
+                "at 20x."
+            )
+        if odd := set(table.get("um_per_px", ())) - {um_per_px}:
+            raise ValueError(
+                f"um_per_px={um_per_px} arrived, but the table in {folder} says "
+                f"{some_names(sorted(odd))}: give none, or correct it."
+            )
         table["um_per_px"] = [um_per_px]*len(table["path"])
-    table = {name: [os.path.abspath(folder/p) for p in paths] for name, paths in images.items()} | table
+    table = {
+        name: [os.path.abspath(folder / p) for p in paths] for name, paths in images.items()
+    } | table
     if "group" not in table:
         table["group"], note = table["path"], note + "; each image its own group"
-        warnings.warn(f"{folder}: no group is known, so each image is its own group, and a patient may be in two splits. Give a column "
-                      f"{', '.join(GROUPS)} in a manifest to exclude that.", stacklevel=3)
+        warnings.warn(
+            f"{folder}: no group is known, so each image is its own group, and a patient may be "
+            "in two splits. Give a column "
+            f"{', '.join(GROUPS)} in a manifest to exclude that.",
+            stacklevel=3,
+        )
     features = {name: Value("string") for name in table} | {name: Image() for name in images}
     if "label" in table: features["label"] = ClassLabel(names=sorted(set(table["label"])))
     if "um_per_px" in table: features["um_per_px"] = Value("float64")
-    return Dataset.from_dict(table, info=DatasetInfo(description=f"{len(table['path'])} images: {note}", features=Features(features)))
+    return Dataset.from_dict(
+        table,
+        info=DatasetInfo(
+            description=f"{len(table['path'])} images: {note}", features=Features(features)
+        ),
+    )
 
 # %% ../../nbs/data/folders.ipynb #c4f6eb2f
 def _read_folders(folder, paths):
     "The table that a folder without a manifest means."
     parts = [PurePosixPath(p).parts for p in paths]
     tops = {p[0] for p in parts if len(p) > 1}
-    if {"image", "privileged"} <= tops: raise ValueError(f"{folder} holds image/ and privileged/, so it is a folder of pairs; expected tiles: read it with pair_folders.")
+    if {"image", "privileged"} <= tops:
+        raise ValueError(
+            f"{folder} holds image/ and privileged/, so it is a folder of pairs; expected tiles: "
+            "read it with pair_folders."
+        )
     has_splits = any(t.lower() in SPLITS for t in tops)
-    strangers = [p for p, q in zip(paths, parts) if has_splits and (len(q) == 1 or q[0].lower() not in SPLITS)]
-    if strangers: raise ValueError(f"{folder} has split folders and, beside them, {some_names(strangers, 3)}; expected every image below train, val or test: "
-                                   "move them there, or list them in a manifest tiles.csv.")
+    strangers = [
+        p
+        for p, q in zip(paths, parts)
+        if has_splits and (len(q) == 1 or q[0].lower() not in SPLITS)
+    ]
+    if strangers:
+        raise ValueError(
+            f"{folder} has split folders and, beside them, {some_names(strangers, 3)}; expected "
+            "every image below train, val or test: "
+            "move them there, or list them in a manifest tiles.csv."
+        )
     depth = int(has_splits)     # of the class folder
-    labelled, loose = [p for p, q in zip(paths, parts) if len(q) > depth + 1], [p for p, q in zip(paths, parts) if len(q) == depth + 1]
+    labelled, loose = (
+        [p for p, q in zip(paths, parts) if len(q) > depth + 1],
+        [p for p, q in zip(paths, parts) if len(q) == depth + 1],
+    )
     if labelled and loose:
-        raise ValueError(f"{folder} has {len(labelled)} images in class folders ({some_names(labelled, 2)}) and {len(loose)} outside ({some_names(loose, 2)}); "
-                         "expected all or none: give each image a class folder, or none.")
-    table = {"path": paths, "split": _as_splits([q[0] for q in parts], folder) if has_splits else [""]*len(paths)}
+        raise ValueError(
+            f"{folder} has {len(labelled)} images in class folders ({some_names(labelled, 2)}) "
+            f"and {len(loose)} outside ({some_names(loose, 2)}); "
+            "expected all or none: give each image a class folder, or none."
+        )
+    table = {
+        "path": paths,
+        "split": _as_splits([q[0] for q in parts], folder) if has_splits else [""] * len(paths),
+    }
     if labelled: table["label"] = [q[depth] for q in parts]
     return table, "layout " + "<split>/"*has_splits + "<class>/"*bool(labelled) + "*"
 
 # %% ../../nbs/data/folders.ipynb #071dd007
 def _read_csv(csv, required):
     "A CSV table as strings, its column names in lower case."
-    try: table = pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
-    except ValueError as error:     # also pandas' parser errors and wrong encodings
-        raise ValueError(f"{csv} could not be read: {error}. Expected UTF-8, commas between columns, and a first line of column names.") from error
+    try:
+        table = pd.read_csv(
+            csv, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig"
+        )
+    except ValueError as error:  # also pandas' parser errors and wrong encodings
+        raise ValueError(
+            f"{csv} could not be read: {error}. Expected UTF-8, commas between columns, and a "
+            "first line of column names."
+        ) from error
     table.columns = [c.strip().lower() for c in table.columns]
     table = table.apply(lambda column: column.str.strip())
     if required not in table or not table.columns.is_unique:
-        raise ValueError(f"{csv} has the columns {some_names(table.columns, 20)}; expected each once and one called '{required}', separated by commas.")
-    if not len(table): raise ValueError(f"{csv} has a first line and no rows; expected one row per image.")
+        raise ValueError(
+            f"{csv} has the columns {some_names(table.columns, 20)}; expected each once and one "
+            f"called '{required}', separated by commas."
+        )
+    if not len(table):
+        raise ValueError(f"{csv} has a first line and no rows; expected one row per image.")
     return table
 
 def _choose(table, asked, known, what, csv):
     "The column that was asked for, or the first known one, or None; without empty cells."
     if asked and asked.lower() not in table:
-        raise ValueError(f"{csv} has no column '{asked}' for the {what}; it has {some_names(table.columns, 20)}: choose one of these.")
+        raise ValueError(
+            f"{csv} has no column '{asked}' for the {what}; it has "
+            f"{some_names(table.columns, 20)}: choose one of these."
+        )
     name = asked.lower() if asked else next((k for k in known if k in table), None)
     if name and (empty := table[name] == "").any():
-        raise ValueError(f"{csv}: {empty.sum()} of {len(table)} rows have an empty '{name}', first in line {empty.argmax() + 2}; "
-                         f"expected a {what} in every row: fill it in, drop the rows, or drop the column.")
+        raise ValueError(
+            f"{csv}: {empty.sum()} of {len(table)} rows have an empty '{name}', first in line "
+            f"{empty.argmax() + 2}; "
+            f"expected a {what} in every row: fill it in, drop the rows, or drop the column."
+        )
     return name
 
 def _columns(rows, csv, group_column=None, label_column=None):
@@ -130,12 +205,19 @@ def _columns(rows, csv, group_column=None, label_column=None):
         _choose(rows, "split", (), "split", csv)
         table["split"] = _as_splits(rows["split"], csv)
     if group := _choose(rows, group_column, GROUPS, "group", csv):
-        table["group"], note = list(rows[group]), f"; group from column {group}, {rows[group].nunique()} groups"
+        table["group"], note = (
+            list(rows[group]),
+            f"; group from column {group}, {rows[group].nunique()} groups",
+        )
     if label := _choose(rows, label_column, ("label", "class"), "label", csv):
         table["label"], note = list(rows[label]), f"{note}; label from column {label}"
     if scale := _choose(rows, None, ("um_per_px",), "scale", csv):
         table["um_per_px"] = pd.to_numeric(rows[scale], errors="coerce").to_list()
-        if not all(s > 0 for s in table["um_per_px"]): raise ValueError(f"{csv} has an 'um_per_px' that is no number above 0; expected micrometres per pixel: correct it.")
+        if not all(s > 0 for s in table["um_per_px"]):
+            raise ValueError(
+                f"{csv} has an 'um_per_px' that is no number above 0; expected micrometres per "
+                "pixel: correct it."
+            )
     return table, note
 
 # %% ../../nbs/data/folders.ipynb #f1900cb3
@@ -143,13 +225,28 @@ def _read_manifest(csv, group_column, label_column):
     "The table that a manifest means."
     rows = _read_csv(csv, "path")
     _choose(rows, "path", (), "path", csv)
-    rows["path"] = [PurePosixPath(os.path.normpath(p.replace("\\", "/"))).as_posix() for p in rows["path"]]
+    rows["path"] = [
+        PurePosixPath(os.path.normpath(p.replace("\\", "/"))).as_posix() for p in rows["path"]
+    ]
     twice = rows["path"][rows["path"].duplicated()]
-    if len(twice): raise ValueError(f"{csv} lists {some_names(twice.unique())} more than once; expected one row per image: drop the repeated rows.")
+    if len(twice):
+        raise ValueError(
+            f"{csv} lists {some_names(twice.unique())} more than once; expected one row per "
+            "image: drop the repeated rows."
+        )
     missing = [p for p in rows["path"] if not (csv.parent/p).is_file()]
-    if missing: raise FileNotFoundError(f"{csv}: {len(missing)} of {len(rows)} files do not exist: {some_names(missing)}; paths count from {csv.parent}.")
+    if missing:
+        raise FileNotFoundError(
+            f"{csv}: {len(missing)} of {len(rows)} files do not exist: {some_names(missing)}; "
+            f"paths count from {csv.parent}."
+        )
     unlisted = sorted(set(_find_images(csv.parent)) - set(rows["path"]))
-    if unlisted: warnings.warn(f"{csv} leaves out {len(unlisted)} images of its folder; they are not used: {some_names(unlisted, 3)}", stacklevel=3)
+    if unlisted:
+        warnings.warn(
+            f"{csv} leaves out {len(unlisted)} images of its folder; they are not used: "
+            f"{some_names(unlisted, 3)}",
+            stacklevel=3,
+        )
     table, note = {"path": list(rows["path"]), "split": [""]*len(rows)}, f"manifest {csv.name}"
     if all(p.split("/")[0].lower() in SPLITS for p in rows["path"]):
         table, layout = _read_folders(csv.parent, list(rows["path"]))
@@ -161,24 +258,43 @@ def _read_manifest(csv, group_column, label_column):
 def image_folder(
     path:str|Path, # Folder of tiles, or a manifest `.csv`
     um_per_px:float|None=None, # Micrometres per pixel, kept as a column if given
-    group_column:str|None=None, # Manifest column that names the group; None takes the first of `GROUPS`
-    label_column:str|None=None, # Manifest column that names the class; None takes `label`, else `class`
+    # Manifest column that names the group; None takes the first of `GROUPS`
+    group_column:str|None=None,
+    # Manifest column that names the class; None takes `label`, else `class`
+    label_column:str|None=None,
 )->Dataset: # Columns `primary`, `path`, `split` (`""` if not assigned), `group`, and `label` if there are classes
     "Tiles in folders or in a manifest, as a `Dataset`; nothing is decoded yet."
     path = Path(path).expanduser()
     is_table = path.suffix.lower() == ".csv" and path.is_file()
-    folder = path.parent if is_table else _existing_folder(path, "a folder of tiles, or a manifest .csv")
-    manifests = [path] if is_table else [p for p in (folder/"tiles.csv", folder/"manifest.csv") if p.exists()]
-    if len(manifests) > 1: raise ValueError(f"{folder} has both tiles.csv and manifest.csv; expected one: pass the path of the one that is meant.")
+    folder = (
+        path.parent if is_table else _existing_folder(path, "a folder of tiles, or a manifest .csv")
+    )
+    manifests = (
+        [path]
+        if is_table
+        else [p for p in (folder / "tiles.csv", folder / "manifest.csv") if p.exists()]
+    )
+    if len(manifests) > 1:
+        raise ValueError(
+            f"{folder} has both tiles.csv and manifest.csv; expected one: pass the path of the "
+            "one that is meant."
+        )
     if manifests: table, note = _read_manifest(manifests[0], group_column, label_column)
     else:
-        if group_column or label_column: raise ValueError(f"group_column={group_column!r} and label_column={label_column!r} arrived; expected a manifest to find them in: "
-                                                          f"write {folder/'tiles.csv'}.")
+        if group_column or label_column:
+            raise ValueError(
+                f"group_column={group_column!r} and label_column={label_column!r} arrived; "
+                "expected a manifest to find them in: "
+                f"write {folder / 'tiles.csv'}."
+            )
         paths = _find_images(folder)
         if not paths:
             others = Counter(p.suffix for p in folder.rglob("*") if p.is_file())
-            raise ValueError(f"{folder} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}, or a manifest tiles.csv. "
-                             f"Found: {', '.join(f'{n} {suffix}' for suffix, n in others.items()) or 'nothing'}.")
+            raise ValueError(
+                f"{folder} holds no image; expected files ending in "
+                f"{', '.join(sorted(SUFFIXES))}, or a manifest tiles.csv. "
+                f"Found: {', '.join(f'{n} {suffix}' for suffix, n in others.items()) or 'nothing'}."
+            )
         table, note = _read_folders(folder, paths)
     return _to_dataset(folder, table, note, um_per_px, primary=table["path"])
 
@@ -188,43 +304,84 @@ def _by_stem(folder):
     paths = _find_images(folder)
     stems = [PurePosixPath(p).with_suffix("").as_posix() for p in paths]
     count = Counter(stems)
-    if twice := [p for p, s in zip(paths, stems) if count[s] > 1]: raise ValueError(f"{folder} has several files of one name: {some_names(twice)}; expected one image per name: remove or rename the others.")
+    if twice := [p for p, s in zip(paths, stems) if count[s] > 1]:
+        raise ValueError(
+            f"{folder} has several files of one name: {some_names(twice)}; expected one image per "
+            "name: remove or rename the others."
+        )
     return dict(zip(stems, paths))
 
 def _header_size(path):
-    "Width and height from the header alone; None where it cannot be read, which `check_images` will report."
+    """Width and height from the header alone; None where it cannot be read, which `check_images`
+    will report."""
     try:
         with PILImage.open(path) as image: return image.size
     except Exception: return None
 
 def _pair_up(folder, sides, compare=True):
-    "Names, and for either side the paths below `folder` in that order; `sides` are two `{name: path}`. Sizes are compared unless told not to."
+    """Names, and for either side the paths below `folder` in that order; `sides` are two `{name:
+    path}`. Sizes are compared unless told not to."""
     lonely = [p for a, b in (sides, sides[::-1]) for n, p in a.items() if n not in b]
-    if lonely: raise ValueError(f"{folder}: {len(lonely)} of {len(sides[0])} + {len(sides[1])} files have no partner: {some_names(lonely)}; expected each name on both sides: "
-                                "add the missing ones, or remove these.")
-    if not (names := sorted(sides[0])): raise ValueError(f"{folder} holds no pairs; expected images on both sides.")
+    if lonely:
+        raise ValueError(
+            f"{folder}: {len(lonely)} of {len(sides[0])} + {len(sides[1])} files have no partner: "
+            f"{some_names(lonely)}; expected each name on both sides: "
+            "add the missing ones, or remove these."
+        )
+    if not (names := sorted(sides[0])):
+        raise ValueError(f"{folder} holds no pairs; expected images on both sides.")
     paths = [[side[n] for n in names] for side in sides]
-    sizes = [_each(lambda p: _header_size(folder/p), files, "Comparing sizes") if compare else [] for files in paths]
-    differ = [f"{n} ({a[0]}x{a[1]} and {b[0]}x{b[1]})" for n, a, b in zip(names, *sizes) if a and b and a != b]
-    if differ: raise ValueError(f"{folder}: {len(differ)} of {len(names)} pairs differ in width x height: {some_names(differ)}; expected registered pairs of one size: resample one side.")
+    sizes = [
+        _each(lambda p: _header_size(folder / p), files, "Comparing sizes") if compare else []
+        for files in paths
+    ]
+    differ = [
+        f"{n} ({a[0]}x{a[1]} and {b[0]}x{b[1]})"
+        for n, a, b in zip(names, *sizes)
+        if a and b and a != b
+    ]
+    if differ:
+        raise ValueError(
+            f"{folder}: {len(differ)} of {len(names)} pairs differ in width x height: "
+            f"{some_names(differ)}; expected registered pairs of one size: resample one side."
+        )
     return names, paths
 
 # %% ../../nbs/data/folders.ipynb #c9356335
 def pair_folders(
     path:str|Path, # Folder with `image/` and `privileged/`
-    group_column:str|None=None, # Column of `pairs.csv` that names the group; None takes the first of `GROUPS`
+    # Column of `pairs.csv` that names the group; None takes the first of `GROUPS`
+    group_column:str|None=None,
     um_per_px:float|None=None, # Micrometres per pixel, kept as a column if given
 )->Dataset: # Columns `primary`, `privileged`, `path` (of the primary image), `group`; `split`, `label`, `um_per_px` if `pairs.csv` has them
     "Pairs of images as a `Dataset`; headers are compared, nothing is decoded yet."
     folder = _existing_folder(path, "a folder with image/ and privileged/")
-    sides = [{n: f"{side}/{p}" for n, p in _by_stem(_existing_folder(folder/side, f"{side}/NAME.* in a folder of pairs")).items()} for side in ("image", "privileged")]
+    sides = [
+        {
+            n: f"{side}/{p}"
+            for n, p in _by_stem(
+                _existing_folder(folder / side, f"{side}/NAME.* in a folder of pairs")
+            ).items()
+        }
+        for side in ("image", "privileged")
+    ]
     names, (primary, privileged) = _pair_up(folder, sides)
     table, note = {"path": primary}, "pairs"
     if (folder/"pairs.csv").exists():
         rows = _read_csv(folder/"pairs.csv", "name")
-        odd = sorted(set(rows["name"]) ^ set(names)) + sorted(set(rows["name"][rows["name"].duplicated()]))
-        if odd: raise ValueError(f"{folder}/pairs.csv and the files do not match: {some_names(odd)}; expected one row for each name, without suffix.")
+        odd = sorted(set(rows["name"]) ^ set(names)) + sorted(
+            set(rows["name"][rows["name"].duplicated()])
+        )
+        if odd:
+            raise ValueError(
+                f"{folder}/pairs.csv and the files do not match: {some_names(odd)}; expected one "
+                "row for each name, without suffix."
+            )
         said, more = _columns(rows, folder/"pairs.csv", group_column)
-        table, note = table | {k: pd.Series(v, index=rows["name"])[names].to_list() for k, v in said.items()}, note + more
-    elif group_column: raise ValueError(f"group_column={group_column!r} arrived; expected a table to find it in: write {folder/'pairs.csv'}.")
+        table, note = (
+            table | {k: pd.Series(v, index=rows["name"])[names].to_list() for k, v in said.items()},
+            note + more,
+        )
+    elif group_column: raise ValueError(f"group_column={group_column!r} arrived; expected a table "
+                                        f"to find it in: write {folder/'pairs.csv'}.")
     return _to_dataset(folder, table, note, um_per_px, primary=primary, privileged=privileged)

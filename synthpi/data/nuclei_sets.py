@@ -33,79 +33,163 @@ def nuclear_mask(
     numbers:np.ndarray, # (H, W) integers: 0 background, else the number of the nucleus
 )->np.ndarray: # (H, W), `uint8`: 0 background, 255 nucleus, 128 its inner rim
     "The picture of a map of nuclei."
-    return np.where(numbers == 0, 0, np.where(find_boundaries(numbers, connectivity=1, mode="inner"), 128, 255)).astype(np.uint8)
+    return np.where(
+        numbers == 0, 0, np.where(find_boundaries(numbers, connectivity=1, mode="inner"), 128, 255)
+    ).astype(np.uint8)
 
 # %% ../../nbs/data/nuclei_sets.ipynb #1be6afb6
-PANNUKE_CLASSES = ("neoplastic", "inflammatory", "connective", "dead", "epithelial") # Class k, counted from 1, is the gray value 50 k of `masks="classes"`
+# Class k, counted from 1, is the gray value 50 k of `masks="classes"`
+PANNUKE_CLASSES = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")
 
 def _npy(path, shape):
     "An array on disk, its shape compared with one in which -1 stands for any length."
-    try: a = np.load(path, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error: raise ValueError(f"{path} cannot be read ({error}); expected a whole .npy file without pickled objects: copy or download it "
-                                                                      f"again.") from error
-    if len(a.shape) != len(shape) or any(s not in (-1, n) for n, s in zip(a.shape, shape)): raise ValueError(f"{path} has the shape {a.shape}; expected "
-                                                                                                             f"({', '.join('any' if s < 0 else str(s) for s in shape)}).")
+    try:
+        a = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); expected a whole .npy file without pickled "
+            "objects: copy or download it "
+            f"again."
+        ) from error
+    if len(a.shape) != len(shape) or any(s not in (-1, n) for n, s in zip(a.shape, shape)):
+        raise ValueError(
+            f"{path} has the shape {a.shape}; expected "
+            f"({', '.join('any' if s < 0 else str(s) for s in shape)})."
+        )
     return a
 
 def _pannuke_nuclei(masks):
     "Class 0 to 5 and number, both (H, W), from (H, W, 6)."
     ids = masks[..., :5]
-    if not (np.isfinite(ids).all() and (ids >= 0).all() and (ids == np.floor(ids)).all()): raise ValueError(f"masks with values {ids.min()} to {ids.max()} arrived; expected whole "
-                                                                                                            f"numbers of nuclei, 0 for none.")
+    if not (np.isfinite(ids).all() and (ids >= 0).all() and (ids == np.floor(ids)).all()):
+        raise ValueError(
+            f"masks with values {ids.min()} to {ids.max()} arrived; expected whole "
+            f"numbers of nuclei, 0 for none."
+        )
     which, here = (ids > 0).argmax(-1), (ids > 0).any(-1)
-    key = np.where(here, np.take_along_axis(ids, which[..., None], -1)[..., 0].astype(np.int64)*5 + which, 0)
-    return np.where(here, which + 1, 0), np.unique(np.append(0, key), return_inverse=True)[1][1:].reshape(key.shape).astype(np.uint16)
+    key = np.where(
+        here, np.take_along_axis(ids, which[..., None], -1)[..., 0].astype(np.int64) * 5 + which, 0
+    )
+    return np.where(here, which + 1, 0), np.unique(np.append(0, key), return_inverse=True)[1][
+        1:
+    ].reshape(key.shape).astype(np.uint16)
 
 def _pannuke_image(image, where):
-    if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 255 and (image == np.floor(image)).all()):
-        raise ValueError(f"{where} has values {image.min()} to {image.max()}; expected whole numbers from 0 to 255: the file was rescaled or is damaged.")
+    if not (
+        np.isfinite(image).all()
+        and image.min() >= 0
+        and image.max() <= 255
+        and (image == np.floor(image)).all()
+    ):
+        raise ValueError(
+            f"{where} has values {image.min()} to {image.max()}; expected whole numbers from 0 to "
+            "255: the file was rescaled or is damaged."
+        )
     return np.ascontiguousarray(image, dtype=np.uint8)
 
 def pannuke(
     folder:str|Path, # Folder with one or more folds
     out:str|Path, # Folder of pairs to write
     masks:str="nuclei", # Privileged image: `nuclei` (0, 128 rim, 255) or `classes` (50 k)
-    folds:dict[int, str]|None=None, # Fold to split; None takes `{1: "train", 2: "val", 3: "test"}` for the folds that are there
+    # Fold to split; None takes `{1: "train", 2: "val", 3: "test"}` for the folds that are there
+    folds:dict[int, str]|None=None,
     um_per_px:float=.25, # Micrometres per pixel, as published
 )->Dataset: # The pairs, see `pair_folders`; `label` is the tissue
     "PanNuke, from its arrays to pairs."
-    if masks not in ("nuclei", "classes"): raise ValueError(f"masks={masks!r} arrived; expected 'nuclei' or 'classes'.")
+    if masks not in ("nuclei", "classes"):
+        raise ValueError(f"masks={masks!r} arrived; expected 'nuclei' or 'classes'.")
     folder, found = _existing_folder(folder, SETS["pannuke"].layout), {}
     for kind in ("images", "masks", "types"):
         for path in sorted(folder.rglob(f"{kind}.npy")):
-            fold = {int(n) for n in re.findall(r"(?<![a-z])fold[ _-]?(\d+)", path.absolute().relative_to(folder.absolute().parent).as_posix(), re.I)}
-            if len(fold) != 1: raise ValueError(f"{path} names the folds {sorted(fold) or 'none'}; expected one, as in {SETS['pannuke'].layout}.")
-            if (*fold, kind) in found: raise ValueError(f"{path} and {found[(*fold, kind)]} are both {kind} of fold {fold.pop()}; expected one: remove the other.")
+            fold = {
+                int(n)
+                for n in re.findall(
+                    r"(?<![a-z])fold[ _-]?(\d+)",
+                    path.absolute().relative_to(folder.absolute().parent).as_posix(),
+                    re.I,
+                )
+            }
+            if len(fold) != 1:
+                raise ValueError(
+                    f"{path} names the folds {sorted(fold) or 'none'}; expected one, as in "
+                    f"{SETS['pannuke'].layout}."
+                )
+            if (*fold, kind) in found:
+                raise ValueError(
+                    f"{path} and {found[(*fold, kind)]} are both {kind} of fold {fold.pop()}; "
+                    "expected one: remove the other."
+                )
             found[(*fold, kind)] = path
     there = sorted({fold for fold, _ in found})
-    if not there: raise FileNotFoundError(f"no images.npy, masks.npy or types.npy below {folder}; expected {SETS['pannuke'].layout}. Found: "
-                                          f"{some_names(sorted(p.name for p in folder.iterdir()), 5) or 'nothing'}.")
+    if not there:
+        raise FileNotFoundError(
+            f"no images.npy, masks.npy or types.npy below {folder}; expected "
+            f"{SETS['pannuke'].layout}. Found: "
+            f"{some_names(sorted(p.name for p in folder.iterdir()), 5) or 'nothing'}."
+        )
     default = {1: "train", 2: "val", 3: "test"}
-    if folds is None and (odd := set(there) - set(default)): raise ValueError(f"{folder} has the folds {there}; PanNuke has 1, 2 and 3: say with folds={{{min(odd)}: 'train', ...}} what "
-                                                                              f"the others are.")
+    if folds is None and (odd := set(there) - set(default)):
+        raise ValueError(
+            f"{folder} has the folds {there}; PanNuke has 1, 2 and 3: say with "
+            f"folds={{{min(odd)}: 'train', ...}} what "
+            f"the others are."
+        )
     folds = {int(f): s for f, s in folds.items()} if folds else {f: default[f] for f in there}
-    if odd := sorted(set(folds) - set(there)): raise ValueError(f"fold {some_names(odd)} was asked for; {folder} has {some_names(there)}.")
-    if odd := sorted(set(folds.values()) - set(SPLITS.values())): raise ValueError(f"folds={folds} has the splits {some_names(odd)}; expected train, val or test.")
+    if odd := sorted(set(folds) - set(there)):
+        raise ValueError(f"fold {some_names(odd)} was asked for; {folder} has {some_names(there)}.")
+    if odd := sorted(set(folds.values()) - set(SPLITS.values())):
+        raise ValueError(
+            f"folds={folds} has the splits {some_names(odd)}; expected train, val or test."
+        )
     arrays, rows, items = {}, [], []
     for fold, split in sorted(folds.items()):
-        if lost := [f"{kind}.npy" for kind in ("images", "masks", "types") if (fold, kind) not in found]: raise FileNotFoundError(f"fold {fold} below {folder} has no {some_names(lost)}; "
-            f"expected {SETS['pannuke'].layout}.")
+        if lost := [
+            f"{kind}.npy" for kind in ("images", "masks", "types") if (fold, kind) not in found
+        ]:
+            raise FileNotFoundError(
+                f"fold {fold} below {folder} has no {some_names(lost)}; "
+                f"expected {SETS['pannuke'].layout}."
+            )
         images = _npy(found[fold, "images"], (-1, -1, -1, 3))
         arrays[fold] = images, _npy(found[fold, "masks"], (-1, *images.shape[1:3], 6))
         types = _npy(found[fold, "types"], (-1,))
         counts = {"images": len(images), "masks": len(arrays[fold][1]), "types": len(types)}
-        if len(set(counts.values())) > 1: raise ValueError(f"fold {fold} has {', '.join(f'{n} {kind}' for kind, n in counts.items())}; expected as many of each: download it again.")
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"fold {fold} has {', '.join(f'{n} {kind}' for kind, n in counts.items())}; "
+                "expected as many of each: download it again."
+            )
         for i, tissue in enumerate(map(str, types)):
             name = f"fold{fold}_{i:05d}_{re.sub(r'[^A-Za-z0-9]+', '-', tissue)}"
-            rows.append({"name": name, "split": split, "label": tissue, "um_per_px": um_per_px, "source": f"fold {fold}, number {i}"})
-            items.append(([f"{side}/{name}.png" for side in ("image", "privileged", "instances")], (fold, i)))
-    gray = {c: 50*k for k, c in enumerate(("background", *PANNUKE_CLASSES))} if masks == "classes" else {"background": 0, "rim": 128, "nucleus": 255}
+            rows.append(
+                {
+                    "name": name,
+                    "split": split,
+                    "label": tissue,
+                    "um_per_px": um_per_px,
+                    "source": f"fold {fold}, number {i}",
+                }
+            )
+            items.append(
+                ([f"{side}/{name}.png" for side in ("image", "privileged", "instances")], (fold, i))
+            )
+    gray = (
+        {c: 50 * k for k, c in enumerate(("background", *PANNUKE_CLASSES))}
+        if masks == "classes"
+        else {"background": 0, "rim": 128, "nucleus": 255}
+    )
     options = {"masks": masks, "folds": folds, "um_per_px": um_per_px, "gray": gray}
-    out, facts = _claim("pannuke", out, folder, [p for (f, _), p in found.items() if f in folds], options)
+    out, facts = _claim(
+        "pannuke", out, folder, [p for (f, _), p in found.items() if f in folds], options
+    )
     def make(key):
         images, ids = arrays[key[0]]
         classes, numbers = _pannuke_nuclei(np.asarray(ids[key[1]]))
-        return _pannuke_image(np.asarray(images[key[1]]), f"image {key[1]} of fold {key[0]}"), nuclear_mask(numbers) if masks == "nuclei" else (classes*50).astype(np.uint8), numbers
+        return (
+            _pannuke_image(np.asarray(images[key[1]]), f"image {key[1]} of fold {key[0]}"),
+            nuclear_mask(numbers) if masks == "nuclei" else (classes * 50).astype(np.uint8),
+            numbers,
+        )
     return _convert(out, facts, rows, items, make)
 
 # %% ../../nbs/data/nuclei_sets.ipynb #e923e582
@@ -113,12 +197,28 @@ def read_outlines(
     path:str|Path, # XML of Aperio ImageScope
 )->tuple[list[np.ndarray], int]: # Outlines, each (V, 2) of x and y in pixels; and how many regions had fewer than three corners
     "The outlines of all regions of an annotation."
-    try: regions = ElementTree.parse(path).findall(".//Region")
-    except ElementTree.ParseError as error: raise ValueError(f"{path} is not whole XML ({error}): copy or download it again.") from error
-    try: found = [np.array([(float(v.attrib["X"]), float(v.attrib["Y"])) for v in r.iter("Vertex")]) for r in regions]
-    except (KeyError, ValueError) as error: raise ValueError(f"{path} has a Vertex without numbers X and Y ({error}); expected an annotation of Aperio ImageScope.") from error
+    try:
+        regions = ElementTree.parse(path).findall(".//Region")
+    except ElementTree.ParseError as error:
+        raise ValueError(
+            f"{path} is not whole XML ({error}): copy or download it again."
+        ) from error
+    try:
+        found = [
+            np.array([(float(v.attrib["X"]), float(v.attrib["Y"])) for v in r.iter("Vertex")])
+            for r in regions
+        ]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} has a Vertex without numbers X and Y ({error}); expected an annotation of "
+            "Aperio ImageScope."
+        ) from error
     outlines = [xy for xy in found if len(xy) > 2]
-    if not outlines: raise ValueError(f"{path} has {len(regions)} regions and no outline of three corners or more; expected one Region for each nucleus.")
+    if not outlines:
+        raise ValueError(
+            f"{path} has {len(regions)} regions and no outline of three corners or more; expected "
+            "one Region for each nucleus."
+        )
     return outlines, len(found) - len(outlines)
 
 def draw_outlines(
@@ -129,55 +229,146 @@ def draw_outlines(
     "Outlines filled with their numbers; where they overlap, the later one is seen."
     numbers = np.zeros(shape, np.uint16)
     for k, xy in enumerate(outlines, 1):
-        x, y = ((xy + .5)/downscale - .5).T         # centres of pixels, not their corners, are whole numbers
+        # centres of pixels, not their corners, are whole numbers
+        x, y = ((xy + .5)/downscale - .5).T
         numbers[polygon(y, x, shape)] = k
     return numbers
 
 def monuseg(
     folder:str|Path, # Folder with images (TIFF) and outlines (XML) of the same names, at any depth
     out:str|Path, # Folder of pairs to write
-    side:int|None=None, # Cut squares of this side, pixels after `downscale`; None keeps images whole
+    # Cut squares of this side, pixels after `downscale`; None keeps images whole
+    side:int|None=None,
     downscale:int=1, # 2 halves the images, 40x to 20x
     um_per_px:float=.25, # Micrometres per pixel as published, before `downscale`
 )->Dataset: # The pairs, see `pair_folders`; `group` is the patient
     "MoNuSeg, from outlines to pairs."
     folder, by_name = _existing_folder(folder, SETS["monuseg"].layout), {"image": {}, "outline": {}}
-    xmls = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.xml") if p.name[0] != "." and "__MACOSX" not in p.parts)
-    for kind, paths in (("image", [p for p in _find_images(folder) if p.lower().endswith((".tif", ".tiff"))]), ("outline", xmls)):
-        for p in paths: by_name[kind].setdefault(Path(p).stem, []).append(p)
-        if twice := [p for ps in by_name[kind].values() if len(ps) > 1 for p in ps]: raise ValueError(f"{folder} has several files of one name: {some_names(twice)}; expected one {kind} per "
-                                                                                                      f"name: remove the others.")
+    xmls = sorted(
+        p.relative_to(folder).as_posix()
+        for p in folder.rglob("*.xml")
+        if p.name[0] != "." and "__MACOSX" not in p.parts
+    )
+    for kind, paths in (
+        ("image", [p for p in _find_images(folder) if p.lower().endswith((".tif", ".tiff"))]),
+        ("outline", xmls),
+    ):
+        for p in paths:
+            by_name[kind].setdefault(Path(p).stem, []).append(p)
+        if twice := [p for ps in by_name[kind].values() if len(ps) > 1 for p in ps]:
+            raise ValueError(
+                f"{folder} has several files of one name: {some_names(twice)}; expected one "
+                f"{kind} per "
+                f"name: remove the others."
+            )
     images, outlines = by_name["image"], by_name["outline"]
-    if not images or not outlines: raise FileNotFoundError(f"{len(images)} TIFF and {len(outlines)} XML files were found below {folder}; expected {SETS['monuseg'].layout}.")
-    if lonely := [ps[0] for n, ps in sorted({**images, **outlines}.items()) if n not in images or n not in outlines]: raise ValueError(f"{folder}: {len(lonely)} of {len(images)} images "
-        f"and {len(outlines)} outlines have no partner: {some_names(lonely)}; expected NAME.tif and NAME.xml: add or remove them.")
-    if downscale < 1 or int(downscale) != downscale: raise ValueError(f"downscale={downscale} arrived; expected a whole number, 1 or more.")
+    if not images or not outlines:
+        raise FileNotFoundError(
+            f"{len(images)} TIFF and {len(outlines)} XML files were found below {folder}; "
+            f"expected {SETS['monuseg'].layout}."
+        )
+    if lonely := [
+        ps[0]
+        for n, ps in sorted({**images, **outlines}.items())
+        if n not in images or n not in outlines
+    ]:
+        raise ValueError(
+            f"{folder}: {len(lonely)} of {len(images)} images "
+            f"and {len(outlines)} outlines have no partner: {some_names(lonely)}; expected "
+            "NAME.tif and NAME.xml: add or remove them."
+        )
+    if downscale < 1 or int(downscale) != downscale:
+        raise ValueError(f"downscale={downscale} arrived; expected a whole number, 1 or more.")
     rows, items, drawn, dropped = [], [], {}, 0
     for name in sorted(images):
         size = _rgb8(folder/images[name][0]).shape[1::-1]
-        if any(n % downscale for n in size): raise ValueError(f"{images[name][0]} has {size[0]}x{size[1]} pixels, which downscale={downscale} does not divide: choose another.")
+        if any(n % downscale for n in size):
+            raise ValueError(
+                f"{images[name][0]} has {size[0]}x{size[1]} pixels, which downscale={downscale} "
+                "does not divide: choose another."
+            )
         drawn[name], few = read_outlines(folder/outlines[name][0])
         dropped += few
-        outside = [i for i, xy in enumerate(drawn[name], 1) if (xy.max(0) < 0).any() or (xy.min(0) > size).any()]
-        if outside: raise ValueError(f"{outlines[name][0]}: outlines {some_names(outside)} lie outside the {size[0]}x{size[1]} pixels of the image; expected pixels of this image: was it cut "
-                                     f"or rescaled?")
-        if not re.match(r"TCGA-\w{2}-\w{4}", name): raise ValueError(f"{images[name][0]} does not begin with a TCGA patient, as in TCGA-18-5592-01Z-00-DX1: give other sets to "
-                                                                     f"`tiff_pairs` or `paired_folders`.")
+        outside = [
+            i
+            for i, xy in enumerate(drawn[name], 1)
+            if (xy.max(0) < 0).any() or (xy.min(0) > size).any()
+        ]
+        if outside:
+            raise ValueError(
+                f"{outlines[name][0]}: outlines {some_names(outside)} lie outside the "
+                f"{size[0]}x{size[1]} pixels of the image; expected pixels of this image: was it "
+                "cut "
+                f"or rescaled?"
+            )
+        if not re.match(r"TCGA-\w{2}-\w{4}", name):
+            raise ValueError(
+                f"{images[name][0]} does not begin with a TCGA patient, as in "
+                "TCGA-18-5592-01Z-00-DX1: give other sets to "
+                f"`tiff_pairs` or `paired_folders`."
+            )
         w, h = (n//downscale for n in size)
-        if side and side > min(w, h): raise ValueError(f"side={side} arrived for {images[name][0]} of {w}x{h} pixels; expected at most {min(w, h)}.")
-        starts = [np.linspace(0, n - side, -(-n//side)).round().astype(int).tolist() if side else [0] for n in (h, w)]
+        if side and side > min(w, h):
+            raise ValueError(
+                f"side={side} arrived for {images[name][0]} of {w}x{h} pixels; expected at most "
+                f"{min(w, h)}."
+            )
+        starts = [
+            np.linspace(0, n - side, -(-n // side)).round().astype(int).tolist() if side else [0]
+            for n in (h, w)
+        ]
         corners = [(y, x) for y in starts[0] for x in starts[1]]
         names = [f"{name}_y{y:04d}_x{x:04d}" if side else name for y, x in corners]
-        split = "test" if any("test" in part.lower() for part in (folder.name, *Path(outlines[name][0]).parts[:-1])) else "train"
-        rows += [{"name": n, "group": name[:12], "split": split, "um_per_px": um_per_px*downscale, "source": images[name][0]} for n in names]
-        items.append(([f"{part}/{n}.png" for n in names for part in ("image", "privileged", "instances")], (name, corners)))
-    options = {"side": side, "downscale": downscale, "um_per_px": um_per_px*downscale, "regions": sum(map(len, drawn.values())), "regions_without_area": dropped}
-    out, facts = _claim("monuseg", out, folder, [folder/p[0] for kind in (images, outlines) for p in kind.values()], options)
+        split = (
+            "test"
+            if any(
+                "test" in part.lower()
+                for part in (folder.name, *Path(outlines[name][0]).parts[:-1])
+            )
+            else "train"
+        )
+        rows += [
+            {
+                "name": n,
+                "group": name[:12],
+                "split": split,
+                "um_per_px": um_per_px * downscale,
+                "source": images[name][0],
+            }
+            for n in names
+        ]
+        items.append(
+            (
+                [f"{part}/{n}.png" for n in names for part in ("image", "privileged", "instances")],
+                (name, corners),
+            )
+        )
+    options = {
+        "side": side,
+        "downscale": downscale,
+        "um_per_px": um_per_px * downscale,
+        "regions": sum(map(len, drawn.values())),
+        "regions_without_area": dropped,
+    }
+    out, facts = _claim(
+        "monuseg",
+        out,
+        folder,
+        [folder / p[0] for kind in (images, outlines) for p in kind.values()],
+        options,
+    )
     def make(key):
         image = _rgb8(folder/images[key[0]][0])
         h, w = (n//downscale for n in image.shape[:2])
-        if downscale > 1: image = np.asarray(PILImage.fromarray(image).resize((w, h), PILImage.Resampling.LANCZOS))
+        if downscale > 1:
+            image = np.asarray(
+                PILImage.fromarray(image).resize((w, h), PILImage.Resampling.LANCZOS)
+            )
         numbers = draw_outlines(drawn[key[0]], (h, w), downscale)
         layers = image, nuclear_mask(numbers), numbers
-        return [np.ascontiguousarray(a[y:y + (side or h), x:x + (side or w)]) for y, x in key[1] for a in layers]
+        return [
+            np.ascontiguousarray(a[y : y + (side or h), x : x + (side or w)])
+            for y, x in key[1]
+            for a in layers
+        ]
     return _convert(out, facts, rows, items, make)

@@ -27,8 +27,17 @@ from ..core.optics import beer_lambert, STAINS
 from ..core.seeds import seed_for
 
 # %% ../../nbs/data/phantoms.ipynb #c2c76a6f
-CLASSES = {"ADI": "adipose tissue", "BACK": "background", "DEB": "debris, necrosis", "LYM": "lymphocytes", "MUC": "mucus", "MUS": "smooth muscle",
-           "NORM": "normal glands", "STR": "cancer-associated stroma", "TUM": "tumour epithelium"}
+CLASSES = {
+    "ADI": "adipose tissue",
+    "BACK": "background",
+    "DEB": "debris, necrosis",
+    "LYM": "lymphocytes",
+    "MUC": "mucus",
+    "MUS": "smooth muscle",
+    "NORM": "normal glands",
+    "STR": "cancer-associated stroma",
+    "TUM": "tumour epithelium",
+}
 
 class Tissue(NamedTuple):
     "Simulated tiles and all that is known about them."
@@ -41,7 +50,8 @@ class Tissue(NamedTuple):
 
 # %% ../../nbs/data/phantoms.ipynb #b982584d
 class Lab(NamedTuple):
-    "How much the colours of one laboratory vary; `_patient` are spreads between patients, `_tile` between tiles of a patient."
+    """How much the colours of one laboratory vary; `_patient` are spreads between patients, `_tile`
+    between tiles of a patient."""
     stains:np.ndarray=STAINS # Mean stain vectors
     turn:float=.10 # Spread of the stain vectors' entries between patients
     amount:tuple[float, float]=(1., 1.) # Mean factor on haematoxylin and eosin
@@ -53,20 +63,35 @@ class Lab(NamedTuple):
     balance_tile:float=.03
     veil:float=.25 # Largest amount of either stain lying evenly over a tile
     blur_um:tuple[float, float]=(.25, .8) # Standard deviation of the focus, range over tiles
-    noise:tuple[float, float]=(.005, .03) # Standard deviation of the camera's noise, range over tiles
+    # Standard deviation of the camera's noise, range over tiles
+    noise:tuple[float, float]=(.005, .03)
 
 def _patient(rng, lab:Lab)->dict:
     "What all tiles of one patient share."
     stains = np.abs(lab.stains + lab.turn*rng.normal(size=(2, 3)))
-    return {"stains": stains/np.linalg.norm(stains, axis=1, keepdims=True),
-            "amount": np.array(lab.amount)*np.exp(lab.amount_patient*rng.normal(size=2)),
-            "gain": np.exp(lab.exposure_patient*rng.normal() + lab.balance_patient*rng.normal(size=3)), "size": np.exp(.05*rng.normal())}
+    return {
+        "stains": stains / np.linalg.norm(stains, axis=1, keepdims=True),
+        "amount": np.array(lab.amount) * np.exp(lab.amount_patient * rng.normal(size=2)),
+        "gain": np.exp(
+            lab.exposure_patient * rng.normal() + lab.balance_patient * rng.normal(size=3)
+        ),
+        "size": np.exp(0.05 * rng.normal()),
+    }
 
 def _photograph(rng, amounts, patient, lab:Lab, um:float)->np.ndarray:
     "Stain amounts (H, W, 2) to an 8-bit image: section, light, focus, camera."
-    amounts = np.float32(amounts*patient["amount"]*np.exp(lab.amount_tile*rng.normal(size=2)) + lab.veil*rng.uniform(size=2)**2)
-    light = gaussian_filter(beer_lambert(amounts, np.float32(patient["stains"])), (rng.uniform(*lab.blur_um)/um,)*2 + (0,), mode="nearest")
-    gain = patient["gain"]*np.exp(lab.exposure_tile*rng.normal() + lab.balance_tile*rng.normal(size=3))
+    amounts = np.float32(
+        amounts * patient["amount"] * np.exp(lab.amount_tile * rng.normal(size=2))
+        + lab.veil * rng.uniform(size=2) ** 2
+    )
+    light = gaussian_filter(
+        beer_lambert(amounts, np.float32(patient["stains"])),
+        (rng.uniform(*lab.blur_um) / um,) * 2 + (0,),
+        mode="nearest",
+    )
+    gain = patient["gain"] * np.exp(
+        lab.exposure_tile * rng.normal() + lab.balance_tile * rng.normal(size=3)
+    )
     shot = rng.uniform(*lab.noise)*rng.standard_normal(light.shape, np.float32)
     return np.uint8(np.clip(np.round(245*(light*gain + shot)), 0, 255))
 
@@ -84,22 +109,36 @@ class _Grid(NamedTuple):
     um:float # Edge of a pixel
     extent:float # Edge of the tile
 
-def _grid(size:int, um:float)->_Grid: return _Grid(*np.meshgrid(*[((np.arange(size) + .5)*um).astype(np.float32)]*2), um, size*um)
+def _grid(size: int, um: float) -> _Grid:
+    return _Grid(
+        *np.meshgrid(*[((np.arange(size) + 0.5) * um).astype(np.float32)] * 2), um, size * um
+    )
 
 def _noise(rng, g:_Grid, scale:float, angle:float=0., stretch:float=1.)->np.ndarray:
-    "Smooth random field of unit variance with grain `scale` um, drawn out by `stretch` along `angle`."
-    fx, fy = fft.rfftfreq(len(g.x), g.um).astype(np.float32), fft.fftfreq(len(g.x), g.um).astype(np.float32)[:, None]
+    """Smooth random field of unit variance with grain `scale` um, drawn out by `stretch` along
+    `angle`."""
+    fx, fy = (
+        fft.rfftfreq(len(g.x), g.um).astype(np.float32),
+        fft.fftfreq(len(g.x), g.um).astype(np.float32)[:, None],
+    )
     u, v = fx*np.cos(angle) + fy*np.sin(angle), fy*np.cos(angle) - fx*np.sin(angle)
-    x = fft.irfft2(fft.rfft2(rng.standard_normal(g.x.shape, np.float32))*np.exp(-(np.pi*scale)**2/2*((u*stretch)**2 + v**2)), g.x.shape)
+    x = fft.irfft2(
+        fft.rfft2(rng.standard_normal(g.x.shape, np.float32))
+        * np.exp(-((np.pi * scale) ** 2) / 2 * ((u * stretch) ** 2 + v**2)),
+        g.x.shape,
+    )
     return (x - x.mean())/(x.std() + 1e-9)
 
 def _lattice(rng, g:_Grid, du:float, dv:float, angle:float|None=None, jitter:float=.25)->np.ndarray:
-    "Points of a shaken lattice with steps `du` along `angle` and `dv` across, covering the tile and a margin: (K, 2)."
+    """Points of a shaken lattice with steps `du` along `angle` and `dv` across, covering the tile
+    and a margin: (K, 2)."""
     if angle is None: angle = rng.uniform(0, np.pi)
     half = .75*g.extent + 12
     u, v = np.meshgrid(np.arange(-half, half, du), np.arange(-half, half, dv))
     u = u + du/2*(np.arange(len(u)) % 2)[:, None]
-    p = np.stack([u, v], -1).reshape(-1, 2) + [du, dv]*(rng.uniform(-jitter, jitter, (u.size, 2)) + rng.uniform(-.5, .5, 2))
+    p = np.stack([u, v], -1).reshape(-1, 2) + [du, dv] * (
+        rng.uniform(-jitter, jitter, (u.size, 2)) + rng.uniform(-0.5, 0.5, 2)
+    )
     p = g.extent/2 + p @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return p[((p > -12) & (p < g.extent + 12)).all(1)]
 
@@ -108,7 +147,16 @@ def _nuclei(rng, points, a, b, angle=None, waviness=(.02, .06), dark=(.8, 1.2))-
     k = len(points)
     a, b = rng.uniform(*a, k), rng.uniform(*b, k)
     angle = rng.uniform(0, np.pi, k) if angle is None else np.broadcast_to(angle, k)
-    return np.column_stack([points, np.maximum(a, b), np.minimum(a, b), angle, rng.uniform(*waviness, k), rng.uniform(*dark, k)])
+    return np.column_stack(
+        [
+            points,
+            np.maximum(a, b),
+            np.minimum(a, b),
+            angle,
+            rng.uniform(*waviness, k),
+            rng.uniform(*dark, k),
+        ]
+    )
 
 def _some(rng, points, p:float): return points[rng.uniform(size=len(points)) < p]
 
@@ -120,7 +168,12 @@ def _at(field, points, g:_Grid)->np.ndarray:
 def _draw_nuclei(rng, nuclei, g:_Grid)->tuple[np.ndarray, np.ndarray]:
     "Haematoxylin in the nuclei, and their mask: two arrays (H, W)."
     size, um = len(g.x), g.um
-    nuclei = nuclei[((nuclei[:, :2] > -1.3*nuclei[:, 2:3]) & (nuclei[:, :2] < g.extent + 1.3*nuclei[:, 2:3])).all(1)]
+    nuclei = nuclei[
+        (
+            (nuclei[:, :2] > -1.3 * nuclei[:, 2:3])
+            & (nuclei[:, :2] < g.extent + 1.3 * nuclei[:, 2:3])
+        ).all(1)
+    ]
     if not len(nuclei): return 0*g.x, g.x < 0
     x, y, a, b, angle, waviness, dark = (c[:, None, None] for c in nuclei.T.astype(np.float32))
     reach = int(np.ceil(1.3*nuclei[:, 2].max()/um)) + 1
@@ -129,10 +182,14 @@ def _draw_nuclei(rng, nuclei, g:_Grid)->tuple[np.ndarray, np.ndarray]:
     dx, dy = np.float32(um)*(col + np.float32(.5)) - x, np.float32(um)*(row + np.float32(.5)) - y
     u, v = (dx*np.cos(angle) + dy*np.sin(angle))/a, (dy*np.cos(angle) - dx*np.sin(angle))/b
     rho, phi = np.hypot(u, v) + 1e-6, np.arctan2(v, u)
-    rim = 1 + waviness*sum(np.sin(m*phi + rng.uniform(0, 2*np.pi, x.shape).astype(np.float32)) for m in (2, 3, 5))
-    depth = (rim - rho)*rho/np.hypot(u/a, v/b)                             # distance to the rim in um, positive inside
+    rim = 1 + waviness * sum(
+        np.sin(m * phi + rng.uniform(0, 2 * np.pi, x.shape).astype(np.float32)) for m in (2, 3, 5)
+    )
+    # distance to the rim in um, positive inside
+    depth = (rim - rho)*rho/np.hypot(u/a, v/b)
     cover = np.clip(depth/um + .5, 0, 1)
-    stain = cover*dark*(.8 + .4*np.exp(-(depth/.7)**2))                    # chromatin is densest under the rim
+    # chromatin is densest under the rim
+    stain = cover*dark*(.8 + .4*np.exp(-(depth/.7)**2))
     inside = np.broadcast_to((col >= 0) & (col < size) & (row >= 0) & (row < size), cover.shape)
     where = (row*size + col)[inside]
     out = np.zeros((2, size*size), np.float32)
@@ -155,12 +212,14 @@ def _bands(rng, across, width:float)->np.ndarray:
 def _adipose(rng, g, s):
     centres = _lattice(rng, g, *rng.uniform(28, 40, 2), jitter=.3)
     d = np.hypot(g.x[..., None] - centres[:, 0], g.y[..., None] - centres[:, 1])
-    near = np.sort(np.concatenate([d, np.full((*d.shape[:2], 2), [1e3, 2e3])], -1), -1)[..., :2]       # a tile inside one cell has no wall
+    # a tile inside one cell has no wall
+    near = np.sort(np.concatenate([d, np.full((*d.shape[:2], 2), [1e3, 2e3])], -1), -1)[..., :2]
     wall = (near[..., 1] - near[..., 0])/2
     edge = np.argwhere(wall < .6)[:, ::-1]
     points = edge[rng.permutation(len(edge))[:rng.integers(1, 4)]]*g.um
     gy, gx = np.gradient(gaussian_filter(np.minimum(wall, 3.), 1.5))
-    bend = np.arctan2(gaussian_filter(2*gx*gy, 2), gaussian_filter(gx*gx - gy*gy, 2))/2 + np.pi/2     # direction of the wall: structure tensor
+    # direction of the wall: structure tensor
+    bend = np.arctan2(gaussian_filter(2*gx*gy, 2), gaussian_filter(gx*gx - gy*gy, 2))/2 + np.pi/2
     nuclei = _nuclei(rng, points, (3.2*s, 5*s), (1.1*s, 1.6*s), _at(bend, points, g))
     return _Sheet(nuclei, .03 + rng.uniform(.4, .8)*np.exp(-(wall/rng.uniform(.7, 1.1))**2), 0*wall)
 
@@ -168,32 +227,74 @@ def _background(rng, g, s):
     film = np.exp(.5*_noise(rng, g, 25))*rng.uniform(.02, .25)
     dust = 0*film
     for x, y in rng.uniform(0, g.extent, (rng.integers(0, 6), 2)):
-        dust += rng.uniform(.2, .8)*np.exp(-((g.x - x)**2 + (g.y - y)**2)/(2*rng.uniform(.4, 2.)**2))
+        dust += rng.uniform(0.2, 0.8) * np.exp(
+            -((g.x - x) ** 2 + (g.y - y) ** 2) / (2 * rng.uniform(0.4, 2.0) ** 2)
+        )
     return _Sheet(np.zeros((0, 7)), film + dust, rng.uniform(0, .8)*dust)
 
 def _debris(rng, g, s):
     points = _some(rng, _lattice(rng, g, 5.5, 5.5, jitter=.6), rng.uniform(.3, .7))
     dust = _nuclei(rng, points, (1.1*s, 2.4*s), (.9*s, 1.8*s), None, (.05, .14), (.5, 1.2))
-    ghosts = _nuclei(rng, _some(rng, _lattice(rng, g, 14, 14, jitter=.5), .25), (2.5*s, 4*s), (2*s, 3*s), None, (.06, .14), (.35, .6))
+    ghosts = _nuclei(
+        rng,
+        _some(rng, _lattice(rng, g, 14, 14, jitter=0.5), 0.25),
+        (2.5 * s, 4 * s),
+        (2 * s, 3 * s),
+        None,
+        (0.06, 0.14),
+        (0.35, 0.6),
+    )
     smudge = np.exp(.35*_noise(rng, g, 5) + .2*_noise(rng, g, 1.5))
-    return _Sheet(np.concatenate([dust, ghosts]), rng.uniform(.3, .7)*smudge, rng.uniform(.02, .2)*np.exp(.6*_noise(rng, g, 6)))
+    return _Sheet(
+        np.concatenate([dust, ghosts]),
+        rng.uniform(0.3, 0.7) * smudge,
+        rng.uniform(0.02, 0.2) * np.exp(0.6 * _noise(rng, g, 6)),
+    )
 
 def _lymphocytes(rng, g, s):
     step = rng.uniform(6.4, 8)
-    nuclei = _nuclei(rng, _some(rng, _lattice(rng, g, step, step*.9), .92), (2.6*s, 3.3*s), (2.4*s, 3*s), None, (.01, .04), (.8, 1.3))
-    return _Sheet(nuclei, rng.uniform(.15, .5)*np.exp(.35*_noise(rng, g, 3)), rng.uniform(0, .12) + 0*g.x)
+    nuclei = _nuclei(
+        rng,
+        _some(rng, _lattice(rng, g, step, step * 0.9), 0.92),
+        (2.6 * s, 3.3 * s),
+        (2.4 * s, 3 * s),
+        None,
+        (0.01, 0.04),
+        (0.8, 1.3),
+    )
+    return _Sheet(
+        nuclei,
+        rng.uniform(0.15, 0.5) * np.exp(0.35 * _noise(rng, g, 3)),
+        rng.uniform(0, 0.12) + 0 * g.x,
+    )
 
 def _mucus(rng, g, s):
     across, _ = _fibres(rng, g, rng.uniform(0, np.pi), rng.uniform(4, 8))
-    streaks = np.exp(rng.uniform(.4, .7)*_bands(rng, across, rng.uniform(6, 12)) + .2*_noise(rng, g, 4))
-    nuclei = _nuclei(rng, _some(rng, _lattice(rng, g, 17, 17, jitter=.5), .3), (2.2*s, 3.2*s), (1.8*s, 2.8*s), None, (.03, .09))
+    streaks = np.exp(
+        rng.uniform(0.4, 0.7) * _bands(rng, across, rng.uniform(6, 12)) + 0.2 * _noise(rng, g, 4)
+    )
+    nuclei = _nuclei(
+        rng,
+        _some(rng, _lattice(rng, g, 17, 17, jitter=0.5), 0.3),
+        (2.2 * s, 3.2 * s),
+        (1.8 * s, 2.8 * s),
+        None,
+        (0.03, 0.09),
+    )
     return _Sheet(nuclei, rng.uniform(.05, .25)*streaks, rng.uniform(.04, .25)*streaks)
 
 def _muscle(rng, g, s):
     angle = rng.uniform(0, np.pi)
     across, along = _fibres(rng, g, angle, rng.uniform(.5, 2.), 25)
-    eosin = np.maximum(1 + .25*_bands(rng, across, rng.uniform(3.5, 6)) + .12*_noise(rng, g, 1.2, angle, 8), .1)
-    points = _some(rng, _lattice(rng, g, rng.uniform(18, 24), rng.uniform(6.5, 9), angle, .35), rng.uniform(.6, .95))
+    eosin = np.maximum(
+        1 + 0.25 * _bands(rng, across, rng.uniform(3.5, 6)) + 0.12 * _noise(rng, g, 1.2, angle, 8),
+        0.1,
+    )
+    points = _some(
+        rng,
+        _lattice(rng, g, rng.uniform(18, 24), rng.uniform(6.5, 9), angle, 0.35),
+        rng.uniform(0.6, 0.95),
+    )
     nuclei = _nuclei(rng, points, (5.5*s, 9*s), (1.3*s, 1.9*s), _at(along, points, g), (.01, .04))
     return _Sheet(nuclei, rng.uniform(.35, .8)*eosin, 0*across)
 
@@ -201,26 +302,45 @@ def _glands(rng, g, s):
     radius, aspect = rng.uniform(15, 21), rng.uniform(1, 1.25)
     angle = rng.uniform(0, np.pi)
     centres = _lattice(rng, g, (2*radius + 5)*aspect, (2*radius + 5)*.9, angle, .06)
-    if not len(centres): centres = np.full((1, 2), -1e2)                    # a tile so small that it lies between glands
+    # a tile so small that it lies between glands
+    if not len(centres): centres = np.full((1, 2), -1e2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     uv = (np.stack([g.x, g.y], -1)[..., None, :] - centres) @ turn/[aspect, 1]
     r = np.linalg.norm(uv, axis=-1).min(-1)
     ring = np.linspace(0, 2*np.pi, int(2*np.pi*(radius - 3.5)/(5.2*s)), endpoint=False)
-    spoke = np.concatenate([ring + rng.uniform(0, 2*np.pi) for _ in centres]) + rng.uniform(-.04, .04, len(ring)*len(centres))
+    spoke = np.concatenate([ring + rng.uniform(0, 2 * np.pi) for _ in centres]) + rng.uniform(
+        -0.04, 0.04, len(ring) * len(centres)
+    )
     basal = radius - 3.8 + rng.uniform(-.7, .7, len(spoke))
-    points = np.repeat(centres, len(ring), 0) + (basal[:, None]*np.stack([np.cos(spoke), np.sin(spoke)], -1)*[aspect, 1]) @ turn.T
+    points = (
+        np.repeat(centres, len(ring), 0)
+        + (basal[:, None] * np.stack([np.cos(spoke), np.sin(spoke)], -1) * [aspect, 1]) @ turn.T
+    )
     nuclei = _nuclei(rng, points, (2.8*s, 3.6*s), (1.9*s, 2.4*s), spoke + angle, (.01, .05))
     gaps = _lattice(rng, g, 12, 12, jitter=.5)
-    gaps = gaps[np.linalg.norm((gaps[:, None] - centres) @ turn/[aspect, 1], axis=-1).min(1) > radius + 2]
+    gaps = gaps[
+        np.linalg.norm((gaps[:, None] - centres) @ turn / [aspect, 1], axis=-1).min(1) > radius + 2
+    ]
     nuclei = np.concatenate([nuclei, _nuclei(rng, gaps, (2.2*s, 4*s), (1.3*s, 1.9*s))])
-    body = np.exp(.2*_noise(rng, g, 2))*np.where(r < radius, rng.uniform(.3, .6), rng.uniform(.25, .6))
+    body = np.exp(0.2 * _noise(rng, g, 2)) * np.where(
+        r < radius, rng.uniform(0.3, 0.6), rng.uniform(0.25, 0.6)
+    )
     lumen = 1/(1 + np.exp((r - rng.uniform(.2, .45)*radius)/.8))
-    return _Sheet(nuclei, body*(1 - .9*lumen) + .2*np.exp(-((r - radius - .5)/.8)**2), rng.uniform(.02, .15)*(r < radius)*(1 - lumen))
+    return _Sheet(
+        nuclei,
+        body * (1 - 0.9 * lumen) + 0.2 * np.exp(-(((r - radius - 0.5) / 0.8) ** 2)),
+        rng.uniform(0.02, 0.15) * (r < radius) * (1 - lumen),
+    )
 
 def _stroma(rng, g, s):
     angle = rng.uniform(0, np.pi)
     across, along = _fibres(rng, g, angle, rng.uniform(3, 6), rng.uniform(14, 22))
-    eosin = 1 + .4*_bands(rng, across, rng.uniform(5, 9)) + .2*_noise(rng, g, 1.5) - .5*(_noise(rng, g, 6, angle, 2) > 1)
+    eosin = (
+        1
+        + 0.4 * _bands(rng, across, rng.uniform(5, 9))
+        + 0.2 * _noise(rng, g, 1.5)
+        - 0.5 * (_noise(rng, g, 6, angle, 2) > 1)
+    )
     points = _some(rng, _lattice(rng, g, 15, 11, angle, .5), rng.uniform(.25, .6))
     nuclei = _nuclei(rng, points, (3.2*s, 6*s), (1.1*s, 1.7*s), _at(along, points, g), (.03, .09))
     return _Sheet(nuclei, rng.uniform(.25, .65)*np.maximum(eosin, .1), 0*across)
@@ -231,11 +351,24 @@ def _tumour(rng, g, s):
     hole = _noise(rng, g, rng.uniform(10, 16)) - rng.uniform(1.2, 2.4)
     points = points[_at(hole, points, g) < -.4]
     nuclei = _nuclei(rng, points, (4*s, 6.6*s), (3*s, 4.6*s), None, (.05, .13), (.5, 1.2))
-    return _Sheet(nuclei, rng.uniform(.25, .6)*np.exp(.3*_noise(rng, g, 4))*(1 - .85/(1 + np.exp(-8*hole))), rng.uniform(.03, .2) + 0*hole)
+    return _Sheet(
+        nuclei,
+        rng.uniform(0.25, 0.6)
+        * np.exp(0.3 * _noise(rng, g, 4))
+        * (1 - 0.85 / (1 + np.exp(-8 * hole))),
+        rng.uniform(0.03, 0.2) + 0 * hole,
+    )
 
-_ARCHITECTURE = dict(zip(CLASSES, (_adipose, _background, _debris, _lymphocytes, _mucus, _muscle, _glands, _stroma, _tumour)))
+_ARCHITECTURE = dict(
+    zip(
+        CLASSES,
+        (_adipose, _background, _debris, _lymphocytes, _mucus, _muscle, _glands, _stroma, _tumour),
+    )
+)
 
-def _tile(rng, patient, lab:Lab, names:list[str], size:int, um:float)->tuple[np.ndarray, np.ndarray]:
+def _tile(
+    rng, patient, lab: Lab, names: list[str], size: int, um: float
+) -> tuple[np.ndarray, np.ndarray]:
     "Image and mask of one tile; two `names` meet at a wavy border."
     g = _grid(size, um)
     sheets = [_ARCHITECTURE[name](rng, g, patient["size"]) for name in names]
@@ -243,10 +376,18 @@ def _tile(rng, patient, lab:Lab, names:list[str], size:int, um:float)->tuple[np.
     if len(sheets) == 2:
         border = _fibres(rng, g, rng.uniform(0, 2*np.pi), 4.)[0]
         first = border < np.median(border)
-        keep = [n[_at(first, n[:, :2], g) == side] for n, side in zip((s.nuclei for s in sheets), (True, False))]
-        sheet = _Sheet(np.concatenate(keep), *(np.where(first, p, q) for p, q in zip(sheets[0][1:], sheets[1][1:])))
+        keep = [
+            n[_at(first, n[:, :2], g) == side]
+            for n, side in zip((s.nuclei for s in sheets), (True, False))
+        ]
+        sheet = _Sheet(
+            np.concatenate(keep),
+            *(np.where(first, p, q) for p, q in zip(sheets[0][1:], sheets[1][1:])),
+        )
     stain, mask = _draw_nuclei(rng, sheet.nuclei, g)
-    amounts = np.stack([np.maximum(stain, sheet.haematoxylin), sheet.eosin*np.where(mask, .6, 1)], -1)
+    amounts = np.stack(
+        [np.maximum(stain, sheet.haematoxylin), sheet.eosin * np.where(mask, 0.6, 1)], -1
+    )
     return _photograph(rng, amounts, patient, lab, um), np.uint8(mask)*255
 
 # %% ../../nbs/data/phantoms.ipynb #28e2f571
@@ -261,8 +402,11 @@ def tissue_phantoms(
 )->Tissue: # Tiles class by class
     "Simulated H&E tiles of nine tissue classes with exact nuclear masks."
     if n_per_class < n_patients:
-        raise ValueError(f"{n_per_class} tiles per class for {n_patients} patients arrived; expected one of each class for every patient at least: "
-                         "draw more tiles or fewer patients.")
+        raise ValueError(
+            f"{n_per_class} tiles per class for {n_patients} patients arrived; expected one of "
+            "each class for every patient at least: "
+            "draw more tiles or fewer patients."
+        )
     names = list(CLASSES)
     ids = [f"{prefix}{p:02d}" for p in range(n_patients)]
     patients = {i: _patient(np.random.default_rng(seed_for("patient", seed, i)), lab) for i in ids}
@@ -270,12 +414,20 @@ def tissue_phantoms(
     for label, name in enumerate(names):
         for k in range(n_per_class):
             owner = ids[k % n_patients]
-            rng = np.random.default_rng(seed_for("tile", seed, owner, name, k//n_patients))
-            tiles.append(_tile(rng, patients[owner], lab, [name], size, um_per_px)); labels.append(label); owners.append(owner)
+            rng = np.random.default_rng(seed_for("tile", seed, owner, name, k // n_patients))
+            tiles.append(_tile(rng, patients[owner], lab, [name], size, um_per_px))
+            labels.append(label)
+            owners.append(owner)
     return Tissue(*map(np.stack, zip(*tiles)), np.array(labels), owners, names, um_per_px)
 
 # %% ../../nbs/data/phantoms.ipynb #c0f4bb5c
-OTHER_LAB = Lab(stains=np.array([[.490, .769, .410], [.046, .842, .537]]), amount=(.85, .8), exposure_patient=.04, veil=.15, blur_um=(.2, .6))
+OTHER_LAB = Lab(
+    stains=np.array([[0.490, 0.769, 0.410], [0.046, 0.842, 0.537]]),
+    amount=(0.85, 0.8),
+    exposure_patient=0.04,
+    veil=0.15,
+    blur_um=(0.2, 0.6),
+)
 
 def pair_phantoms(
     n:int, # Tiles, dealt to the patients in turn
@@ -285,23 +437,32 @@ def pair_phantoms(
     seed:int=0, # A tile depends on (seed, patient, number)
     lab:Lab=OTHER_LAB, # Range of the colours
 )->Tissue: # `label` is the tissue that fills the first half of the tile
-    "A small set of simulated H&E tiles from another laboratory, two tissues in each, with exact nuclear masks."
-    if n < n_patients: raise ValueError(f"{n} pairs for {n_patients} patients arrived; expected one for each at least: draw more pairs.")
+    """A small set of simulated H&E tiles from another laboratory, two tissues in each, with exact
+    nuclear masks."""
+    if n < n_patients:
+        raise ValueError(
+            f"{n} pairs for {n_patients} patients arrived; expected one for each at least: draw "
+            "more pairs."
+        )
     ids = [f"donor{p:02d}" for p in range(n_patients)]
     patients = [_patient(np.random.default_rng(seed_for("patient", seed, i)), lab) for i in ids]
     tiles, labels, owners = [], [], []
     for k in range(n):
         p = k % n_patients
-        rng = np.random.default_rng(seed_for("pair", seed, ids[p], k//n_patients))
+        rng = np.random.default_rng(seed_for("pair", seed, ids[p], k // n_patients))
         names = list(rng.choice([name for name in CLASSES if name != "BACK"], 2, replace=False))
-        tiles.append(_tile(rng, patients[p], lab, names, size, um_per_px)); labels.append(list(CLASSES).index(names[0])); owners.append(ids[p])
+        tiles.append(_tile(rng, patients[p], lab, names, size, um_per_px))
+        labels.append(list(CLASSES).index(names[0]))
+        owners.append(ids[p])
     return Tissue(*map(np.stack, zip(*tiles)), np.array(labels), owners, list(CLASSES), um_per_px)
 
 # %% ../../nbs/data/phantoms.ipynb #c8559e0f
 def write_tissue(
     folder:str|Path, # Gets `tiles/`, `masks/` and `pairs/`; should be new or empty
-    n_per_class:dict[str, int]|None=None, # Tiles of each class by split; default train 200, val 40, test 60
-    n_patients:dict[str, int]|None=None, # Patients by split, all different; default train 10, val 4, test 6
+    # Tiles of each class by split; default train 200, val 40, test 60
+    n_per_class:dict[str, int]|None=None,
+    # Patients by split, all different; default train 10, val 4, test 6
+    n_patients:dict[str, int]|None=None,
     n_pairs:int=96, # Tiles of the pair set
     n_pair_patients:int=12, # Patients of the pair set
     size:int=64, # Edge of a tile, pixels
@@ -312,29 +473,56 @@ def write_tissue(
 )->dict: # What was written, also in `folder/phantoms.json`
     "Write the labelled tiles, their true masks and the pair set as PNG files with their tables."
     folder = Path(folder)
-    n_per_class, n_patients = n_per_class or {"train": 200, "val": 40, "test": 60}, n_patients or {"train": 10, "val": 4, "test": 6}
+    n_per_class, n_patients = (
+        n_per_class or {"train": 200, "val": 40, "test": 60},
+        n_patients or {"train": 10, "val": 4, "test": 6},
+    )
     if set(n_per_class) != set(n_patients):
-        raise ValueError(f"n_per_class has splits {sorted(n_per_class)} but n_patients has {sorted(n_patients)}: give both the same.")
+        raise ValueError(
+            f"n_per_class has splits {sorted(n_per_class)} but n_patients has "
+            f"{sorted(n_patients)}: give both the same."
+        )
     def save(array, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(path, compress_level=1)
     def table(path, header, rows):
-        with open(path, "w", newline="", encoding="utf-8") as f: csv.writer(f, lineterminator="\n").writerows([header, *rows])
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f, lineterminator="\n").writerows([header, *rows])
     rows = []
     for split, n in n_per_class.items():
-        tissue = tissue_phantoms(n, n_patients[split], size, um_per_px, seed, prefix=f"{split}-patient")
+        tissue = tissue_phantoms(
+            n, n_patients[split], size, um_per_px, seed, prefix=f"{split}-patient"
+        )
         for i, (label, patient) in enumerate(zip(tissue.label, tissue.patient_id)):
             name = tissue.classes[label]
             path = f"{split}/{name}/{name}_{patient}_{i % n:04d}.png"
-            save(tissue.image[i], folder/"tiles"/path); save(tissue.mask[i], folder/"masks"/path)
+            save(tissue.image[i], folder / "tiles" / path)
+            save(tissue.mask[i], folder / "masks" / path)
             rows.append((path, name, split, patient))
     table(folder/"tiles"/"tiles.csv", ("path", "label", "split", "group"), rows)
     pairs = pair_phantoms(n_pairs, n_pair_patients, pair_size, pair_um_per_px, seed)
     names = [f"{patient}_{i:04d}.png" for i, patient in enumerate(pairs.patient_id)]
-    for i, name in enumerate(names): save(pairs.image[i], folder/"pairs"/"image"/name); save(pairs.mask[i], folder/"pairs"/"privileged"/name)
-    table(folder/"pairs"/"pairs.csv", ("name", "patient"), zip((Path(n).stem for n in names), pairs.patient_id))
-    summary = {"simulated": True, "seed": seed, "classes": CLASSES, "tiles": len(rows), "n_per_class": n_per_class, "n_patients": n_patients,
-               "size": size, "um_per_px": um_per_px, "pairs": n_pairs, "n_pair_patients": n_pair_patients, "pair_size": pair_size,
-               "pair_um_per_px": pair_um_per_px}
+    for i, name in enumerate(names):
+        save(pairs.image[i], folder / "pairs" / "image" / name)
+        save(pairs.mask[i], folder / "pairs" / "privileged" / name)
+    table(
+        folder / "pairs" / "pairs.csv",
+        ("name", "patient"),
+        zip((Path(n).stem for n in names), pairs.patient_id),
+    )
+    summary = {
+        "simulated": True,
+        "seed": seed,
+        "classes": CLASSES,
+        "tiles": len(rows),
+        "n_per_class": n_per_class,
+        "n_patients": n_patients,
+        "size": size,
+        "um_per_px": um_per_px,
+        "pairs": n_pairs,
+        "n_pair_patients": n_pair_patients,
+        "pair_size": pair_size,
+        "pair_um_per_px": pair_um_per_px,
+    }
     write_json(folder/"phantoms.json", summary)
     return summary

@@ -39,13 +39,16 @@ def write_plain(
     folder:str|Path, # Where `ds` was read from
     options:dict, # JSON-ready: how it was read
 )->Dataset: # The copy
-    "A data set as a plain folder; goes on where it was killed, and refuses a folder that holds anything else."
+    """A data set as a plain folder; goes on where it was killed, and refuses a folder that holds
+    anything else."""
     sides = [c for c in ("primary", "privileged") if c in ds.column_names]
     known = [c for c in ("split", "label", "group", "um_per_px") if c in ds.column_names]
     raw, table = ds.select_columns(sides), ds.select_columns(["path", *known]).to_pandas()
     for c in sides: raw = raw.cast_column(c, Image(decode=False))
-    if "label" in table: table["label"] = [ds.features["label"].int2str(int(k)) for k in table["label"]]
-    if (table["group"] == table["path"]).all() and len(table): table = table.drop(columns="group")     # nobody knows them
+    if "label" in table:
+        table["label"] = [ds.features["label"].int2str(int(k)) for k in table["label"]]
+    # nobody knows them
+    if (table["group"] == table["path"]).all() and len(table): table = table.drop(columns="group")
     if "split" in table and (table["split"] == "").all(): table = table.drop(columns="split")
     rows, items, files = [], [], []
     for i, row in enumerate(table.to_dict("records")):
@@ -53,25 +56,57 @@ def write_plain(
         on_disk = [Path(stored[c]["path"]) if stored[c]["bytes"] is None else None for c in sides]
         suffixes = [p.suffix.lower() if p else ".png" for p in on_disk]
         source, stem = row.pop("path"), PurePosixPath(table["path"][i]).with_suffix("")
-        place = PurePosixPath(*stem.parts[1:]) if len(sides) == 2 and len(stem.parts) > 1 else PurePosixPath(*(row[c] for c in ("split", "label") if c in row), stem.name)
-        paths = [f"image/{place}{suffixes[0]}", f"privileged/{place}{suffixes[1]}"] if len(sides) == 2 else [f"{place}{suffixes[0]}"]
-        rows.append({"name": place.as_posix()} | row | {"source": source} if len(sides) == 2 else {"path": paths[0]} | row | {"source": source})
-        items.append((paths, i)); files += [p for p in on_disk if p]
+        place = (
+            PurePosixPath(*stem.parts[1:])
+            if len(sides) == 2 and len(stem.parts) > 1
+            else PurePosixPath(*(row[c] for c in ("split", "label") if c in row), stem.name)
+        )
+        paths = (
+            [f"image/{place}{suffixes[0]}", f"privileged/{place}{suffixes[1]}"]
+            if len(sides) == 2
+            else [f"{place}{suffixes[0]}"]
+        )
+        rows.append(
+            {"name": place.as_posix()} | row | {"source": source}
+            if len(sides) == 2
+            else {"path": paths[0]} | row | {"source": source}
+        )
+        items.append((paths, i))
+        files += [p for p in on_disk if p]
     out, facts = _claim(name, out, folder, files, options | {"images": len(ds)})
-    def make(i): return [Path(v["path"]).read_bytes() if v["bytes"] is None else to_rgb(Image().decode_example(v)) for v in (raw[i][c] for c in sides)]
+    def make(i):
+        return [
+            Path(v["path"]).read_bytes()
+            if v["bytes"] is None
+            else to_rgb(Image().decode_example(v))
+            for v in (raw[i][c] for c in sides)
+        ]
     return _convert(out, facts, rows, items, make)
 
 # %% ../../nbs/data/published.ipynb #799ddfc0
 @dataclass(frozen=True)
 class Preset(PublishedSet):
     "A published set and how it is read."
-    read:Callable=None # `read(folder, out, **options)` if it is converted, else `read(folder, **options)`
+    # `read(folder, out, **options)` if it is converted, else `read(folder, **options)`
+    read:Callable=None
     converts:bool=False # Whether it has to be written to an output folder
-    hub:dict|None=None # Options of `hub_tiles` for its copies on a hub; None if it is not read from there
+    # Options of `hub_tiles` for its copies on a hub; None if it is not read from there
+    hub:dict|None=None
 
-_READERS = {"pannuke": (pannuke, True, None), "monuseg": (monuseg, True, None), "tiff_pairs": (tiff_pairs, True, None), "paired": (paired_folders, False, None), "bci": (bci, False, None),
-            "nct_crc": (nct_crc, False, {"splits": {"NCT_CRC_HE_100K": "train", "CRC_VAL_HE_7K": "test"}}), "pcam": (pcam, True, {"label_names": ["normal", "tumor"]})}
-PRESETS = {name: Preset(**asdict(SETS[name]), read=read, converts=converts, hub=hub) for name, (read, converts, hub) in _READERS.items()} # Name to set
+_READERS = {
+    "pannuke": (pannuke, True, None),
+    "monuseg": (monuseg, True, None),
+    "tiff_pairs": (tiff_pairs, True, None),
+    "paired": (paired_folders, False, None),
+    "bci": (bci, False, None),
+    "nct_crc": (nct_crc, False, {"splits": {"NCT_CRC_HE_100K": "train", "CRC_VAL_HE_7K": "test"}}),
+    "pcam": (pcam, True, {"label_names": ["normal", "tumor"]}),
+}
+# Name to set
+PRESETS = {
+    name: Preset(**asdict(SETS[name]), read=read, converts=converts, hub=hub)
+    for name, (read, converts, hub) in _READERS.items()
+}
 
 def describe(
     ds:Dataset, # As `read_published` gives it
@@ -79,15 +114,33 @@ def describe(
     out:str|Path|None, # Folder that was written, if any
 )->str: # Lines to print
     "How many images of which split, scale, licence, and the next command."
-    preset, counts = PRESETS[name], Counter(ds["split"][:] if "split" in ds.column_names else [""]*len(ds))
+    preset, counts = (
+        PRESETS[name],
+        Counter(ds["split"][:] if "split" in ds.column_names else [""] * len(ds)),
+    )
     scale = sorted(set(ds["um_per_px"])) if "um_per_px" in ds.column_names else []
     unsplit = "no split"
-    lines = [f"{preset.title}: {len(ds)} {preset.kind} ({', '.join(f'{s or unsplit} {n}' for s, n in counts.items())}), {some_names(scale) or 'unknown'} um/px",
-             f"licence: {preset.licence}; cite {preset.citation}", f"groups: {'each image its own' if ds['group'][:] == ds['path'][:] else len(set(ds['group']))}; {preset.groups}"]
+    lines = [
+        f"{preset.title}: {len(ds)} {preset.kind} "
+        f"({', '.join(f'{s or unsplit} {n}' for s, n in counts.items())}), "
+        f"{some_names(scale) or 'unknown'} um/px",
+        f"licence: {preset.licence}; cite {preset.citation}",
+        "groups: "
+        f"{'each image its own' if ds['group'][:] == ds['path'][:] else len(set(ds['group']))}; "
+        f"{preset.groups}",
+    ]
     side = "--pairs" if preset.kind == "pairs" else "--tiles"
     flag = f" --um-per-px-{side[2:]} {scale[0]}" if len(scale) == 1 else ""
-    return "\n".join([*lines, f"next: synthpi tissue {side} {out}{flag} {'--tiles TILES' if side == '--pairs' else '--pairs PAIRS'} --out "
-        f"RUN" if out else "next: name an output folder to have it where the commands read it"])
+    return "\n".join(
+        [
+            *lines,
+            f"next: synthpi tissue {side} {out}{flag} "
+            f"{'--tiles TILES' if side == '--pairs' else '--pairs PAIRS'} --out "
+            f"RUN"
+            if out
+            else "next: name an output folder to have it where the commands read it",
+        ]
+    )
 
 def read_published(
     name:str, # Of `PRESETS`
@@ -96,18 +149,36 @@ def read_published(
     **options, # For the reader of this set
 )->Dataset: # Columns `primary`, `path`, `group`, and what is known of `privileged`, `split`, `label`, `um_per_px`
     "Read a published set by its name, and print what was found."
-    if name not in PRESETS: raise ValueError(f"{name!r} is not a known set; expected one of {', '.join(PRESETS)}.")
+    if name not in PRESETS:
+        raise ValueError(f"{name!r} is not a known set; expected one of {', '.join(PRESETS)}.")
     preset = PRESETS[name]
     if str(folder).startswith("hub:"):
-        if preset.hub is None: raise ValueError(f"{preset.title} is read from its published files; expected their folder: {preset.layout}.")
-        if options.get("streaming") and out: raise ValueError("streaming=True and an output folder arrived; expected one of them.")
+        if preset.hub is None:
+            raise ValueError(
+                f"{preset.title} is read from its published files; expected their folder: "
+                f"{preset.layout}."
+            )
+        if options.get("streaming") and out:
+            raise ValueError("streaming=True and an output folder arrived; expected one of them.")
         source = str(folder)[4:]
         options = {"um_per_px": preset.um_per_px} | preset.hub | options
         ds = hub_tiles(source, **options)
         if not isinstance(ds, Dataset): return ds      # nothing was read yet
-        if out: ds = write_plain(ds, out, name, source, {k: v for k, v in options.items() if k not in ("cache_dir", "data_files")} | {"hub": source})
+        if out:
+            ds = write_plain(
+                ds,
+                out,
+                name,
+                source,
+                {k: v for k, v in options.items() if k not in ("cache_dir", "data_files")}
+                | {"hub": source},
+            )
     elif preset.converts:
-        if out is None: raise ValueError(f"{preset.title} is not a folder of pictures and has to be converted: name an output folder.")
+        if out is None:
+            raise ValueError(
+                f"{preset.title} is not a folder of pictures and has to be converted: name an "
+                "output folder."
+            )
         ds = preset.read(folder, out, **options)
     else:
         ds = preset.read(folder, **options)

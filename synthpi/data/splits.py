@@ -36,9 +36,11 @@ def _inspect(value, min_px):
     try:
         image = Image().decode_example(value)
         height, width = to_rgb(image).shape[:2]
-    except Exception as error:      # whatever a decoder may raise; the row is named by its path already
+    # whatever a decoder may raise; the row is named by its path already
+    except Exception as error:
         return {"error": f"{type(error).__name__}: {error}".replace(f" {value['path']!r}", "")}
-    if min(height, width) < min_px: return {"error": f"{height}x{width} pixels, fewer than {min_px}"}
+    if min(height, width) < min_px:
+        return {"error": f"{height}x{width} pixels, fewer than {min_px}"}
     size = len(value["bytes"]) if value["bytes"] is not None else os.path.getsize(value["path"])
     return {"size": f"{height}x{width}", "mode": image.mode, "bytes": size}
 
@@ -53,22 +55,47 @@ def check_images(
     min_px:int=8, # Images with a shorter side than this are bad
 )->tuple[Dataset, dict]: # Data set without the bad rows; report with `n`, `kept`, `bad`, `bytes`, `sizes`, `modes`
     "Decode every image once: all can be read, or the bad ones are named."
-    if on_bad not in ("raise", "skip"): raise ValueError(f"on_bad={on_bad!r} arrived; expected 'raise' or 'skip'.")
-    columns = {c: "" if c == "primary" else f"{c}_" for c in ("primary", "privileged") if c in ds.column_names}
-    found = {c: _each(lambda value: _inspect(value, min_px), _stored(ds, c), f"Checking {c} images") for c in columns}
+    if on_bad not in ("raise", "skip"):
+        raise ValueError(f"on_bad={on_bad!r} arrived; expected 'raise' or 'skip'.")
+    columns = {
+        c: "" if c == "primary" else f"{c}_"
+        for c in ("primary", "privileged")
+        if c in ds.column_names
+    }
+    found = {
+        c: _each(lambda value: _inspect(value, min_px), _stored(ds, c), f"Checking {c} images")
+        for c in columns
+    }
     names = ds["path"][:] if "path" in ds.column_names else [f"row {i}" for i in range(len(ds))]
     bad = {}
     for column, results in found.items():
-        bad |= {i: columns[column].replace("_", " image: ") + r["error"] for i, r in enumerate(results) if "error" in r and i not in bad}
+        bad |= {
+            i: columns[column].replace("_", " image: ") + r["error"]
+            for i, r in enumerate(results)
+            if "error" in r and i not in bad
+        }
     named = [f"{names[i]} ({why})" for i, why in bad.items()]
     keep = [i for i in range(len(ds)) if i not in bad]
     if bad and (on_bad == "raise" or not keep):
-        raise ValueError(f"{len(bad)} of {len(ds)} images cannot be used: {some_names(named)}. Repair or remove the files"
-                         + (", or leave them out with on_bad='skip'." if keep else "; none is left to train on."))
-    if bad: warnings.warn(f"{len(bad)} of {len(ds)} images cannot be used and are left out: {some_names(named)}", stacklevel=2)
-    report = {"n": len(ds), "kept": len(keep), "bad": {names[i]: why for i, why in bad.items()}, "bytes": 0}
+        raise ValueError(
+            f"{len(bad)} of {len(ds)} images cannot be used: {some_names(named)}. Repair or "
+            "remove the files"
+            + (", or leave them out with on_bad='skip'." if keep else "; none is left to train on.")
+        )
+    if bad:
+        warnings.warn(
+            f"{len(bad)} of {len(ds)} images cannot be used and are left out: {some_names(named)}",
+            stacklevel=2,
+        )
+    report = {
+        "n": len(ds),
+        "kept": len(keep),
+        "bad": {names[i]: why for i, why in bad.items()},
+        "bytes": 0,
+    }
     for column, results in found.items():
-        for key in ("size", "mode"): report[f"{columns[column]}{key}s"] = Counter(results[i][key] for i in keep)
+        for key in ("size", "mode"):
+            report[f"{columns[column]}{key}s"] = Counter(results[i][key] for i in keep)
         report["bytes"] += sum(results[i]["bytes"] for i in keep)
     return (ds.select(keep) if bad else ds), report
 
@@ -77,21 +104,36 @@ def check_labels(
     ds:Dataset, # With or without a column `label`
 )->list[str]: # The class names, in the order of the label numbers
     "The classes of a data set, or an error if a probe could not learn them."
-    if "label" not in ds.column_names: raise ValueError("the images have no label; a probe needs two classes: use class folders, or a manifest with a column 'label'.")
+    if "label" not in ds.column_names:
+        raise ValueError(
+            "the images have no label; a probe needs two classes: use class folders, or a "
+            "manifest with a column 'label'."
+        )
     names = ds.features["label"].names
     splits = ds["split"][:] if "split" in ds.column_names else [""]*len(ds)
-    has = {s: {names[l] for l, t in zip(ds["label"], splits) if t == s} for s in dict.fromkeys(splits)}
+    has = {
+        s: {names[l] for l, t in zip(ds["label"], splits) if t == s} for s in dict.fromkeys(splits)
+    }
     found = set().union(*has.values())
-    if len(found) < 2: raise ValueError(f"all {len(ds)} images have the label {some_names(found)}; a probe needs two classes: add one, or pass a deeper folder.")
+    if len(found) < 2:
+        raise ValueError(
+            f"all {len(ds)} images have the label {some_names(found)}; a probe needs two classes: "
+            "add one, or pass a deeper folder."
+        )
     for split, classes in has.items():
         if "train" in has and (new := sorted(classes - has["train"])):
-            raise ValueError(f"split '{split}' has the classes {some_names(new)}, 'train' does not; expected all there: add images or drop it.")
-    if absent := sorted(found - has.get("test", found)): warnings.warn(f"split 'test' has no image of {some_names(absent)}", stacklevel=2)
+            raise ValueError(
+                f"split '{split}' has the classes {some_names(new)}, 'train' does not; expected "
+                "all there: add images or drop it."
+            )
+    if absent := sorted(found - has.get("test", found)):
+        warnings.warn(f"split 'test' has no image of {some_names(absent)}", stacklevel=2)
     return names
 
 # %% ../../nbs/data/splits.ipynb #0fbd07a1
 def _share_out(counts, shares, order):
-    "Split number of each group: `counts` (G, K) images per group and class, `shares` (S,) summing to one."
+    """Split number of each group: `counts` (G, K) images per group and class, `shares` (S,) summing
+    to one."""
     total = counts.sum(0)
     wanted, filled = shares[:, None]*total, np.zeros((len(shares), len(total)))
     chosen, left = np.zeros(len(counts), int), (counts > 0).sum(0)
@@ -107,8 +149,12 @@ def _share_out(counts, shares, order):
 def _with_split(ds, split):
     "`ds` with another `split` column, in memory."
     table = ds.with_format("arrow")[:]
-    info = DatasetInfo(description=ds.info.description, features=Features(ds.features | {"split": Value("string")}))
-    return Dataset.from_dict(dict(zip(table.column_names, table.columns)) | {"split": split}, info=info)
+    info = DatasetInfo(
+        description=ds.info.description, features=Features(ds.features | {"split": Value("string")})
+    )
+    return Dataset.from_dict(
+        dict(zip(table.column_names, table.columns)) | {"split": split}, info=info
+    )
 
 # %% ../../nbs/data/splits.ipynb #3434aac5
 def split_by_group(
@@ -117,51 +163,98 @@ def split_by_group(
     test:float=.2, # Share for `test` of the images that are divided; 0 makes none
     seed:int=0, # Decides between groups of equal size
 )->Dataset: # `ds` with `split` filled
-    "Fill in the splits that are missing, by whole groups: out of the images without a split, else out of `train`."
+    """Fill in the splits that are missing, by whole groups: out of the images without a split, else
+    out of `train`."""
     splits = ds["split"][:] if "split" in ds.column_names else [""]*len(ds)
     source = "" if "" in splits else "train"
-    if "" in splits and any(splits): raise ValueError(f"{splits.count('')} of {len(ds)} images have no split; expected all or none: add the rest.")
+    if "" in splits and any(splits):
+        raise ValueError(
+            f"{splits.count('')} of {len(ds)} images have no split; expected all or none: add the "
+            "rest."
+        )
     shares = {s: share for s, share in (("val", val), ("test", test)) if share and s not in splits}
     if source == "train" and not shares: return ds
     shares = {"train": 1 - sum(shares.values())} | shares
-    if not min(shares.values()) > 0: raise ValueError(f"val={val} and test={test} arrived; expected shares that leave something to train on.")
+    if not min(shares.values()) > 0:
+        raise ValueError(
+            f"val={val} and test={test} arrived; expected shares that leave something to train on."
+        )
     labels = ds["label"][:] if "label" in ds.column_names else ["unlabelled"]*len(ds)
     rows = pd.DataFrame({"group": ds["group"][:], "label": labels})[[s == source for s in splits]]
-    counts = pd.crosstab(rows["group"], rows["label"])      # sorted by group: the order of the rows does not matter
+    # sorted by group: the order of the rows does not matter
+    counts = pd.crosstab(rows["group"], rows["label"])
     if len(counts) < len(shares):
-        raise ValueError(f"{len(counts)} groups ({some_names(counts.index)}) arrived to be divided into {', '.join(shares)}; expected {len(shares)} "
-                         "or more: a group is never cut, so add groups, or set the share of a split to 0.")
+        raise ValueError(
+            f"{len(counts)} groups ({some_names(counts.index)}) arrived to be divided into "
+            f"{', '.join(shares)}; expected {len(shares)} "
+            "or more: a group is never cut, so add groups, or set the share of a split to 0."
+        )
     order = np.random.default_rng(seed_for("split_by_group", seed)).permutation(len(counts))
     order = order[np.argsort(-counts.to_numpy().sum(1)[order], kind="stable")]
-    chosen = pd.Series(np.array(list(shares))[_share_out(counts.to_numpy(), np.array(list(shares.values())), order)], index=counts.index)
+    chosen = pd.Series(
+        np.array(list(shares))[
+            _share_out(counts.to_numpy(), np.array(list(shares.values())), order)
+        ],
+        index=counts.index,
+    )
     for split in shares:
         empty = counts.columns[counts[chosen == split].sum() == 0]
         if len(empty) == counts.shape[1]:
-            raise ValueError(f"none of {len(counts)} groups is left for '{split}', because a class with one group stays in train; "
-                             "expected two or more groups of a class: add some, or set the share to 0.")
-        names = [f"{ds.features['label'].int2str(k)} (in {(counts[k] > 0).sum()} of {len(counts)} groups)" for k in empty]
-        if names: warnings.warn(f"split '{split}' gets no image of {some_names(names)}: a group is never cut", stacklevel=2)
+            raise ValueError(
+                f"none of {len(counts)} groups is left for '{split}', because a class with one "
+                "group stays in train; "
+                "expected two or more groups of a class: add some, or set the share to 0."
+            )
+        names = [
+            f"{ds.features['label'].int2str(k)} (in {(counts[k] > 0).sum()} of {len(counts)} "
+            "groups)"
+            for k in empty
+        ]
+        if names:
+            warnings.warn(
+                f"split '{split}' gets no image of {some_names(names)}: a group is never cut",
+                stacklevel=2,
+            )
     for i, split in rows["group"].map(chosen).items(): splits[i] = split
     return _with_split(ds, splits)
 
 # %% ../../nbs/data/splits.ipynb #850780e2
 def _digest(value):
     "Hash of the stored bytes of an image."
-    return sha256(value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()).hexdigest()
+    return sha256(
+        value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+    ).hexdigest()
 
 def assert_disjoint(
     ds:Dataset, # With `primary`, `path`, `group` and `split` filled
 )->None:
     "Refuse a data set in which a group, or the content of a file, is in two splits."
     splits, paths = ds["split"][:], ds["path"][:]
-    if "" in splits: raise ValueError(f"{splits.count('')} of {len(ds)} images have no split; expected one for each: use split_by_group.")
+    if "" in splits:
+        raise ValueError(
+            f"{splits.count('')} of {len(ds)} images have no split; expected one for each: use "
+            "split_by_group."
+        )
     def shared(keys):
         first = {}
-        for key, split, path in zip(keys, splits, paths): first.setdefault(key, {}).setdefault(split, path)
-        return {key: f"{', '.join(f'{split}: {path}' for split, path in where.items())}" for key, where in first.items() if len(where) > 1}
+        for key, split, path in zip(keys, splits, paths):
+            first.setdefault(key, {}).setdefault(split, path)
+        return {
+            key: f"{', '.join(f'{split}: {path}' for split, path in where.items())}"
+            for key, where in first.items()
+            if len(where) > 1
+        }
     if leak := shared(ds["group"][:]):
-        raise ValueError(f"{len(leak)} groups are in two splits: {some_names(f'{g} ({where})' for g, where in leak.items())}; expected each in one: "
-                         "correct the split column, or empty it and use split_by_group.")
-    if len(set(splits)) > 1 and (leak := shared(_each(_digest, _stored(ds, "primary"), "Comparing files"))):
-        raise ValueError(f"{len(leak)} files have the same content in two splits: {some_names(f'({where})' for where in leak.values())}; "
-                         "expected each in one: remove the copies, or give them one group and split again.")
+        raise ValueError(
+            f"{len(leak)} groups are in two splits: "
+            f"{some_names(f'{g} ({where})' for g, where in leak.items())}; expected each in one: "
+            "correct the split column, or empty it and use split_by_group."
+        )
+    if len(set(splits)) > 1 and (
+        leak := shared(_each(_digest, _stored(ds, "primary"), "Comparing files"))
+    ):
+        raise ValueError(
+            f"{len(leak)} files have the same content in two splits: "
+            f"{some_names(f'({where})' for where in leak.values())}; "
+            "expected each in one: remove the copies, or give them one group and split again."
+        )

@@ -4,7 +4,9 @@ Registered microscope images of the same tissue, as in SHIFT, become the plain f
 guessed, and intensities keep their order over the whole set:
 
 ```python
-over_set = tiff_pairs(DIR/"shift", DIR/"marker", um_per_px=.5, channels=(3,), group_pattern=r"^(P\d+)_")
+over_set = tiff_pairs(
+    DIR / "shift", DIR / "marker", um_per_px=0.5, channels=(3,), group_pattern=r"^(P\d+)_"
+)
 ```
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/stain_sets.html.md"""
@@ -34,48 +36,92 @@ def _read_channels(path, axis):
     "A TIFF as (channels, H, W)."
     try:
         with TiffFile(path) as tiff:
-            if len(tiff.series) != 1: raise ValueError(f"it holds {len(tiff.series)} images of different shape")
+            if len(tiff.series) != 1:
+                raise ValueError(f"it holds {len(tiff.series)} images of different shape")
             a, axes = tiff.series[0].asarray(), tiff.series[0].axes
-    except Exception as error: raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); expected a whole TIFF of one image.") from error     # whatever a decoder may raise
+    # whatever a decoder may raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); expected a whole TIFF of "
+            "one image."
+        ) from error
     keep = [i for i, (n, letter) in enumerate(zip(a.shape, axes)) if n > 1 or letter in "YX"]
     a, axes = a.reshape([a.shape[i] for i in keep]), "".join(axes[i] for i in keep)
     if a.ndim == 2: return a[None]
     others = [i for i, letter in enumerate(axes) if letter not in "YX"] if axis is None else [axis]
-    if a.ndim != 3 or len(others) != 1 or not -3 <= others[0] < 3: raise ValueError(f"{path} has the shape {a.shape}, axes {axes}; expected height, width and one axis of channels: give "
-                                                                                    f"channel_axis, or one plane per file.")
+    if a.ndim != 3 or len(others) != 1 or not -3 <= others[0] < 3:
+        raise ValueError(
+            f"{path} has the shape {a.shape}, axes {axes}; expected height, width and one axis of "
+            "channels: give "
+            f"channel_axis, or one plane per file."
+        )
     return np.moveaxis(a, others[0], 0)
 
 def _set_windows(stacks, n, percentiles):
-    "The intensities at two percentiles of all pixels of a set, for each of `n` channels; counted, not held in memory."
+    """The intensities at two percentiles of all pixels of a set, for each of `n` channels; counted,
+    not held in memory."""
     counts = np.zeros((n, 65536), np.int64)
     for stack in stacks: counts += [np.bincount(c.ravel(), minlength=65536) for c in stack]
-    return [[int(np.searchsorted(np.cumsum(c), max(1, c.sum()*p/100))) for p in percentiles] for c in counts]
+    return [
+        [int(np.searchsorted(np.cumsum(c), max(1, c.sum() * p / 100))) for p in percentiles]
+        for c in counts
+    ]
 
 def apply_window(
     channels:np.ndarray, # (channels, H, W)
     windows:Sequence[Sequence[float]], # For each channel the intensities that become 0 and 255
 )->np.ndarray: # (H, W) for one channel, else (H, W, 3), `uint8`; a third channel that was not asked for is 0
     "Intensities to a picture."
-    out = [np.clip((c.astype(np.float64) - low)/(high - low)*255, 0, 255).round().astype(np.uint8) for c, (low, high) in zip(channels, windows)]
+    out = [
+        np.clip((c.astype(np.float64) - low) / (high - low) * 255, 0, 255).round().astype(np.uint8)
+        for c, (low, high) in zip(channels, windows)
+    ]
     return out[0] if len(out) == 1 else np.stack(out + [np.zeros_like(out[0])]*(3 - len(out)), -1)
 
 def _match_names(folder, primary, privileged, suffixes=("", ""), compare=True):
     "Names, and the paths below `folder` of both sides; `ValueError` when one has no partner."
     folder = _existing_folder(folder, f"a folder with {primary}/ and {privileged}/")
-    if primary == privileged and suffixes[0] == suffixes[1]: raise ValueError(f"both sides are {primary}/ with suffix {suffixes[0]!r}; expected two folders, or two suffixes.")
+    if primary == privileged and suffixes[0] == suffixes[1]:
+        raise ValueError(
+            f"both sides are {primary}/ with suffix {suffixes[0]!r}; expected two folders, or two "
+            "suffixes."
+        )
     sides = []
     for sub, suffix in zip((primary, privileged), suffixes):
-        found = _by_stem(_existing_folder(folder/sub, f"{sub}/ in {folder}, which holds {some_names(sorted(p.name for p in folder.iterdir())) or 'nothing'}"))
-        if primary != privileged and (odd := [p for n, p in found.items() if not n.endswith(suffix)]): raise ValueError(f"{folder/sub}: {len(odd)} of {len(found)} names do not end in "
-            f"{suffix!r}: {some_names(odd)}; expected all to: correct the suffix, or move these.")
-        sides.append({n.removesuffix(suffix): Path(sub, p).as_posix() for n, p in found.items() if n.endswith(suffix)})
+        found = _by_stem(
+            _existing_folder(
+                folder / sub,
+                f"{sub}/ in {folder}, which holds "
+                f"{some_names(sorted(p.name for p in folder.iterdir())) or 'nothing'}",
+            )
+        )
+        if primary != privileged and (
+            odd := [p for n, p in found.items() if not n.endswith(suffix)]
+        ):
+            raise ValueError(
+                f"{folder / sub}: {len(odd)} of {len(found)} names do not end in "
+                f"{suffix!r}: {some_names(odd)}; expected all to: correct the suffix, or move "
+                "these."
+            )
+        sides.append(
+            {
+                n.removesuffix(suffix): Path(sub, p).as_posix()
+                for n, p in found.items()
+                if n.endswith(suffix)
+            }
+        )
     return (folder, *_pair_up(folder, sides, compare))
 
 def _pick(pattern, names, what):
-    "What the first bracket of a regular expression finds in each name; `ValueError` names those in which it finds nothing."
+    """What the first bracket of a regular expression finds in each name; `ValueError` names those
+    in which it finds nothing."""
     found = [re.search(pattern, n) for n in names]
-    if odd := [n for n, m in zip(names, found) if not m]: raise ValueError(f"the pattern {pattern!r} for the {what} is not in {len(odd)} of {len(names)} names: {some_names(odd, 3)}; "
-                                                                           f"expected it in all.")
+    if odd := [n for n, m in zip(names, found) if not m]:
+        raise ValueError(
+            f"the pattern {pattern!r} for the {what} is not in {len(odd)} of {len(names)} names: "
+            f"{some_names(odd, 3)}; "
+            f"expected it in all."
+        )
     return [m[1] if m.re.groups else m[0] for m in found]
 
 def tiff_pairs(
@@ -85,51 +131,116 @@ def tiff_pairs(
     primary:str="HE", # Subfolder of 8-bit RGB pictures
     privileged:str="IF", # Subfolder of TIFF stacks
     suffixes:tuple[str, str]=("", ""), # What the names of either side end in, before the file type
-    channels:Sequence[int]|None=None, # Up to three channels, from 0, as red, green, blue; None takes all of one or three
-    window:Sequence[Sequence[float]]|None=None, # Intensities that become 0 and 255, for each of `channels`
-    percentiles:tuple[float, float]=(.1, 99.9), # Without `window`: percentiles of each channel over the set
+    # Up to three channels, from 0, as red, green, blue; None takes all of one or three
+    channels:Sequence[int]|None=None,
+    # Intensities that become 0 and 255, for each of `channels`
+    window:Sequence[Sequence[float]]|None=None,
+    # Without `window`: percentiles of each channel over the set
+    percentiles:tuple[float, float]=(.1, 99.9),
     per_image:bool=False, # Percentiles of each image: images cannot be compared any more
-    channel_axis:int|None=None, # Axis of the channels, of the three that are longer than 1; None reads it from the TIFF
-    group_pattern:str|None=None, # Regular expression whose first bracket finds the group in the name
+    # Axis of the channels, of the three that are longer than 1; None reads it from the TIFF
+    channel_axis:int|None=None,
+    # Regular expression whose first bracket finds the group in the name
+    group_pattern:str|None=None,
 )->Dataset: # The pairs, see `pair_folders`
     "Pictures and registered TIFF stacks, to pairs."
-    folder, names, (pictures, stacks) = _match_names(folder, primary, privileged, suffixes, compare=False)
-    if window is not None and per_image: raise ValueError("window and per_image=True arrived; expected one of them.")
-    if not 0 <= percentiles[0] < percentiles[1] <= 100: raise ValueError(f"percentiles={percentiles} arrived; expected two that rise, from 0 to 100.")
+    folder, names, (pictures, stacks) = _match_names(
+        folder, primary, privileged, suffixes, compare=False
+    )
+    if window is not None and per_image:
+        raise ValueError("window and per_image=True arrived; expected one of them.")
+    if not 0 <= percentiles[0] < percentiles[1] <= 100:
+        raise ValueError(
+            f"percentiles={percentiles} arrived; expected two that rise, from 0 to 100."
+        )
     first = _read_channels(folder/stacks[0], channel_axis)
     if channels is None:
-        if len(first) not in (1, 3): raise ValueError(f"{stacks[0]} has {len(first)} channels; say which become red, green and blue, as in channels=(0, 1, 2), or which one is gray, as "
-                                                      f"in channels=(0,).")
+        if len(first) not in (1, 3):
+            raise ValueError(
+                f"{stacks[0]} has {len(first)} channels; say which become red, green and blue, as "
+                "in channels=(0, 1, 2), or which one is gray, as "
+                f"in channels=(0,)."
+            )
         channels = range(len(first))
     channels = [int(c) for c in channels]
-    if not 1 <= len(channels) <= 3 or not all(0 <= c < len(first) for c in channels): raise ValueError(f"channels={channels} arrived; expected one to three from 0 to {len(first) - 1}.")
-    if window is not None and (len(window) != len(channels) or not all(len(w) == 2 and w[0] < w[1] for w in window)): raise ValueError(f"window={window} arrived; expected (low, high) "
-        f"for each of {len(channels)} channels.")
+    if not 1 <= len(channels) <= 3 or not all(0 <= c < len(first) for c in channels):
+        raise ValueError(
+            f"channels={channels} arrived; expected one to three from 0 to {len(first) - 1}."
+        )
+    if window is not None and (
+        len(window) != len(channels) or not all(len(w) == 2 and w[0] < w[1] for w in window)
+    ):
+        raise ValueError(
+            f"window={window} arrived; expected (low, high) for each of {len(channels)} channels."
+        )
     def checked():
         for a, b in zip(pictures, stacks):
             stack = _read_channels(folder/b, channel_axis)
             size = _rgb8(folder/a).shape[1::-1]
-            if stack.shape[:0:-1] != size: raise ValueError(f"{b} has {len(stack)} channels of {stack.shape[2]}x{stack.shape[1]} pixels and {a} has {size[0]}x{size[1]}; expected "
-                                                            f"registered images of one size: resample one, or say which axis holds the channels (channel_axis).")
-            if len(stack) != len(first): raise ValueError(f"{b} has {len(stack)} channels and {stacks[0]} has {len(first)}; expected as many in all.")
-            if window is None and stack.dtype not in (np.uint8, np.uint16): raise ValueError(f"{b} has pixels of type {stack.dtype}; expected 8 or 16 bits without sign, or a window.")
+            if stack.shape[:0:-1] != size:
+                raise ValueError(
+                    f"{b} has {len(stack)} channels of {stack.shape[2]}x{stack.shape[1]} pixels "
+                    f"and {a} has {size[0]}x{size[1]}; expected "
+                    "registered images of one size: resample one, or say which axis holds the "
+                    "channels (channel_axis)."
+                )
+            if len(stack) != len(first):
+                raise ValueError(
+                    f"{b} has {len(stack)} channels and {stacks[0]} has {len(first)}; expected as "
+                    "many in all."
+                )
+            if window is None and stack.dtype not in (np.uint8, np.uint16):
+                raise ValueError(
+                    f"{b} has pixels of type {stack.dtype}; expected 8 or 16 bits without sign, "
+                    "or a window."
+                )
             yield stack[channels]
-    windows = [list(map(float, w)) for w in window] if window is not None else _set_windows(checked(), len(channels), percentiles)
+    windows = (
+        [list(map(float, w)) for w in window]
+        if window is not None
+        else _set_windows(checked(), len(channels), percentiles)
+    )
     for _ in checked() if window is not None else (): pass
-    if flat := [c for c, (low, high) in zip(channels, windows) if low >= high]: raise ValueError(f"channels {some_names(flat)} are constant between the percentiles {percentiles} of the set: "
-                                                                                                 f"leave them out, or give a window.")
+    if flat := [c for c, (low, high) in zip(channels, windows) if low >= high]:
+        raise ValueError(
+            f"channels {some_names(flat)} are constant between the percentiles {percentiles} of "
+            "the set: "
+            f"leave them out, or give a window."
+        )
     parts = [n.split("/")[0].lower() for n in names]
     rows = [{"name": n, "um_per_px": um_per_px, "source": b} for n, b in zip(names, stacks)]
-    if all(p in SPLITS for p in parts): rows = [r | {"split": SPLITS[p]} for r, p in zip(rows, parts)]
-    if group_pattern: rows = [r | {"group": g} for r, g in zip(rows, _pick(group_pattern, names, "group"))]
-    options = {"channels": channels, "window": "per image" if per_image else windows, "percentiles": None if window is not None else list(percentiles),
-               "um_per_px": um_per_px, "group_pattern": group_pattern}
-    out, facts = _claim("tiff_pairs", out, folder, [folder/p for p in (*pictures, *stacks)], options)
+    if all(p in SPLITS for p in parts):
+        rows = [r | {"split": SPLITS[p]} for r, p in zip(rows, parts)]
+    if group_pattern:
+        rows = [r | {"group": g} for r, g in zip(rows, _pick(group_pattern, names, "group"))]
+    options = {
+        "channels": channels,
+        "window": "per image" if per_image else windows,
+        "percentiles": None if window is not None else list(percentiles),
+        "um_per_px": um_per_px,
+        "group_pattern": group_pattern,
+    }
+    out, facts = _claim(
+        "tiff_pairs", out, folder, [folder / p for p in (*pictures, *stacks)], options
+    )
     def make(i):
         stack = _read_channels(folder/stacks[i], channel_axis)[channels]
-        mine = [(low, max(high, low + 1)) for low, high in _set_windows([stack], len(channels), percentiles)] if per_image else windows
+        mine = (
+            [
+                (low, max(high, low + 1))
+                for low, high in _set_windows([stack], len(channels), percentiles)
+            ]
+            if per_image
+            else windows
+        )
         return _rgb8(folder/pictures[i]), apply_window(stack, mine)
-    return _convert(out, facts, rows, [((f"image/{n}.png", f"privileged/{n}.png"), i) for i, n in enumerate(names)], make)
+    return _convert(
+        out,
+        facts,
+        rows,
+        [((f"image/{n}.png", f"privileged/{n}.png"), i) for i, n in enumerate(names)],
+        make,
+    )
 
 # %% ../../nbs/data/stain_sets.ipynb #002b74da
 def paired_folders(
@@ -138,22 +249,33 @@ def paired_folders(
     privileged:str, # Subfolder of the privileged images; may be the same if the suffixes differ
     suffixes:tuple[str, str]=("", ""), # What the names of either side end in, before the file type
     um_per_px:float|None=None, # Micrometres per pixel, kept as a column if given
-    group_pattern:str|None=None, # Regular expression whose first bracket finds the group in the name
+    # Regular expression whose first bracket finds the group in the name
+    group_pattern:str|None=None,
     split_pattern:str|None=None, # Likewise the split, where no folder says it
     label_pattern:str|None=None, # Likewise the class
 )->Dataset: # Columns `primary`, `privileged`, `path`, `group`, and what else is known
-    "Pairs in two folders, read where they lie; `ValueError` when a file has no partner or another size."
+    """Pairs in two folders, read where they lie; `ValueError` when a file has no partner or another
+    size."""
     folder, names, (a, b) = _match_names(folder, primary, privileged, suffixes)
     table, tops = {"path": a}, [n.split("/")[0].lower() for n in names]
     if all(t in SPLITS for t in tops): table["split"] = [SPLITS[t] for t in tops]
     elif split_pattern: table["split"] = _as_splits(_pick(split_pattern, names, "split"), folder)
     if group_pattern: table["group"] = _pick(group_pattern, names, "group")
     if label_pattern: table["label"] = _pick(label_pattern, names, "class")
-    return _to_dataset(folder, table, f"pairs of {primary} and {privileged}", um_per_px, primary=a, privileged=b)
+    return _to_dataset(
+        folder, table, f"pairs of {primary} and {privileged}", um_per_px, primary=a, privileged=b
+    )
 
 def bci(
     folder:str|Path, # Folder with `HE/` and `IHC/`
     um_per_px:float=.46, # Micrometres per pixel, as published
 )->Dataset: # `label` is the HER2 level of the slide
     "BCI: H&E and HER2 of the same tissue."
-    return paired_folders(folder, "HE", "IHC", um_per_px=um_per_px, split_pattern=r"_(train|test)_", label_pattern=r"_([0-3]\+?)$")
+    return paired_folders(
+        folder,
+        "HE",
+        "IHC",
+        um_per_px=um_per_px,
+        split_pattern=r"_(train|test)_",
+        label_pattern=r"_([0-3]\+?)$",
+    )

@@ -28,7 +28,9 @@ from .conversion import _claim, _convert, SETS
 from .folders import _as_splits, _existing_folder, _find_images, _to_dataset, SPLITS
 
 # %% ../../nbs/data/tile_sets.ipynb #32888fdb
-NCT_CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM") # Adipose, background, debris, lymphocytes, mucus, smooth muscle, normal mucosa, stroma, tumour epithelium
+# Adipose, background, debris, lymphocytes, mucus, smooth muscle, normal mucosa, stroma, tumour
+# epithelium
+NCT_CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 
 def nct_crc(
     folder:str|Path, # Folder with `NCT-CRC-HE-100K/` and `CRC-VAL-HE-7K/`, or one of these
@@ -37,31 +39,60 @@ def nct_crc(
 )->Dataset: # `label` is one of `NCT_CLASSES`
     "NCT-CRC-HE, read where it lies; `ValueError` when a class is missing."
     folder = _existing_folder(folder, SETS["nct_crc"].layout)
-    parts = {p: s for p, s in (("NCT-CRC-HE-100K" + "-NONORM"*nonorm, "train"), ("CRC-VAL-HE-7K", "test")) if (folder/p).is_dir()}
+    parts = {
+        p: s
+        for p, s in (("NCT-CRC-HE-100K" + "-NONORM" * nonorm, "train"), ("CRC-VAL-HE-7K", "test"))
+        if (folder / p).is_dir()
+    }
     if not parts and any((folder/c).is_dir() for c in NCT_CLASSES): parts = {".": ""}
-    if not parts: raise FileNotFoundError(f"no NCT-CRC-HE-100K{'-NONORM'*nonorm}/, CRC-VAL-HE-7K/ or folders of classes in {folder}; expected {SETS['nct_crc'].layout}. Found: "
-                                          f"{some_names(sorted(p.name for p in folder.iterdir())) or 'nothing'}.")
+    if not parts:
+        raise FileNotFoundError(
+            f"no NCT-CRC-HE-100K{'-NONORM' * nonorm}/, CRC-VAL-HE-7K/ or folders of classes in "
+            f"{folder}; expected {SETS['nct_crc'].layout}. Found: "
+            f"{some_names(sorted(p.name for p in folder.iterdir())) or 'nothing'}."
+        )
     table = {"path": [], "split": [], "label": []}
     for part, split in parts.items():
         paths = _find_images(folder/part)
         there = {p.split("/")[0] for p in paths}
-        if odd := sorted(there ^ set(NCT_CLASSES)): raise ValueError(f"{folder/part}: {some_names(odd)} are missing or too many; expected images in the nine folders "
-                                                                     f"{', '.join(NCT_CLASSES)}: was the download complete?")
+        if odd := sorted(there ^ set(NCT_CLASSES)):
+            raise ValueError(
+                f"{folder / part}: {some_names(odd)} are missing or too many; expected images in "
+                "the nine folders "
+                f"{', '.join(NCT_CLASSES)}: was the download complete?"
+            )
         table["path"] += [PurePosixPath(part, p).as_posix() for p in paths]
         table["split"] += [split if len(parts) > 1 else ""]*len(paths)
         table["label"] += [p.split("/")[0] for p in paths]
-    return _to_dataset(folder, table, f"tiles of {' and '.join(parts)}", um_per_px, primary=table["path"])
+    return _to_dataset(
+        folder, table, f"tiles of {' and '.join(parts)}", um_per_px, primary=table["path"]
+    )
 
 # %% ../../nbs/data/tile_sets.ipynb #f1a4429e
 def _h5(file):
-    try: import h5py
-    except ImportError as error: raise ImportError("PatchCamelyon is stored as HDF5, and h5py is not installed: pip install h5py") from error
-    try: return h5py.File(file, "r")
-    except OSError as error: raise ValueError(f"{getattr(file, 'name', file)} is not a whole HDF5 file ({error}): copy or download it again.") from error
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(
+            "PatchCamelyon is stored as HDF5, and h5py is not installed: pip install h5py"
+        ) from error
+    try:
+        return h5py.File(file, "r")
+    except OSError as error:
+        raise ValueError(
+            f"{getattr(file, 'name', file)} is not a whole HDF5 file ({error}): copy or download "
+            "it again."
+        ) from error
 
 def _h5_data(file, key, path, shape):
-    if key not in file: raise ValueError(f"{path} holds {some_names(file) or 'nothing'}; expected a data set '{key}'.")
-    if len(file[key].shape) < 1 or file[key].shape[1:] != shape: raise ValueError(f"{path} has the shape {file[key].shape}; expected (any, {', '.join(map(str, shape))}).")
+    if key not in file:
+        raise ValueError(
+            f"{path} holds {some_names(file) or 'nothing'}; expected a data set '{key}'."
+        )
+    if len(file[key].shape) < 1 or file[key].shape[1:] != shape:
+        raise ValueError(
+            f"{path} has the shape {file[key].shape}; expected (any, {', '.join(map(str, shape))})."
+        )
     return file[key]
 
 def pcam(
@@ -74,37 +105,81 @@ def pcam(
     for split in ("train", "valid", "test"):
         for kind in ("x.h5", "y.h5", "meta.csv"):
             name = f"camelyonpatch_level_2_split_{split}_{kind}"
-            if paths := sorted(p for n in (name, f"{name}.gz") for p in folder.rglob(n)): found[split, kind] = paths[0]      # unpacked before packed
+            # unpacked before packed
+            if paths := sorted(p for n in (name, f"{name}.gz") for p in folder.rglob(n)):
+                found[split, kind] = paths[0]
     splits = [s for s in ("train", "valid", "test") if (s, "x.h5") in found or (s, "y.h5") in found]
-    if not splits: raise FileNotFoundError(f"no camelyonpatch_level_2_split_*.h5 below {folder}; expected {SETS['pcam'].layout}. Found: "
-                                           f"{some_names(sorted(p.name for p in folder.iterdir())) or 'nothing'}.")
-    if lost := [f"camelyonpatch_level_2_split_{s}_{k}" for s in splits for k in ("x.h5", "y.h5") if (s, k) not in found]: raise FileNotFoundError(f"{some_names(lost)} not found below "
-        f"{folder}; expected x and y of each split.")
+    if not splits:
+        raise FileNotFoundError(
+            f"no camelyonpatch_level_2_split_*.h5 below {folder}; expected {SETS['pcam'].layout}. "
+            "Found: "
+            f"{some_names(sorted(p.name for p in folder.iterdir())) or 'nothing'}."
+        )
+    if lost := [
+        f"camelyonpatch_level_2_split_{s}_{k}"
+        for s in splits
+        for k in ("x.h5", "y.h5")
+        if (s, k) not in found
+    ]:
+        raise FileNotFoundError(
+            f"{some_names(lost)} not found below {folder}; expected x and y of each split."
+        )
     with_meta = [s for s in splits if (s, "meta.csv") in found]
-    if with_meta and with_meta != splits: raise FileNotFoundError(f"{some_names(with_meta)} of {some_names(splits)} have a _meta.csv below {folder}; expected all or none: add the missing, or "
-                                                                  f"move these away.")
-    out, facts = _claim("pcam", out, folder, list(found.values()), {"um_per_px": um_per_px, "splits": splits})
+    if with_meta and with_meta != splits:
+        raise FileNotFoundError(
+            f"{some_names(with_meta)} of {some_names(splits)} have a _meta.csv below {folder}; "
+            "expected all or none: add the missing, or "
+            f"move these away."
+        )
+    out, facts = _claim(
+        "pcam", out, folder, list(found.values()), {"um_per_px": um_per_px, "splits": splits}
+    )
     arrays, rows, items = {}, [], []
     for split in splits:
         path = found[split, "x.h5"]
         if path.suffix == ".gz":
             plain = out/".unpacked"/path.stem
             if not plain.exists():
-                with gzip.open(path) as packed, atomic_path(plain) as tmp, open(tmp, "wb") as f: shutil.copyfileobj(packed, f, 1 << 20)
+                with gzip.open(path) as packed, atomic_path(plain) as tmp, open(tmp, "wb") as f:
+                    shutil.copyfileobj(packed, f, 1 << 20)
             path = plain
         arrays[split] = _h5_data(_h5(path), "x", path, (96, 96, 3))
-        if arrays[split].dtype != np.uint8: raise ValueError(f"{path} has pixels of type {arrays[split].dtype}; expected 8 bits.")
+        if arrays[split].dtype != np.uint8:
+            raise ValueError(f"{path} has pixels of type {arrays[split].dtype}; expected 8 bits.")
         path = found[split, "y.h5"]
-        with _h5(io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path) as file: y = _h5_data(file, "y", path, (1, 1, 1))[:].reshape(-1)
+        with _h5(
+            io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
+        ) as file:
+            y = _h5_data(file, "y", path, (1, 1, 1))[:].reshape(-1)
         slides = pd.read_csv(found[split, "meta.csv"]) if with_meta else None
-        if slides is not None and "wsi" not in slides: raise ValueError(f"{found[split, 'meta.csv']} has the columns {some_names(slides)}; expected 'wsi', the slide.")
+        if slides is not None and "wsi" not in slides:
+            raise ValueError(
+                f"{found[split, 'meta.csv']} has the columns {some_names(slides)}; expected "
+                "'wsi', the slide."
+            )
         counts = [len(arrays[split]), len(y), *([len(slides)] if with_meta else [])]
-        if len(set(counts)) > 1: raise ValueError(f"split {split} has {counts[0]} images, {counts[1]} labels" + f" and {counts[-1]} rows of "
-                                                  f"_meta.csv"*bool(with_meta) + "; expected as many of each.")
-        if not set(np.unique(y)) <= {0, 1}: raise ValueError(f"{path} has the labels {some_names(np.unique(y))}; expected 0 (normal) and 1 (tumor).")
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"split {split} has {counts[0]} images, {counts[1]} labels"
+                + f" and {counts[-1]} rows of "
+                f"_meta.csv" * bool(with_meta) + "; expected as many of each."
+            )
+        if not set(np.unique(y)) <= {0, 1}:
+            raise ValueError(
+                f"{path} has the labels {some_names(np.unique(y))}; expected 0 (normal) and 1 "
+                "(tumor)."
+            )
         for i, label in enumerate(y):
             name, kind = f"{SPLITS[split]}_{i:06d}", ("normal", "tumor")[int(label)]
-            rows.append({"path": f"{SPLITS[split]}/{kind}/{name}.png", "split": SPLITS[split], "label": kind, "um_per_px": um_per_px} | ({"group": slides["wsi"][i]} if with_meta else {}))
+            rows.append(
+                {
+                    "path": f"{SPLITS[split]}/{kind}/{name}.png",
+                    "split": SPLITS[split],
+                    "label": kind,
+                    "um_per_px": um_per_px,
+                }
+                | ({"group": slides["wsi"][i]} if with_meta else {})
+            )
             items.append(((rows[-1]["path"],), (split, i)))
     try: ds = _convert(out, facts, rows, items, lambda key: [arrays[key[0]][key[1]]])
     finally:
@@ -117,18 +192,33 @@ def _label_reader(parts, column, names, streaming):
     "The class names, and the function from a stored value to its number."
     feature = next(iter(parts.values())).features[column]
     known = feature.names if isinstance(feature, ClassLabel) else None
-    if known and any(getattr(p.features[column], "names", None) != known for p in parts.values()): raise ValueError(f"the classes of '{column}' differ between the splits "
-        f"{some_names(parts)}: load one of them.")
-    if not known and not names and streaming: raise ValueError(f"'{column}' is {feature} and the set is streamed, so its classes are not known before the end: give label_names.")
+    if known and any(getattr(p.features[column], "names", None) != known for p in parts.values()):
+        raise ValueError(
+            f"the classes of '{column}' differ between the splits "
+            f"{some_names(parts)}: load one of them."
+        )
+    if not known and not names and streaming:
+        raise ValueError(
+            f"'{column}' is {feature} and the set is streamed, so its classes are not known "
+            "before the end: give label_names."
+        )
     if not known and not names:
         names = sorted({str(v) for p in parts.values() for v in p[column]})
         return names, lambda v: names.index(str(v))
-    if known and names and len(known) != len(names): raise ValueError(f"label_names has {len(names)} names; '{column}' has {len(known)} classes: {some_names(known)}.")
+    if known and names and len(known) != len(names):
+        raise ValueError(
+            f"label_names has {len(names)} names; '{column}' has {len(known)} classes: "
+            f"{some_names(known)}."
+        )
     names = list(names or known)
     def number(v):
         k = names.index(v) if isinstance(v, str) and v in names else v
-        if isinstance(k, str) or k is None or not 0 <= k < len(names): raise ValueError(f"'{column}' has the value {v!r}; expected one of {some_names(names)}, or a number from 0 to "
-                                                                                        f"{len(names) - 1}.")
+        if isinstance(k, str) or k is None or not 0 <= k < len(names):
+            raise ValueError(
+                f"'{column}' has the value {v!r}; expected one of {some_names(names)}, or a "
+                "number from 0 to "
+                f"{len(names) - 1}."
+            )
         return int(k)
     return names, number
 
@@ -145,36 +235,88 @@ def hub_tiles(
     **load, # More for `datasets.load_dataset`, such as `revision` or `data_files`
 )->Dataset|IterableDataset: # Columns `primary`, `path` (`split/number`), `split`, `group`, and `label`, `um_per_px` if known
     "Tiles of a hub data set, in our columns; `ValueError` when a column or split cannot be told."
-    if "split" in load: raise TypeError(f"split={load['split']!r} arrived; expected splits={{{load['split']!r}: 'train'}}, their names to ours.")
-    if um_per_px is not None and not um_per_px > 0: raise ValueError(f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x.")
+    if "split" in load:
+        raise TypeError(
+            f"split={load['split']!r} arrived; expected splits={{{load['split']!r}: 'train'}}, "
+            "their names to ours."
+        )
+    if um_per_px is not None and not um_per_px > 0:
+        raise ValueError(
+            f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at "
+            "20x."
+        )
     found = load_dataset(str(name), config, streaming=streaming, **load)
     splits = splits or {s: s for s in found}
-    if lost := [s for s in splits if s not in found]: raise ValueError(f"{name} has no split {some_names(lost)}; it has {some_names(found)}.")
-    ours, parts = dict(zip(splits, _as_splits(splits.values(), name))), {s: found[s] for s in splits}
+    if lost := [s for s in splits if s not in found]:
+        raise ValueError(f"{name} has no split {some_names(lost)}; it has {some_names(found)}.")
+    ours, parts = (
+        dict(zip(splits, _as_splits(splits.values(), name))),
+        {s: found[s] for s in splits},
+    )
     columns = next(iter(parts.values())).features
-    if columns is None or any(set(p.features or ()) != set(columns) for p in parts.values()): raise ValueError(f"the columns of {name} are not known before it is read, or differ "
-        f"between {some_names(parts)}: use streaming=False, or fewer splits.")
-    images = [image_column] if image_column else [c for c, f in columns.items() if isinstance(f, Image)]
+    if columns is None or any(set(p.features or ()) != set(columns) for p in parts.values()):
+        raise ValueError(
+            f"the columns of {name} are not known before it is read, or differ "
+            f"between {some_names(parts)}: use streaming=False, or fewer splits."
+        )
+    images = (
+        [image_column] if image_column else [c for c, f in columns.items() if isinstance(f, Image)]
+    )
     label = label_column or next((c for c in ("label", "class") if c in columns), None)
-    for what, c in (("image", images[0] if len(images) == 1 else None), ("label", label or "?"), ("group", group_column or "?")):
-        if c not in columns and c != "?": raise ValueError(f"{name} has the columns {some_names(columns, 20)}, and which one is the {what} cannot be told: say {what}_column.")
-    if not group_column: warnings.warn(f"{name}: no group is known, so each image is its own group, and a patient may be in two splits. Give group_column to exclude that.", stacklevel=2)
+    for what, c in (
+        ("image", images[0] if len(images) == 1 else None),
+        ("label", label or "?"),
+        ("group", group_column or "?"),
+    ):
+        if c not in columns and c != "?":
+            raise ValueError(
+                f"{name} has the columns {some_names(columns, 20)}, and which one is the {what} "
+                f"cannot be told: say {what}_column."
+            )
+    if not group_column:
+        warnings.warn(
+            f"{name}: no group is known, so each image is its own group, and a patient may be in "
+            "two splits. Give group_column to exclude that.",
+            stacklevel=2,
+        )
     names, number = _label_reader(parts, label, label_names, streaming) if label else (None, None)
     features = {"primary": Image(), **{c: Value("string") for c in ("path", "split", "group")}}
-    features |= ({"label": ClassLabel(names=names)} if label else {}) | ({"um_per_px": Value("float64")} if um_per_px else {})
+    features |= ({"label": ClassLabel(names=names)} if label else {}) | (
+        {"um_per_px": Value("float64")} if um_per_px else {}
+    )
     def row(i, split, group=None, value=None):
         path = f"{ours[split]}/{i:06d}"
         out = {"path": path, "split": ours[split], "group": path if group is None else str(group)}
-        return out | ({"label": number(value)} if label else {}) | ({"um_per_px": um_per_px} if um_per_px else {})
+        return (
+            out
+            | ({"label": number(value)} if label else {})
+            | ({"um_per_px": um_per_px} if um_per_px else {})
+        )
     done = []
     for split, part in parts.items():
         if streaming:
-            one = lambda r, i, split=split: {"primary": r[images[0]], **row(i, split, r.get(group_column), r.get(label))}
-            done.append(part.cast_column(images[0], Image(decode=False)).map(one, with_indices=True, remove_columns=list(columns)))
+            def one(r, i, split=split):
+                return {"primary": r[images[0]], **row(i, split, r.get(group_column), r.get(label))}
+            done.append(
+                part.cast_column(images[0], Image(decode=False)).map(
+                    one, with_indices=True, remove_columns=list(columns)
+                )
+            )
         else:
             groups, values = (part[c] if c else [None]*len(part) for c in (group_column, label))
-            rows = pd.DataFrame([row(i, split, g, v) for i, (g, v) in enumerate(zip(groups, values))])
-            part = part.select_columns(images).rename_columns({images[0]: "primary"}).cast_column("primary", Image())
+            rows = pd.DataFrame(
+                [row(i, split, g, v) for i, (g, v) in enumerate(zip(groups, values))]
+            )
+            part = (
+                part.select_columns(images)
+                .rename_columns({images[0]: "primary"})
+                .cast_column("primary", Image())
+            )
             for c in rows: part = part.add_column(c, rows[c].to_list(), feature=features[c])
             done.append(part)
-    return concatenate_datasets(done).cast(Features(features)) if streaming else concatenate_datasets(done)      # cast last: a typed map would give undecoded images
+    # cast last: a typed map would give undecoded images
+    return (
+        concatenate_datasets(done).cast(Features(features))
+        if streaming
+        else concatenate_datasets(done)
+    )

@@ -29,7 +29,8 @@ from ..core.images import square, to_mask, to_raw, to_rgb
 from ..core.seeds import seed_for
 
 # %% ../../nbs/data/views.ipynb #9832ea86
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")      # read by albumentations when it is imported; it would ask the network for its newest version
+# read by albumentations when it is imported; it would ask the network for its newest version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 import cv2
 
@@ -41,16 +42,34 @@ class Images(Sequence):
         column:str, # Column of the images
         size:int, # Side of the arrays, pixels
         cache_mb:float=1024, # Arrays are kept in memory up to this total (per worker process)
-        kind:str="rgb", # `"rgb"`: `(size, size, 3)` `uint8`; `"raw"`: `(size, size, C)` `float32`; `"mask"`: labels `(size, size)`
+        # `"rgb"`: `(size, size, 3)` `uint8`; `"raw"`: `(size, size, C)` `float32`; `"mask"`: labels
+        # `(size, size)`
+        kind:str="rgb",
         classes:int|None=None, # Labels of a mask must be below this number
     ):
         names = getattr(ds, "column_names", None) or list(ds[0])
-        if column not in names: raise ValueError(f"the records have no column {column!r}, only {sorted(names)}: add it first (add_privileged makes `privileged`).")
-        if kind not in ("rgb", "raw", "mask"): raise ValueError(f"images of kind {kind!r} were asked for; expected 'rgb', 'raw' or 'mask'.")
-        self.ds, self.column, self.size, self._decode = ds.select_columns([column]) if hasattr(ds, "select_columns") else ds, column, size, None
+        if column not in names:
+            raise ValueError(
+                f"the records have no column {column!r}, only {sorted(names)}: add it first "
+                "(add_privileged makes `privileged`)."
+            )
+        if kind not in ("rgb", "raw", "mask"):
+            raise ValueError(
+                f"images of kind {kind!r} were asked for; expected 'rgb', 'raw' or 'mask'."
+            )
+        self.ds, self.column, self.size, self._decode = (
+            ds.select_columns([column]) if hasattr(ds, "select_columns") else ds,
+            column,
+            size,
+            None,
+        )
         feature = getattr(self.ds, "features", {}).get(column)
-        if hasattr(feature, "decode_example") and feature.decode:           # a row of files or bytes is read faster than one of images, which are decoded here
-            self._decode, self.ds = feature.decode_example, self.ds.cast_column(column, replace(feature, decode=False))
+        # a row of files or bytes is read faster than one of images, which are decoded here
+        if hasattr(feature, "decode_example") and feature.decode:
+            self._decode, self.ds = (
+                feature.decode_example,
+                self.ds.cast_column(column, replace(feature, decode=False)),
+            )
         self.kind, self.classes = kind, classes
         self._kept, self._room = {}, int(cache_mb*2**20)
 
@@ -61,37 +80,66 @@ class Images(Sequence):
         if i in self._kept: return self._kept[i]
         image = self.ds[i][self.column]
         if self._decode: image = self._decode(image)
-        image = square(to_rgb(image) if self.kind == "rgb" else to_raw(image) if self.kind == "raw" else to_mask(image, self.classes), self.size)
+        image = square(
+            to_rgb(image)
+            if self.kind == "rgb"
+            else to_raw(image)
+            if self.kind == "raw"
+            else to_mask(image, self.classes),
+            self.size,
+        )
         if image.nbytes <= self._room:
             self._kept[i], self._room = image, self._room - image.nbytes
         return image
 
-    def __getstate__(self):      # a spawned worker decodes for itself: the cache would have to be copied through a pipe
-        return {**self.__dict__, "_kept": {}, "_room": self._room + sum(x.nbytes for x in self._kept.values())}
+    # a spawned worker decodes for itself: the cache would have to be copied through a pipe
+    def __getstate__(self):
+        return {
+            **self.__dict__,
+            "_kept": {},
+            "_room": self._room + sum(x.nbytes for x in self._kept.values()),
+        }
 
 # %% ../../nbs/data/views.ipynb #9dfcc410
 class Branch(NamedTuple):
     "What one branch sees."
     column:str # Column of the images
-    recipe:Callable[[int], A.Compose] # From the side of the view to its augmentation, see `synthpi.data.recipes`
-    kind:str="rgb" # `"rgb"`: 8-bit colour; `"raw"`: stored depth and channels; `"mask"`: labels, by nearest neighbour and without the recipe's pixel transforms
-    geometry:int|None=None # Number of the earlier branch whose crops, flips and turns this one shares; `None` for its own
-    classes:int|None=None # Of a mask: one channel per class (one-hot). Without: three equal channels, the label as a share of the range of its type
+    # From the side of the view to its augmentation, see `synthpi.data.recipes`
+    recipe:Callable[[int], A.Compose]
+    # `"rgb"`: 8-bit colour; `"raw"`: stored depth and channels; `"mask"`: labels, by nearest
+    # neighbour and without the recipe's pixel transforms
+    kind:str="rgb"
+    # Number of the earlier branch whose crops, flips and turns this one shares; `None` for its own
+    geometry:int|None=None
+    # Of a mask: one channel per class (one-hot). Without: three equal channels, the label as a
+    # share of the range of its type
+    classes:int|None=None
 
 def split_geometry(
     recipe:A.Compose, # Of one branch
 )->tuple[list, list]: # Geometric transforms, pixel transforms
-    "The transforms of a recipe that move pixels, which must come first, and those that change their values."
-    def geometric(t): return isinstance(t, A.DualTransform) or hasattr(t, "transforms") and isinstance(t, A.BaseCompose) and all(map(geometric, t.transforms))
+    """The transforms of a recipe that move pixels, which must come first, and those that change
+    their values."""
+    def geometric(t):
+        return (
+            isinstance(t, A.DualTransform)
+            or hasattr(t, "transforms")
+            and isinstance(t, A.BaseCompose)
+            and all(map(geometric, t.transforms))
+        )
     moves = [geometric(t) for t in recipe.transforms]
     n = sum(moves)
     if not all(moves[:n]):
-        raise ValueError(f"a recipe of the order {[type(t).__name__ for t in recipe.transforms]} arrived; a geometry can be shared, used for a mask or followed on the device "
-                         "only if all geometric transforms stand before those of the pixel values: reorder it.")
+        raise ValueError(
+            f"a recipe of the order {[type(t).__name__ for t in recipe.transforms]} arrived; a "
+            "geometry can be shared, used for a mask or followed on the device "
+            "only if all geometric transforms stand before those of the pixel values: reorder it."
+        )
     return recipe.transforms[:n], recipe.transforms[n:]
 
 class _Late:
-    "A NumPy generator that is seeded when it is first used: most transforms never ask for it, and the seeding costs as much as a small crop"
+    """A NumPy generator that is seeded when it is first used: most transforms never ask for it, and
+    the seeding costs as much as a small crop"""
     def __init__(self, key): self._key = key
     def __getattr__(self, name):
         if name.startswith("__"): raise AttributeError(name)
@@ -101,49 +149,87 @@ class _Late:
 _SHARES = (np.arange(256)/np.float32(255)).astype(np.float32)
 
 def _tensor(image):
-    "`(H, W, 3)` bytes as a contiguous `(3, H, W)` float tensor: divided and transposed in one pass, and quick to stack"
+    """`(H, W, 3)` bytes as a contiguous `(3, H, W)` float tensor: divided and transposed in one
+    pass, and quick to stack"""
     view = torch.empty(3, *image.shape[:2])
     for plane, out in zip(cv2.split(image), view.numpy()): cv2.LUT(plane, _SHARES, dst=out)
     return view
 
 class Views(Dataset):
-    "Augmented views of every record: item `i` (or `(epoch, i)`) is `{'views': tuple of (C, size, size) float32 in [0, 1], 'index', 'label' if there is one}`."
+    """Augmented views of every record: item `i` (or `(epoch, i)`) is `{'views': tuple of (C, size,
+    size) float32 in [0, 1], 'index', 'label' if there is one}`."""
     def __init__(self,
-        ds, # Records: a Hugging Face `Dataset`, or a sequence of dicts, with images under the branches' columns and perhaps `label`
-        branches:Sequence[Branch|tuple], # One `Branch` or `(column, recipe)` per view, for example `[("primary", weak)]*2`
+        # Records: a Hugging Face `Dataset`, or a sequence of dicts, with images under the branches'
+        # columns and perhaps `label`
+        ds,
+        # One `Branch` or `(column, recipe)` per view, for example `[("primary", weak)]*2`
+        branches:Sequence[Branch|tuple],
         size:int, # Side of the views, pixels
         seed:int=0, # First part of every random key
         cache_mb:float=1024, # Decoded images kept in memory, see `Images`
     ):
-        if not branches: raise ValueError("no branches arrived; give one (column, recipe) per view, for example [('primary', weak)]*2.")
-        if len(ds) == 0: raise ValueError("an empty data set arrived; views need at least one record.")
+        if not branches:
+            raise ValueError(
+                "no branches arrived; give one (column, recipe) per view, for example "
+                "[('primary', weak)]*2."
+            )
+        if len(ds) == 0:
+            raise ValueError("an empty data set arrived; views need at least one record.")
         branches = [Branch(*b) for b in branches]
         for k, b in enumerate(branches):
             if b.geometry is not None and b.geometry not in range(k):
-                raise ValueError(f"branch {k} shares the geometry of branch {b.geometry}; expected the number of an earlier branch, 0 to {k-1}." if k else
-                                 f"branch 0 shares the geometry of branch {b.geometry}; the first branch has its own: give geometry=None.")
-            if b.classes is not None and b.kind != "mask": raise ValueError(f"branch {k} has classes={b.classes} and is of kind {b.kind!r}; only a mask has classes.")
-        self.size, self.seed, self._sources = size, seed, [(b.column, b.kind, b.classes) for b in branches]
-        self.images = {s: Images(ds, s[0], size, cache_mb/len(set(self._sources)), *s[1:]) for s in dict.fromkeys(self._sources)}
-        self.recipes, self._root = [b.recipe(size) for b in branches], []          # the functions themselves may be lambdas, which no worker process could receive
+                raise ValueError(
+                    f"branch {k} shares the geometry of branch {b.geometry}; expected the number "
+                    f"of an earlier branch, 0 to {k - 1}."
+                    if k
+                    else f"branch 0 shares the geometry of branch {b.geometry}; the first branch "
+                         "has its own: give geometry=None."
+                )
+            if b.classes is not None and b.kind != "mask":
+                raise ValueError(
+                    f"branch {k} has classes={b.classes} and is of kind {b.kind!r}; only a mask "
+                    "has classes."
+                )
+        self.size, self.seed, self._sources = (
+            size,
+            seed,
+            [(b.column, b.kind, b.classes) for b in branches],
+        )
+        self.images = {
+            s: Images(ds, s[0], size, cache_mb / len(set(self._sources)), *s[1:])
+            for s in dict.fromkeys(self._sources)
+        }
+        # the functions themselves may be lambdas, which no worker process could receive
+        self.recipes, self._root = [b.recipe(size) for b in branches], []
         self._geometry, self._pixels = {}, {}
         for k, b in enumerate(branches):
             self._root.append(k if b.geometry is None else self._root[b.geometry])
             if b.geometry is None and b.kind != "mask": continue
             root = self.recipes[self._root[k]]
-            moves = split_geometry(b.recipe(size) if b.geometry is None else branches[self._root[k]].recipe(size))[0]
+            moves = split_geometry(
+                b.recipe(size) if b.geometry is None else branches[self._root[k]].recipe(size)
+            )[0]
             for t in moves:
-                if hasattr(t, "size") and hasattr(t, "mask_interpolation"): t.mask_interpolation = cv2.INTER_NEAREST_EXACT   # INTER_NEAREST is off by up to half a pixel
+                # INTER_NEAREST is off by up to half a pixel
+                if hasattr(t, "size") and hasattr(t, "mask_interpolation"):
+                    t.mask_interpolation = cv2.INTER_NEAREST_EXACT
             self._geometry[k] = A.Compose(moves, p=root.p)
-            self._pixels[k] = A.Compose([] if b.kind == "mask" else split_geometry(self.recipes[k])[1], p=self.recipes[k].p)
-        for r in [*self.recipes, *self._geometry.values(), *self._pixels.values()]: r.is_check_shapes = False      # an image and its mask are one array here
-        if hasattr(ds, "column_names"): self.labels = ds["label"][:] if "label" in ds.column_names else None
-        else: self.labels = [r["label"] for r in ds] if "label" in ds[0] else None
+            self._pixels[k] = A.Compose(
+                [] if b.kind == "mask" else split_geometry(self.recipes[k])[1], p=self.recipes[k].p
+            )
+        # an image and its mask are one array here
+        for r in [*self.recipes, *self._geometry.values(), *self._pixels.values()]:
+            r.is_check_shapes = False
+        if hasattr(ds, "column_names"):
+            self.labels = ds["label"][:] if "label" in ds.column_names else None
+        else:
+            self.labels = [r["label"] for r in ds] if "label" in ds[0] else None
 
     def __len__(self): return len(next(iter(self.images.values())))
 
     def _augment(self, recipe, epoch, i, branch, **images):
-        key = seed_for(self.seed, epoch, i, branch)                       # left to itself, albumentations draws the same in every worker
+        # left to itself, albumentations draws the same in every worker
+        key = seed_for(self.seed, epoch, i, branch)
         recipe.set_random_state(_Late(key), random.Random(key))
         return recipe(**images)
 
@@ -151,26 +237,47 @@ class Views(Dataset):
         image = self.images[self._sources[k]][i]
         _, kind, classes = self._sources[k]
         if kind == "mask":
-            mask = self._augment(self._geometry[k], epoch, i, self._root[k], image=image, mask=image)["mask"]
-            if classes: return F.one_hot(torch.from_numpy(mask.astype(np.int64)), classes).permute(2, 0, 1).float()
+            mask = self._augment(
+                self._geometry[k], epoch, i, self._root[k], image=image, mask=image
+            )["mask"]
+            if classes:
+                return (
+                    F.one_hot(torch.from_numpy(mask.astype(np.int64)), classes)
+                    .permute(2, 0, 1)
+                    .float()
+                )
             top = np.iinfo(mask.dtype).max if mask.dtype.kind == "u" else 1
             return torch.from_numpy(mask.astype(np.float32)/np.float32(top)).expand(3, -1, -1)
         try:
-            if k not in self._geometry: image = self._augment(self.recipes[k], epoch, i, k, image=image)["image"]
+            if k not in self._geometry:
+                image = self._augment(self.recipes[k], epoch, i, k, image=image)["image"]
             else:
-                image = self._augment(self._geometry[k], epoch, i, self._root[k], image=image)["image"]
+                image = self._augment(self._geometry[k], epoch, i, self._root[k], image=image)[
+                    "image"
+                ]
                 image = self._augment(self._pixels[k], epoch, i, k, image=image)["image"]
         except Exception as error:
             if image.shape[-1] == 3: raise
             names = [type(t).__name__ for t in self.recipes[k].transforms]
-            raise ValueError(f"branch {k}, column {self._sources[k][0]!r}: the recipe {names} cannot take an image of {image.shape[-1]} channels ({error}). "
-                             "Use a recipe of geometry alone, for example weak, or choose three channels.") from error
-        return _tensor(image) if kind == "rgb" else torch.from_numpy(image).permute(2, 0, 1).contiguous()
+            raise ValueError(
+                f"branch {k}, column {self._sources[k][0]!r}: the recipe {names} cannot take an "
+                f"image of {image.shape[-1]} channels ({error}). "
+                "Use a recipe of geometry alone, for example weak, or choose three channels."
+            ) from error
+        return (
+            _tensor(image)
+            if kind == "rgb"
+            else torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        )
 
     def __getitem__(self, key:int|tuple[int, int])->dict:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         views = tuple(self._view(k, epoch, i) for k in range(len(self.recipes)))
-        return {"views": views, "index": i, **({"label": int(self.labels[i])} if self.labels is not None else {})}
+        return {
+            "views": views,
+            "index": i,
+            **({"label": int(self.labels[i])} if self.labels is not None else {}),
+        }
 
 # %% ../../nbs/data/views.ipynb #1ee77ced
 def epoch_steps(
@@ -178,11 +285,13 @@ def epoch_steps(
     batch_size:int, # Records per step, of all processes together
     epochs:float, # Times that every record shall be served
 )->int: # Steps of the run
-    "The steps that serve `n` records `epochs` times: an epoch is `n` records, not a number of batches."
+    """The steps that serve `n` records `epochs` times: an epoch is `n` records, not a number of
+    batches."""
     return math.ceil(round(epochs*n/batch_size, 9))        # 0.1*30 is a little more than 3
 
 class StepBatches(Sampler):
-    "Batch sampler over steps `start` to `steps`, each batch a list of `(epoch, index)`; a pure function of the seed and the step."
+    """Batch sampler over steps `start` to `steps`, each batch a list of `(epoch, index)`; a pure
+    function of the seed and the step."""
     def __init__(self,
         n:int, # Records
         batch_size:int, # Records per step, of all processes together
@@ -193,12 +302,28 @@ class StepBatches(Sampler):
         world:int=1, # Processes that share every batch
     ):
         if min(n, batch_size, steps) < 1 or not 0 <= start <= steps:
-            raise ValueError(f"n={n}, batch_size={batch_size}, steps={steps}, start={start} arrived; expected at least 1 each, and 0 <= start <= steps.")
-        if not 0 <= rank < world: raise ValueError(f"rank {rank} of {world} processes arrived; expected 0 <= rank < world.")
+            raise ValueError(
+                f"n={n}, batch_size={batch_size}, steps={steps}, start={start} arrived; expected "
+                "at least 1 each, and 0 <= start <= steps."
+            )
+        if not 0 <= rank < world:
+            raise ValueError(
+                f"rank {rank} of {world} processes arrived; expected 0 <= rank < world."
+            )
         if batch_size < world:
-            raise ValueError(f"a batch of {batch_size} rows arrived for {world} processes; expected a row for each at least: batch_size counts the rows of all together.")
-        self.n, self.batch_size, self.steps, self.start, self.seed = n, batch_size, steps, start, seed
-        share, more = divmod(batch_size, world)             # uneven shares: the first processes have a row more
+            raise ValueError(
+                f"a batch of {batch_size} rows arrived for {world} processes; expected a row for "
+                "each at least: batch_size counts the rows of all together."
+            )
+        self.n, self.batch_size, self.steps, self.start, self.seed = (
+            n,
+            batch_size,
+            steps,
+            start,
+            seed,
+        )
+        # uneven shares: the first processes have a row more
+        share, more = divmod(batch_size, world)
         self.rows = range(rank*share + min(rank, more), (rank + 1)*share + min(rank + 1, more))
 
     def __len__(self): return self.steps - self.start
@@ -207,13 +332,17 @@ class StepBatches(Sampler):
         order = {}
         for step in range(self.start, self.steps):
             rows = [divmod(step*self.batch_size + k, self.n) for k in self.rows]
-            for epoch in {e for e, _ in rows} - set(order): order[epoch] = np.random.default_rng(seed_for(self.seed, "order", epoch)).permutation(self.n)
+            for epoch in {e for e, _ in rows} - set(order):
+                order[epoch] = np.random.default_rng(
+                    seed_for(self.seed, "order", epoch)
+                ).permutation(self.n)
             yield [(epoch, int(order[epoch][k])) for epoch, k in rows]
             for epoch in [e for e in order if e < rows[-1][0]]: del order[epoch]
 
 # %% ../../nbs/data/views.ipynb #9218c7f7
 def _one_thread(worker=None):
-    "Keep OpenCV to the calling thread: after a fork, a worker would wait for ever for the threads that its parent had started"
+    """Keep OpenCV to the calling thread: after a fork, a worker would wait for ever for the threads
+    that its parent had started"""
     cv2.setNumThreads(0)
 
 def batches(
@@ -224,13 +353,21 @@ def batches(
     workers:int=0, # Worker processes that decode and augment; 0 does it in the training process
     rank:int|None=None, # Number of this training process; `None` asks torch.distributed
     world:int|None=None, # Training processes that share every batch; `None` asks torch.distributed
-    context:str|None=None, # How worker processes start: "fork", "spawn" or "forkserver"; `None` is the system's way
+    # How worker processes start: "fork", "spawn" or "forkserver"; `None` is the system's way
+    context:str|None=None,
 )->DataLoader: # Yields `{"views": tuple of (B, C, size, size), "index": (B,), "label": (B,) if there is one}`, B the rows of this process
     "The batches of a training run from step `start` on."
-    if workers: _one_thread()                               # before the fork, and again in each worker: a spawned one starts with the default
+    # before the fork, and again in each worker: a spawned one starts with the default
+    if workers: _one_thread()
     joined = dist.is_available() and dist.is_initialized()
     rank = rank if rank is not None else dist.get_rank() if joined else 0
     world = world if world is not None else dist.get_world_size() if joined else 1
     sampler = StepBatches(len(views), batch_size, steps, start, views.seed, rank, world)
-    return DataLoader(views, batch_sampler=sampler, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_one_thread,
-                      multiprocessing_context=context if workers else None)
+    return DataLoader(
+        views,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread,
+        multiprocessing_context=context if workers else None,
+    )

@@ -6,7 +6,8 @@ chosen on inner folds of the training subjects, and the intervals draw subjects,
 ```python
 rng = np.random.default_rng(0)
 subject = np.repeat(np.arange(24), 20)
-has = rng.uniform(size=(480, 2)) < rng.beta(1, 1, size=(24, 2))[subject]                                 # targets differ in frequency by subject
+# targets differ in frequency by subject
+has = rng.uniform(size=(480, 2)) < rng.beta(1, 1, size=(24, 2))[subject]
 x = rng.normal(size=(480, 48)) + 1.5*rng.normal(size=(24, 48))[subject]
 x[:, :6] += .7*has @ rng.normal(size=(2, 6))
 result = cross_validate(x, has, subject, folds=8)
@@ -41,8 +42,10 @@ _METRICS = ("auc", "accuracy", "balanced_accuracy", "macro_f1")
 class CrossValidation:
     "What `cross_validate` found; K folds, T targets."
     metric:str # What per_fold holds
-    per_fold:np.ndarray # (K,), or (T, K) for several targets; NaN where a fold or its training set has one class only
-    scores:np.ndarray # Decision values out of fold: (N,) of two classes, (N, T) of targets, (N, n) of n classes
+    # (K,), or (T, K) for several targets; NaN where a fold or its training set has one class only
+    per_fold:np.ndarray
+    # Decision values out of fold: (N,) of two classes, (N, T) of targets, (N, n) of n classes
+    scores:np.ndarray
     C:np.ndarray # (K,) or (T, K), chosen on inner folds
     fold:np.ndarray # (N,) 0 to K - 1
     y:np.ndarray # (N,) or (N, T), as it came in
@@ -74,7 +77,9 @@ class CrossValidation:
     def predictions(self)->np.ndarray: # (N,) labels, or (N, T) bool
         "The class with the highest decision value"
         if self.classes is None: return self.scores > 0
-        return self.classes[(self.scores > 0).astype(int) if self.scores.ndim == 1 else self.scores.argmax(axis=1)]
+        return self.classes[
+            (self.scores > 0).astype(int) if self.scores.ndim == 1 else self.scores.argmax(axis=1)
+        ]
 
 def _nanmean(x:np.ndarray, axis:int)->np.ndarray:
     "Mean of what is not NaN; NaN where nothing is"
@@ -87,25 +92,38 @@ def _log_loss(logits:np.ndarray, y:np.ndarray)->np.ndarray:
     if y.ndim == 2: return (np.logaddexp(0, logits) - y*logits).sum(axis=0)
     return -log_softmax(logits, axis=1)[np.arange(len(y)), y].sum(keepdims=True)
 
-def _choose_C(x:np.ndarray, y:np.ndarray, codes:np.ndarray, parts:np.ndarray, Cs:np.ndarray, device)->np.ndarray:
-    "C for every training set and target (S, T), NaN where no inner split can be fitted; `parts` (S, N) holds the inner fold of each row, -1 for rows outside"
-    splits = [(s, part == j, (part >= 0) & (part != j)) for s, part in enumerate(parts) for j in range(part.max() + 1)]
+def _choose_C(
+    x: np.ndarray, y: np.ndarray, codes: np.ndarray, parts: np.ndarray, Cs: np.ndarray, device
+) -> np.ndarray:
+    """C for every training set and target (S, T), NaN where no inner split can be fitted; `parts`
+    (S, N) holds the inner fold of each row, -1 for rows outside"""
+    splits = [
+        (s, part == j, (part >= 0) & (part != j))
+        for s, part in enumerate(parts)
+        for j in range(part.max() + 1)
+    ]
     fits = fit_logistic(x, y, np.stack([train for *_, train in splits]), Cs, device=device)
     total = np.zeros((len(parts), len(Cs), fits.Cs.shape[2]))
     votes = np.zeros((len(parts), fits.Cs.shape[2]))
     for f, (s, held_out, _) in enumerate(splits):
         valid = np.isfinite(fits.objective[f, 0])
-        with np.errstate(invalid="ignore"): loss = np.stack([_log_loss(fits.logits(x[held_out], f, c), codes[held_out]) for c in range(len(Cs))])
+        with np.errstate(invalid="ignore"):
+            loss = np.stack(
+                [_log_loss(fits.logits(x[held_out], f, c), codes[held_out]) for c in range(len(Cs))]
+            )
         total[s] += np.where(valid, loss, 0)
         votes[s] += valid
     return np.where(votes > 0, Cs[total.argmin(axis=1)], np.nan)
 
 def _inner_folds(fold:np.ndarray, k:int, groups, y, inner:int, seed:int)->np.ndarray:
-    "Inner fold of every row outside of fold k, -1 inside: whole outer folds where there are enough of them"
+    """Inner fold of every row outside of fold k, -1 inside: whole outer folds where there are
+    enough of them"""
     K, rest = fold.max() + 1, fold != k
     part = np.full(len(fold), -1)
-    if K - 1 >= inner: part[rest] = (np.delete(np.arange(K), k).searchsorted(fold[rest]) + k) % inner
-    else: part[rest] = group_folds(groups[rest], inner, y[rest], seed_for(seed, "inner", k))
+    if K - 1 >= inner:
+        part[rest] = (np.delete(np.arange(K), k).searchsorted(fold[rest]) + k) % inner
+    else:
+        part[rest] = group_folds(groups[rest], inner, y[rest], seed_for(seed, "inner", k))
     return part
 
 def cross_validate(
@@ -113,29 +131,66 @@ def cross_validate(
     y:np.ndarray, # Labels (N,), or targets (N, T) bool
     groups:Sequence, # Group of every row, for example its subject
     folds:int|Sequence=10, # Number of folds, or the fold of every row
-    Cs:Sequence[float]=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4), # Candidates; C is the inverse strength of the L2 penalty
-    metric:str="auc", # "auc" for two classes or for targets; "accuracy", "balanced_accuracy" or "macro_f1" for labels
+    # Candidates; C is the inverse strength of the L2 penalty
+    Cs:Sequence[float]=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4),
+    # "auc" for two classes or for targets; "accuracy", "balanced_accuracy" or "macro_f1" for labels
+    metric:str="auc",
     seed:int=0, # Of the folds
     device="cpu", # Where to fit
     inner:int=3, # Inner folds
 )->CrossValidation: # Scores per fold, decision values out of fold
     "Logistic regression scored on groups that it has not seen, regularised as inner groups ask."
     codes, classes = encode_labels(y)
-    x, y, groups, Cs = check_features(x, len(codes)), np.asarray(y), np.asarray(groups), np.sort(np.asarray(Cs, np.float64))
-    if groups.shape != (len(x),): raise ValueError(f"groups of shape {groups.shape} arrived for {len(x)} rows; expected one per row.")
-    if metric not in _METRICS: raise ValueError(f"metric is {metric!r}; expected one of {', '.join(_METRICS)}.")
+    x, y, groups, Cs = (
+        check_features(x, len(codes)),
+        np.asarray(y),
+        np.asarray(groups),
+        np.sort(np.asarray(Cs, np.float64)),
+    )
+    if groups.shape != (len(x),):
+        raise ValueError(
+            f"groups of shape {groups.shape} arrived for {len(x)} rows; expected one per row."
+        )
+    if metric not in _METRICS:
+        raise ValueError(f"metric is {metric!r}; expected one of {', '.join(_METRICS)}.")
     if metric != "auc" if classes is None else metric == "auc" and len(classes) > 2:
-        raise ValueError(f"metric {metric!r} does not fit labels of shape {y.shape}{'' if classes is None else f' with {len(classes)} classes'}: 'auc' is for two classes or for targets (N, T), "
-                         "the others are for labels (N,).")
+        raise ValueError(
+            f"metric {metric!r} does not fit labels of shape "
+            f"{y.shape}{'' if classes is None else f' with {len(classes)} classes'}: 'auc' is for "
+            "two classes or for targets (N, T), "
+            "the others are for labels (N,)."
+        )
     if inner < 2: raise ValueError(f"inner is {inner}; expected 2 folds or more.")
-    fold = group_folds(groups, folds, y, seed) if isinstance(folds, (int, np.integer)) else check_folds(folds, groups)
+    fold = (
+        group_folds(groups, folds, y, seed)
+        if isinstance(folds, (int, np.integer))
+        else check_folds(folds, groups)
+    )
     K = fold.max() + 1
     if codes.ndim == 1:
-        lonely = [(classes.tolist()[c], np.unique(fold[codes == c])) for c in range(len(classes)) if len(np.unique(fold[codes == c])) == 1]
-        if lonely: raise ValueError(f"class {lonely[0][0]!r} lies in fold {lonely[0][1][0]} only, so that no probe that is tested on it has seen it: use fewer folds, or leave the class out.")
-    C = _choose_C(x, y, codes, np.stack([_inner_folds(fold, k, groups, y, inner, seed) for k in range(K)]), Cs, device)
-    fits = fit_logistic(x, y, fold != np.arange(K)[:, None], np.where(np.isnan(C), 1, C)[:, None], device=device)
-    known = np.isfinite(C) & np.isfinite(fits.objective[:, 0])                                              # (K, T)
+        lonely = [
+            (classes.tolist()[c], np.unique(fold[codes == c]))
+            for c in range(len(classes))
+            if len(np.unique(fold[codes == c])) == 1
+        ]
+        if lonely:
+            raise ValueError(
+                f"class {lonely[0][0]!r} lies in fold {lonely[0][1][0]} only, so that no probe "
+                "that is tested on it has seen it: use fewer folds, or leave the class out."
+            )
+    C = _choose_C(
+        x,
+        y,
+        codes,
+        np.stack([_inner_folds(fold, k, groups, y, inner, seed) for k in range(K)]),
+        Cs,
+        device,
+    )
+    fits = fit_logistic(
+        x, y, fold != np.arange(K)[:, None], np.where(np.isnan(C), 1, C)[:, None], device=device
+    )
+    # (K, T)
+    known = np.isfinite(C) & np.isfinite(fits.objective[:, 0])
     return _result(metric, _out_of_fold(fits, x, fold), codes, known, C, fold, y, groups, classes)
 
 def _out_of_fold(fits:Logistic, x:np.ndarray, fold:np.ndarray)->np.ndarray:
@@ -147,93 +202,183 @@ def _out_of_fold(fits:Logistic, x:np.ndarray, fold:np.ndarray)->np.ndarray:
 def _result(metric, logits, codes, known, C, fold, y, groups, classes)->CrossValidation:
     K, by_metric = fold.max() + 1, {}
     if classes is not None:
-        truth, answer = (codes, logits.argmax(1)) if codes.ndim == 1 else (codes[:, 0].astype(int), (logits[:, 0] > 0).astype(int))
-        each = [class_scores(truth[fold == k], answer[fold == k], len(classes)) if known[k].all() else {} for k in range(K)]
+        truth, answer = (
+            (codes, logits.argmax(1))
+            if codes.ndim == 1
+            else (codes[:, 0].astype(int), (logits[:, 0] > 0).astype(int))
+        )
+        each = [
+            class_scores(truth[fold == k], answer[fold == k], len(classes))
+            if known[k].all()
+            else {}
+            for k in range(K)
+        ]
         by_metric = {name: np.array([e.get(name, np.nan) for e in each]) for name in _METRICS[1:]}
-    per_fold = np.array([[auc(codes[fold == k, t], logits[fold == k, t]) if known[k, t] else np.nan for k in range(K)] for t in range(codes.shape[1])]) if metric == "auc" else by_metric[metric]
-    if y.ndim == 1: per_fold, C, logits = per_fold.reshape(K), C[:, 0], logits[:, 0] if len(classes) == 2 else logits
-    else: C = C.T
+    per_fold = (
+        np.array(
+            [
+                [
+                    auc(codes[fold == k, t], logits[fold == k, t]) if known[k, t] else np.nan
+                    for k in range(K)
+                ]
+                for t in range(codes.shape[1])
+            ]
+        )
+        if metric == "auc"
+        else by_metric[metric]
+    )
+    if y.ndim == 1:
+        per_fold, C, logits = (
+            per_fold.reshape(K),
+            C[:, 0],
+            logits[:, 0] if len(classes) == 2 else logits,
+        )
+    else:
+        C = C.T
     return CrossValidation(metric, per_fold, logits, C, fold, y, groups, classes, by_metric)
 
 # %% ../../nbs/evaluate/crossval.ipynb #8137de9f
-def _concordance(y:np.ndarray, score:np.ndarray, codes:np.ndarray, n:int)->tuple[np.ndarray, np.ndarray]:
-    "Concordant pairs (n, n) of positives (rows) and negatives (columns) of n groups, ties counting half; and all pairs"
+def _concordance(
+    y: np.ndarray, score: np.ndarray, codes: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Concordant pairs (n, n) of positives (rows) and negatives (columns) of n groups, ties
+    counting half; and all pairs"""
     positives, members = score[y], codes[y]
     columns = []
     for b in range(n):
         negatives = np.sort(score[~y & (codes == b)])
-        below = (np.searchsorted(negatives, positives, "left") + np.searchsorted(negatives, positives, "right"))/2
+        below = (
+            np.searchsorted(negatives, positives, "left")
+            + np.searchsorted(negatives, positives, "right")
+        ) / 2
         columns.append(np.bincount(members, weights=below, minlength=n))
-    return np.stack(columns, axis=1), np.outer(np.bincount(members, minlength=n), np.bincount(codes[~y], minlength=n)).astype(np.float64)
+    return np.stack(columns, axis=1), np.outer(
+        np.bincount(members, minlength=n), np.bincount(codes[~y], minlength=n)
+    ).astype(np.float64)
 
 def _replicates(cv:CrossValidation, n_boot:int, seed:int)->np.ndarray:
     "AUC per target, mean over folds, (n_boot, T); equal seed and groups, equal draws"
-    if cv.metric != "auc": raise ValueError(f"the cross-validation was scored by {cv.metric}; expected metric='auc' (synthpi.evaluate.intervals.interval gives intervals of accuracies).")
+    if cv.metric != "auc":
+        raise ValueError(
+            f"the cross-validation was scored by {cv.metric}; expected metric='auc' "
+            "(synthpi.evaluate.intervals.interval gives intervals of accuracies)."
+        )
     groups, codes = np.unique(cv.groups, return_inverse=True)
     G = len(groups)
-    draws = np.random.default_rng(seed_for(seed, "subjects")).multinomial(G, np.full(G, 1/G), size=n_boot).astype(np.float64)
-    per_fold, y, scores = np.atleast_2d(cv.per_fold), encode_labels(cv.y)[0] > 0, cv.scores.reshape(len(cv.fold), -1)
+    draws = (
+        np.random.default_rng(seed_for(seed, "subjects"))
+        .multinomial(G, np.full(G, 1 / G), size=n_boot)
+        .astype(np.float64)
+    )
+    per_fold, y, scores = (
+        np.atleast_2d(cv.per_fold),
+        encode_labels(cv.y)[0] > 0,
+        cv.scores.reshape(len(cv.fold), -1),
+    )
     values = np.full((n_boot, *per_fold.shape), np.nan)
     for t, k in zip(*np.nonzero(~np.isnan(per_fold))):
         rows = cv.fold == k
         here, local = np.unique(codes[rows], return_inverse=True)
         w, (num, den) = draws[:, here], _concordance(y[rows, t], scores[rows, t], local, len(here))
-        num, den = (np.einsum("ba,ac,bc->b", w, m, w, optimize=True) - (w**2 - w) @ np.diag(m) for m in (num, den))
+        num, den = (
+            np.einsum("ba,ac,bc->b", w, m, w, optimize=True) - (w**2 - w) @ np.diag(m)
+            for m in (num, den)
+        )
         values[:, t, k] = np.where(den > 0, num/np.maximum(den, 1), np.nan)
-    weight = np.stack([draws[:, np.unique(codes[cv.fold == k])].mean(1) for k in range(per_fold.shape[1])], 1)[:, None]*~np.isnan(values)      # a fold counts as often as its groups were drawn
+    # a fold counts as often as its groups were drawn
+    weight = np.stack(
+        [draws[:, np.unique(codes[cv.fold == k])].mean(1) for k in range(per_fold.shape[1])], 1
+    )[:, None] * ~np.isnan(values)
     total = weight.sum(2)
-    return np.where(total > 0, (weight*np.where(np.isnan(values), 0, values)).sum(2)/np.maximum(total, 1e-30), np.nan)
+    return np.where(
+        total > 0,
+        (weight * np.where(np.isnan(values), 0, values)).sum(2) / np.maximum(total, 1e-30),
+        np.nan,
+    )
 
 def _interval(replicates:np.ndarray, level:float)->list[float]:
     "The middle of the replicates that have a value"
     known = replicates[np.isfinite(replicates)]
-    return np.quantile(known, [(1 - level)/2, (1 + level)/2]).tolist() if len(known) else [float("nan")]*2
+    return (
+        np.quantile(known, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        if len(known)
+        else [float("nan")] * 2
+    )
 
 def _arm(cvs)->list[CrossValidation]:
-    "The cross-validations of an arm, one per training seed, on the same rows, labels, groups and folds"
+    """The cross-validations of an arm, one per training seed, on the same rows, labels, groups and
+    folds"""
     cvs = [cvs] if isinstance(cvs, CrossValidation) else list(cvs)
-    if not cvs: raise ValueError("0 cross-validations arrived; expected one, or one per training seed.")
+    if not cvs:
+        raise ValueError("0 cross-validations arrived; expected one, or one per training seed.")
     _same(cvs, "training seeds")
     return cvs
 
 def _same(cvs, what:str):
     for name in ("y", "groups", "fold"):
-        if not all(np.array_equal(getattr(cvs[0], name), getattr(cv, name)) for cv in cvs): raise ValueError(f"the {what} differ in {name}; expected the same rows in the same folds: give all the same `folds` array.")
+        if not all(np.array_equal(getattr(cvs[0], name), getattr(cv, name)) for cv in cvs):
+            raise ValueError(
+                f"the {what} differ in {name}; expected the same rows in the same folds: give all "
+                "the same `folds` array."
+            )
 
 def _arm_replicates(cvs:list, n_boot:int, seed:int)->np.ndarray:
-    "Replicates (n_boot, T) averaged over the training seeds that were drawn; a drawn subject is the same in all of them"
+    """Replicates (n_boot, T) averaged over the training seeds that were drawn; a drawn subject is
+    the same in all of them"""
     rng = np.random.default_rng([seed_for("seeds"), seed])
     weight = rng.multinomial(len(cvs), np.full(len(cvs), 1/len(cvs)), n_boot)/len(cvs)
     return sum(weight[:, [s]]*_replicates(cv, n_boot, seed) for s, cv in enumerate(cvs))
 
 def auc_intervals(
-    cv:CrossValidation|Sequence[CrossValidation], # With metric "auc"; of an arm that was trained with several seeds one per seed, on the same rows, labels, groups and folds
+    # With metric "auc"; of an arm that was trained with several seeds one per seed, on the same
+    # rows, labels, groups and folds
+    cv:CrossValidation|Sequence[CrossValidation],
     n_boot:int=2000, # Replicates
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage
 )->dict: # mean, ci [low, high], per_fold (K,) mean over targets, per_seed, missing (folds without a value), per_target: list of mean, ci
-    "Mean AUC over folds with a percentile bootstrap interval over groups and training seeds; over all targets, and for each."
+    """Mean AUC over folds with a percentile bootstrap interval over groups and training seeds; over
+    all targets, and for each."""
     cvs = _arm(cv)
     replicates = _arm_replicates(cvs, n_boot, seed)
-    if len(np.unique(cvs[0].groups)) < 2: warnings.warn("all rows are of one group, so there is nothing to resample.")
-    each = [dict(mean=float(m), ci=_interval(r, level)) for m, r in zip(np.mean([c.per_target for c in cvs], 0), replicates.T)]
-    return dict(mean=float(np.mean([c.mean for c in cvs])), ci=_interval(_nanmean(replicates, 1), level), per_fold=np.mean([c.fold_means for c in cvs], 0).tolist(),
-                per_seed=[c.mean for c in cvs], missing=cvs[0].missing, per_target=each)
+    if len(np.unique(cvs[0].groups)) < 2:
+        warnings.warn("all rows are of one group, so there is nothing to resample.")
+    each = [
+        dict(mean=float(m), ci=_interval(r, level))
+        for m, r in zip(np.mean([c.per_target for c in cvs], 0), replicates.T)
+    ]
+    return dict(
+        mean=float(np.mean([c.mean for c in cvs])),
+        ci=_interval(_nanmean(replicates, 1), level),
+        per_fold=np.mean([c.fold_means for c in cvs], 0).tolist(),
+        per_seed=[c.mean for c in cvs],
+        missing=cvs[0].missing,
+        per_target=each,
+    )
 
 def auc_difference(
-    a:CrossValidation|Sequence[CrossValidation], # One arm; several training seeds as for `auc_intervals`
-    b:CrossValidation|Sequence[CrossValidation], # The other, on the same rows, labels, groups and folds
+    # One arm; several training seeds as for `auc_intervals`
+    a:CrossValidation|Sequence[CrossValidation],
+    # The other, on the same rows, labels, groups and folds
+    b:CrossValidation|Sequence[CrossValidation],
     n_boot:int=2000, # Replicates
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage
 )->dict: # difference (a - b), ci [low, high], per_target: list of difference, ci
-    "Difference of two mean AUCs with a paired bootstrap interval: both arms are scored on the same draws."
+    """Difference of two mean AUCs with a paired bootstrap interval: both arms are scored on the
+    same draws."""
     a, b = _arm(a), _arm(b)
     _same([a[0], b[0]], "arms")
     of_a, of_b = (_arm_replicates(arm, n_boot, seed) for arm in (a, b))
     targets = np.mean([c.per_target for c in a], 0) - np.mean([c.per_target for c in b], 0)
-    each = [dict(difference=float(m), ci=_interval(r, level)) for m, r in zip(targets, (of_a - of_b).T)]
-    return dict(difference=float(np.mean([c.mean for c in a]) - np.mean([c.mean for c in b])), ci=_interval(_nanmean(of_a, 1) - _nanmean(of_b, 1), level), per_target=each)
+    each = [
+        dict(difference=float(m), ci=_interval(r, level)) for m, r in zip(targets, (of_a - of_b).T)
+    ]
+    return dict(
+        difference=float(np.mean([c.mean for c in a]) - np.mean([c.mean for c in b])),
+        ci=_interval(_nanmean(of_a, 1) - _nanmean(of_b, 1), level),
+        per_target=each,
+    )
 
 # %% ../../nbs/evaluate/crossval.ipynb #315a2676
 def _draw_rows(rng, codes:np.ndarray, groups:np.ndarray, share:float)->np.ndarray:
@@ -242,11 +387,16 @@ def _draw_rows(rng, codes:np.ndarray, groups:np.ndarray, share:float)->np.ndarra
     for c in np.unique(codes):
         rows = rng.permutation(np.flatnonzero(codes == c))
         first = np.sort(np.unique(groups[rows], return_index=True)[1])[:2]
-        taken.append(np.concatenate([rows[first], np.delete(rows, first)])[:max(2, round(share*len(rows)))])
+        taken.append(
+            np.concatenate([rows[first], np.delete(rows, first)])[
+                : max(2, round(share * len(rows)))
+            ]
+        )
     return np.sort(np.concatenate(taken))
 
 def _draw_groups(rng, codes:np.ndarray, groups:np.ndarray, share:float)->np.ndarray:
-    "The rows of a share of the groups, at least one; then of more groups, until every class has two rows"
+    """The rows of a share of the groups, at least one; then of more groups, until every class has
+    two rows"""
     order = rng.permutation(np.unique(groups))
     n = max(1, round(share*len(order)))
     taken, rest = list(order[:n]), list(order[n:])
@@ -255,11 +405,13 @@ def _draw_groups(rng, codes:np.ndarray, groups:np.ndarray, share:float)->np.ndar
     return np.flatnonzero(np.isin(groups, taken))
 
 def _budget_folds(codes:np.ndarray, groups:np.ndarray, inner:int, seed:int)->tuple[np.ndarray, str]:
-    "Inner folds of drawn rows, of groups if one split at least keeps every class in training, else of rows"
+    """Inner folds of drawn rows, of groups if one split at least keeps every class in training,
+    else of rows"""
     k = min(inner, len(np.unique(groups)))
     if k > 1:
         part = group_folds(groups, k, codes, seed)
-        if any(len(np.unique(codes[part != j])) == codes.max() + 1 for j in range(k)): return part, "groups"
+        if any(len(np.unique(codes[part != j])) == codes.max() + 1 for j in range(k)):
+            return part, "groups"
     return group_folds(np.arange(len(codes)), min(inner, len(codes)), codes, seed), "rows"
 
 def label_budget(
@@ -279,28 +431,86 @@ def label_budget(
 )->pd.DataFrame: # One row per share and repeat: rows, groups, accuracy, balanced_accuracy, macro_f1, for two classes auc, C, inner ("groups" or "rows")
     "Scores on a shared test set of probes that were trained on a share of the labels."
     codes, classes = encode_labels(y)
-    if classes is None: raise ValueError("targets (N, T) arrived; expected labels (N,): call label_budget for one target at a time.")
-    x, test_x, test_y, groups, Cs = check_features(x, len(codes)), check_features(test_x, len(test_y)), np.asarray(test_y), np.asarray(groups), np.sort(np.asarray(Cs, np.float64))
+    if classes is None:
+        raise ValueError(
+            "targets (N, T) arrived; expected labels (N,): call label_budget for one target at a "
+            "time."
+        )
+    x, test_x, test_y, groups, Cs = (
+        check_features(x, len(codes)),
+        check_features(test_x, len(test_y)),
+        np.asarray(test_y),
+        np.asarray(groups),
+        np.sort(np.asarray(Cs, np.float64)),
+    )
     truth = codes if codes.ndim == 1 else codes[:, 0].astype(int)
-    if groups.shape != (len(x),): raise ValueError(f"groups of shape {groups.shape} arrived for {len(x)} rows; expected one per row.")
-    if test_x.shape[1] != x.shape[1]: raise ValueError(f"{x.shape[1]} training and {test_x.shape[1]} test features arrived; expected those of one encoder.")
-    unknown, both = np.setdiff1d(test_y, classes), [] if test_groups is None else np.intersect1d(groups, test_groups)
-    if len(unknown): raise ValueError(f"test labels {unknown.tolist()} do not occur in training: split so that every class is in both.")
-    if len(both): raise ValueError(f"{len(both)} groups are in training and test, the first is {both.tolist()[0]!r}: split by group.")
-    if np.bincount(truth).min() < 2: raise ValueError(f"class {classes.tolist()[np.bincount(truth).argmin()]!r} has one training row; expected two or more, to fit and to choose C.")
-    if unit not in ("rows", "groups"): raise ValueError(f"unit is {unit!r}; expected 'rows' or 'groups'.")
-    if not all(0 < s <= 1 for s in shares): raise ValueError(f"shares are {list(shares)}; expected numbers above 0, up to 1.")
+    if groups.shape != (len(x),):
+        raise ValueError(
+            f"groups of shape {groups.shape} arrived for {len(x)} rows; expected one per row."
+        )
+    if test_x.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{x.shape[1]} training and {test_x.shape[1]} test features arrived; expected those "
+            "of one encoder."
+        )
+    unknown, both = (
+        np.setdiff1d(test_y, classes),
+        [] if test_groups is None else np.intersect1d(groups, test_groups),
+    )
+    if len(unknown):
+        raise ValueError(
+            f"test labels {unknown.tolist()} do not occur in training: split so that every class "
+            "is in both."
+        )
+    if len(both):
+        raise ValueError(
+            f"{len(both)} groups are in training and test, the first is {both.tolist()[0]!r}: "
+            "split by group."
+        )
+    if np.bincount(truth).min() < 2:
+        raise ValueError(
+            f"class {classes.tolist()[np.bincount(truth).argmin()]!r} has one training row; "
+            "expected two or more, to fit and to choose C."
+        )
+    if unit not in ("rows", "groups"):
+        raise ValueError(f"unit is {unit!r}; expected 'rows' or 'groups'.")
+    if not all(0 < s <= 1 for s in shares):
+        raise ValueError(f"shares are {list(shares)}; expected numbers above 0, up to 1.")
     plans, parts = [], []
     for share, repeat in [(s, r) for s in shares for r in range(repeats if s < 1 else 1)]:
-        rows = {"rows": _draw_rows, "groups": _draw_groups}[unit](np.random.default_rng(seed_for(seed, "budget", unit, float(share), repeat)), truth, groups, share)
-        part, how = _budget_folds(truth[rows], groups[rows], inner, seed_for(seed, "budget", repeat))
-        parts.append(np.full(len(x), -1)); parts[-1][rows] = part
-        plans.append(dict(share=share, repeat=repeat, rows=len(rows), groups=len(np.unique(groups[rows])), inner=how))
+        rows = {"rows": _draw_rows, "groups": _draw_groups}[unit](
+            np.random.default_rng(seed_for(seed, "budget", unit, float(share), repeat)),
+            truth,
+            groups,
+            share,
+        )
+        part, how = _budget_folds(
+            truth[rows], groups[rows], inner, seed_for(seed, "budget", repeat)
+        )
+        parts.append(np.full(len(x), -1))
+        parts[-1][rows] = part
+        plans.append(
+            dict(
+                share=share,
+                repeat=repeat,
+                rows=len(rows),
+                groups=len(np.unique(groups[rows])),
+                inner=how,
+            )
+        )
     C = _choose_C(x, y, codes, np.stack(parts), Cs, device)
     fits = fit_logistic(x, y, np.stack(parts) >= 0, C[:, None], device=device)
     target = np.searchsorted(classes, test_y)
     for i, plan in enumerate(plans):
         logits = fits.logits(test_x, i)
-        result = class_scores(target, logits.argmax(1) if codes.ndim == 1 else (logits[:, 0] > 0).astype(int), len(classes))
-        plan |= {name: result[name] for name in _METRICS[1:]} | ({} if codes.ndim == 1 else dict(auc=auc(target, logits[:, 0]))) | dict(C=float(C[i, 0]))
+        result = class_scores(
+            target,
+            logits.argmax(1) if codes.ndim == 1 else (logits[:, 0] > 0).astype(int),
+            len(classes),
+        )
+        plan |= (
+            {name: result[name] for name in _METRICS[1:]}
+            | ({} if codes.ndim == 1 else dict(auc=auc(target, logits[:, 0])))
+            | dict(C=float(C[i, 0]))
+        )
     return pd.DataFrame(plans)

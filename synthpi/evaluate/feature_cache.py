@@ -40,62 +40,135 @@ from ..core.images import to_rgb
 
 # %% ../../nbs/evaluate/feature_cache.ipynb #3d63e4f3
 _VERSION = 2      # raised when the same inputs would give other features, or another file
-_ATOMS = (bool, int, float, complex, str, bytes, type(None), type(...), PurePath, np.generic, np.dtype, torch.dtype, torch.device, torch.layout, torch.memory_format)
-_CLOSED = ("torch._", "torch.fx.", "torch.cuda.", "torch.distributed.", "torch.utils.hooks.", "logging.", "threading.", "_thread.")      # their objects hold workings, or a whole program's
+_ATOMS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type(...),
+    PurePath,
+    np.generic,
+    np.dtype,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+# their objects hold workings, or a whole program's
+_CLOSED = (
+    "torch._",
+    "torch.fx.",
+    "torch.cuda.",
+    "torch.distributed.",
+    "torch.utils.hooks.",
+    "logging.",
+    "threading.",
+    "_thread.",
+)
 
 def _inside(value, known):
     "What a setting is made of, in JSON"
     kind, told = f"{type(value).__module__}.{type(value).__qualname__}", lambda v: _plain(v, known)
     if isinstance(value, Enum): return [kind, value.name, told(value.value)]
-    if isinstance(value, Tensor): return hashlib.sha256(b"".join(tensor_bytes({"": value}))).hexdigest()
-    if isinstance(value, np.ndarray): return [value.dtype.str, value.shape, told(value.tolist()) if value.dtype.hasobject else hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, Tensor):
+        return hashlib.sha256(b"".join(tensor_bytes({"": value}))).hexdigest()
+    if isinstance(value, np.ndarray):
+        return [
+            value.dtype.str,
+            value.shape,
+            told(value.tolist())
+            if value.dtype.hasobject
+            else hashlib.sha256(value.tobytes()).hexdigest(),
+        ]
     if isinstance(value, nn.Module): return _parts(value, known)
     if isinstance(value, (tuple, list)): return [*map(told, value)]
     if isinstance(value, (set, frozenset)): return [kind, *sorted(map(told, value))]
     if isinstance(value, Mapping): return [kind, *([told(k), told(v)] for k, v in value.items())]
-    if isinstance(value, partial): return [kind, told(value.func), told(value.args), told(value.keywords)]
-    if isinstance(value, CodeType): return [value.co_code.hex(), value.co_names, told(value.co_consts)]
+    if isinstance(value, partial):
+        return [kind, told(value.func), told(value.args), told(value.keywords)]
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, told(value.co_consts)]
     name = [getattr(value, "__module__", None), getattr(value, "__qualname__", None)]
-    if isinstance(value, (MethodType, BuiltinMethodType)): return [*name, told(getattr(value, "__func__", None)), told(value.__self__)]
+    if isinstance(value, (MethodType, BuiltinMethodType)):
+        return [*name, told(getattr(value, "__func__", None)), told(value.__self__)]
     if isinstance(value, FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]         # an empty cell has no contents
-        return [*name, told(value.__code__), told(value.__defaults__), told(value.__kwdefaults__), told(cells)]
-    if isinstance(value, (type, ModuleType)) or kind.startswith(_CLOSED): return [kind, *name, getattr(value, "__name__", None)]
-    slots = {n for c in type(value).__mro__ for n in np.atleast_1d(getattr(c, "__slots__", ())).tolist()}
-    state = {**getattr(value, "__dict__", {}), **{n: getattr(value, n) for n in sorted(slots) if n != "__dict__" and hasattr(value, n)}}
+        # an empty cell has no contents
+        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+        return [
+            *name,
+            told(value.__code__),
+            told(value.__defaults__),
+            told(value.__kwdefaults__),
+            told(cells),
+        ]
+    if isinstance(value, (type, ModuleType)) or kind.startswith(_CLOSED):
+        return [kind, *name, getattr(value, "__name__", None)]
+    slots = {
+        n for c in type(value).__mro__ for n in np.atleast_1d(getattr(c, "__slots__", ())).tolist()
+    }
+    state = {
+        **getattr(value, "__dict__", {}),
+        **{n: getattr(value, n) for n in sorted(slots) if n != "__dict__" and hasattr(value, n)},
+    }
     return [kind, *name, told(state) if state else re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))]
 
 def _plain(value, known):
-    "What can be told of a setting in a text; `known` holds what was told before by its id, and the object itself, whose id could be used again"
+    """What can be told of a setting in a text; `known` holds what was told before by its id, and
+    the object itself, whose id could be used again"""
     if isinstance(value, _ATOMS) and not isinstance(value, Enum): return repr(value)
     if id(value) not in known:
-        known[id(value)] = value, f"itself, a {type(value).__qualname__}"                      # a setting may lead back to itself
-        known[id(value)] = value, hashlib.sha256(json.dumps(_inside(value, known)).encode()).hexdigest()
+        # a setting may lead back to itself
+        known[id(value)] = value, f"itself, a {type(value).__qualname__}"
+        known[id(value)] = (
+            value,
+            hashlib.sha256(json.dumps(_inside(value, known)).encode()).hexdigest(),
+        )
     return known[id(value)][1]
 
 def _parts(encoder, known):
     "A hash of the weights, buffers and settings of a module and of all in it"
-    sha, own = hashlib.sha256(), vars(nn.Module())                               # what every module has: its children, hooks and flags
+    # what every module has: its children, hooks and flags
+    sha, own = hashlib.sha256(), vars(nn.Module())
     known.update({id(m): (m, f"module {name}") for name, m in encoder.named_modules()})
     for name, m in encoder.named_modules(remove_duplicate=False):
         settings = {k: _plain(v, known) for k, v in sorted(vars(m).items()) if k not in own}
-        sha.update(json.dumps([name, type(m).__module__, type(m).__qualname__, settings]).encode() + b"\0")
-    for part in tensor_bytes({**dict(encoder.named_parameters(remove_duplicate=False)), **dict(encoder.named_buffers(remove_duplicate=False))}): sha.update(part)
+        sha.update(
+            json.dumps([name, type(m).__module__, type(m).__qualname__, settings]).encode() + b"\0"
+        )
+    for part in tensor_bytes(
+        {
+            **dict(encoder.named_parameters(remove_duplicate=False)),
+            **dict(encoder.named_buffers(remove_duplicate=False)),
+        }
+    ):
+        sha.update(part)
     return sha.hexdigest()
 
 def encoder_key(
     encoder:nn.Module, # Any
 )->str: # 64 hexadecimal digits
     "A hash of an encoder's weights, buffers and structure, and of autocast."
-    cast = [str(torch.get_autocast_dtype(d)) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda")]
-    return hashlib.sha256(json.dumps([_parts(encoder, {}), cast, str(torch.get_default_dtype()), _VERSION]).encode()).hexdigest()
+    cast = [
+        str(torch.get_autocast_dtype(d)) if torch.is_autocast_enabled(d) else None
+        for d in ("cpu", "cuda")
+    ]
+    return hashlib.sha256(
+        json.dumps([_parts(encoder, {}), cast, str(torch.get_default_dtype()), _VERSION]).encode()
+    ).hexdigest()
 
 def images_key(
     images:Sequence, # Arrays or PIL images, any mode of `to_rgb`; or tensors
 )->str: # 64 hexadecimal digits
     "A hash of every image, in order; it reads each of them once."
     if not (hasattr(images, "__getitem__") and hasattr(images, "__len__")):
-        raise ValueError(f"a {type(images).__name__} of batches arrived with a cache; it can be read only once, and the images are needed to know their file: give a sequence of images, or leave the cache out.")
+        raise ValueError(
+            f"a {type(images).__name__} of batches arrived with a cache; it can be read only "
+            "once, and the images are needed to know their file: give a sequence of images, or "
+            "leave the cache out."
+        )
     sha = hashlib.sha256()
     for i in range(len(images)):
         x = images[i]
@@ -117,12 +190,18 @@ def _stored(path:Path, key:str, n:int)->np.ndarray|None:
         return None
     h = tensors.get("features")
     if facts["key"] == key and h is not None and h.ndim == 2 and len(h) == n: return h.numpy()
-    warnings.warn(f"{path} holds the features of something else than its name says: they are made anew.")
+    warnings.warn(
+        f"{path} holds the features of something else than its name says: they are made anew."
+    )
 
 def _rounding(encoder:nn.Module)->float:
     "How far two passes may differ in batches of other sizes, as a share of a feature"
-    types = [torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)] + [p.dtype for p in encoder.parameters() if p.is_floating_point()]
-    tf32 = torch.cuda.is_available() and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    types = [
+        torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)
+    ] + [p.dtype for p in encoder.parameters() if p.is_floating_point()]
+    tf32 = torch.cuda.is_available() and (
+        torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    )
     return max([1e-5, 1e-3*tf32, *(2*torch.finfo(t).eps for t in types)])
 
 def cached_features(
@@ -133,16 +212,30 @@ def cached_features(
 )->np.ndarray: # (N, R), float32
     "Features from the cache, or from `read` and then into the cache."
     cache = Path(cache)
-    if cache.exists() and not cache.is_dir(): raise ValueError(f"the cache {cache} is a file; expected a folder, or a name that is free.")
+    if cache.exists() and not cache.is_dir():
+        raise ValueError(f"the cache {cache} is a file; expected a folder, or a name that is free.")
     key = hashlib.sha256(f"{encoder_key(encoder)} {images_key(images)}".encode()).hexdigest()
     path, n = cache/f"{key[:32]}.safetensors", len(images)
     h = _stored(path, key, n)
     if h is not None:
-        rows = sorted({0, n - 1, *(1 + np.random.default_rng(int(key[:16], 16)).permutation(max(n - 2, 0))[:8]).tolist()})
+        rows = sorted(
+            {
+                0,
+                n - 1,
+                *(
+                    1 + np.random.default_rng(int(key[:16], 16)).permutation(max(n - 2, 0))[:8]
+                ).tolist(),
+            }
+        )
         now, size = read([images[i] for i in rows]), np.abs(h).max(axis=0)
-        allowed = 1e-3*h.std(axis=0, dtype=np.float64) + _rounding(encoder)*np.maximum(size, np.median(size))
+        allowed = 1e-3 * h.std(axis=0, dtype=np.float64) + _rounding(encoder) * np.maximum(
+            size, np.median(size)
+        )
         if now.shape == h[rows].shape and (np.abs(now - h[rows]) <= allowed).all(): return h
-        warnings.warn(f"the encoder now gives other features than those in {path}, though its weights and settings are the same (other code?): they are made anew.")
+        warnings.warn(
+            f"the encoder now gives other features than those in {path}, though its weights and "
+            "settings are the same (other code?): they are made anew."
+        )
     h = read(images)
     write_safetensors(path, {"features": torch.from_numpy(h)}, "synthpi-features-1", key=key)
     return h

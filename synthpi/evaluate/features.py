@@ -26,8 +26,17 @@ from .feature_cache import cached_features
 def frozen(encoder:nn.Module, device)->Iterator[torch.device]:
     "Evaluation mode on `device`, no gradients; afterwards flags, buffers and place as before."
     modes = [(module, module.training) for module in encoder.modules()]
-    buffers = [(module, dict(module._buffers), {name: t.clone() for name, t in module._buffers.items() if t is not None}) for module in encoder.modules()]
-    home = next((t.device for t in [*encoder.parameters(), *encoder.buffers()]), torch.device("cpu"))
+    buffers = [
+        (
+            module,
+            dict(module._buffers),
+            {name: t.clone() for name, t in module._buffers.items() if t is not None},
+        )
+        for module in encoder.modules()
+    ]
+    home = next(
+        (t.device for t in [*encoder.parameters(), *encoder.buffers()]), torch.device("cpu")
+    )
     try:
         encoder.eval()
         if device is not None: encoder.to(device)
@@ -36,26 +45,43 @@ def frozen(encoder:nn.Module, device)->Iterator[torch.device]:
         if device is not None: encoder.to(home)
         for module, training in modes: module.training = training
         with torch.no_grad():
-            for module, own, values in buffers:                                 # those that a forward pass registered go, and the very tensors that were there come back
+            # those that a forward pass registered go, and the very tensors that were there come
+            # back
+            for module, own, values in buffers:
                 for name in {*module._buffers.keys()} - {*own}:
                     del module._buffers[name]
                     module._non_persistent_buffers_set.discard(name)
                 for name, t in own.items():
-                    if name not in module._buffers or module._buffers[name] is not t: module._buffers[name] = t
+                    if name not in module._buffers or module._buffers[name] is not t:
+                        module._buffers[name] = t
                 for name, v in values.items():
                     if not torch.equal(own[name], v): own[name].resize_(v.shape).copy_(v)
 
 def _check_norms(encoder:nn.Module):
     "No layer whose features depend on what else is in the batch"
-    bad = [name or type(m).__name__ for name, m in encoder.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None and m.running_var is None]
-    if bad: raise ValueError(f"the encoder's BatchNorm {', '.join(bad[:4])}{', ...'*(len(bad) > 4)} has no running statistics: in evaluation it normalises by the batch, so that an image's features depend on the images beside it. "
-                             "Train it with track_running_stats=True, or use a normalisation of single images, for example GroupNorm.")
+    bad = [
+        name or type(m).__name__
+        for name, m in encoder.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is None and m.running_var is None
+    ]
+    if bad:
+        raise ValueError(
+            f"the encoder's BatchNorm {', '.join(bad[:4])}{', ...' * (len(bad) > 4)} has no "
+            "running statistics: in evaluation it normalises by the batch, so that an image's "
+            "features depend on the images beside it. "
+            "Train it with track_running_stats=True, or use a normalisation of single images, for "
+            "example GroupNorm."
+        )
 
 def _tensor(image)->Tensor:
     "One image as (3, H, W) in [0, 1]"
-    if not isinstance(image, Tensor): return torch.from_numpy(to_rgb(image)).permute(2, 0, 1).float()/255
+    if not isinstance(image, Tensor):
+        return torch.from_numpy(to_rgb(image)).permute(2, 0, 1).float() / 255
     if not image.is_floating_point():
-        raise TypeError(f"a tensor of type {image.dtype} arrived; expected floats in [0, 1]: divide 8-bit images by 255.")
+        raise TypeError(
+            f"a tensor of type {image.dtype} arrived; expected floats in [0, 1]: divide 8-bit "
+            "images by 255."
+        )
     return image
 
 def _batches(images, batch_size:int)->Iterator[Tensor]:
@@ -67,16 +93,22 @@ def _batches(images, batch_size:int)->Iterator[Tensor]:
         batch = [_tensor(images[i]) for i in range(start, min(start + batch_size, len(images)))]
         odd = next((i for i, x in enumerate(batch) if x.shape != batch[0].shape), None)
         if odd is not None:
-            raise ValueError(f"image {start + odd} has shape {tuple(batch[odd].shape)} but image {start} has {tuple(batch[0].shape)}: resize them to "
-                             "one size first.")
+            raise ValueError(
+                f"image {start + odd} has shape {tuple(batch[odd].shape)} but image {start} has "
+                f"{tuple(batch[0].shape)}: resize them to "
+                "one size first."
+            )
         yield torch.stack(batch)
 
 def extract_features(
     encoder:nn.Module, # (B, 3, H, W) in [0, 1] -> (B, R)
-    images, # Sequence of images (arrays or PIL, any mode of `to_rgb`; or tensors (3, H, W) in [0, 1]), or an iterable of batches (B, 3, H, W)
+    # Sequence of images (arrays or PIL, any mode of `to_rgb`; or tensors (3, H, W) in [0, 1]), or
+    # an iterable of batches (B, 3, H, W)
+    images,
     batch_size:int=256, # Images per forward pass; memory only, the features do not depend on it
     device=None, # Where to compute; None for where the encoder is
-    cache:str|Path|None=None, # Folder to keep the features in, for a sequence of images; None to keep none
+    # Folder to keep the features in, for a sequence of images; None to keep none
+    cache:str|Path|None=None,
 )->np.ndarray: # (N, R), float32
     "Representations of all images, in order, from an encoder that is left exactly as it was found."
     _check_norms(encoder)
@@ -84,7 +116,11 @@ def extract_features(
         with frozen(encoder, device) as place:
             h = [encoder(batch.to(place)).float().cpu() for batch in _batches(images, batch_size)]
         if not h: raise ValueError("0 images arrived; expected at least one.")
-        if h[0].ndim != 2: raise ValueError(f"the encoder gave shape {tuple(h[0].shape)}; expected (B, R): pool and flatten inside it.")
+        if h[0].ndim != 2:
+            raise ValueError(
+                f"the encoder gave shape {tuple(h[0].shape)}; expected (B, R): pool and flatten "
+                "inside it."
+            )
         return check_finite(torch.cat(h).numpy(), "features")
     return read(images) if cache is None else cached_features(cache, encoder, images, read)
 
@@ -102,7 +138,9 @@ def colour_histogram(
     "Histogram of each channel, and of the three jointly in 4 x 4 x 4 bins."
     def one(image):
         x = to_rgb(image).reshape(-1, 3).astype(np.int64)
-        parts = [np.bincount(x[:, c]*bins//256, minlength=bins) for c in range(3)] + [np.bincount(x//64 @ [16, 4, 1], minlength=64)]
+        parts = [np.bincount(x[:, c] * bins // 256, minlength=bins) for c in range(3)] + [
+            np.bincount(x // 64 @ [16, 4, 1], minlength=64)
+        ]
         return np.concatenate(parts)/len(x)
     return np.stack([one(image) for image in images]).astype(np.float32)
 
@@ -113,11 +151,21 @@ def intensity_histogram(
 )->np.ndarray: # (K, bins) float32, fractions of a crop's voxels
     "Histograms of crops."
     x = np.asarray(crops)
-    if x.ndim < 2 or not x.size or bins < 1: raise ValueError(f"crops of shape {x.shape} and bins={bins} arrived; expected (K, 1, X, Y, Z) and 1 bin or more.")
+    if x.ndim < 2 or not x.size or bins < 1:
+        raise ValueError(
+            f"crops of shape {x.shape} and bins={bins} arrived; expected (K, 1, X, Y, Z) and 1 "
+            "bin or more."
+        )
     x = x.reshape(len(x), -1)
-    if x.dtype.kind != "f" or not (x.min() >= 0 and x.max() <= 1): raise ValueError(f"crops of {x.dtype} with values {x.min():.4g} to {x.max():.4g} arrived; expected floats in [0, 1], as a VolumeStore gives them.")
+    if x.dtype.kind != "f" or not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(
+            f"crops of {x.dtype} with values {x.min():.4g} to {x.max():.4g} arrived; expected "
+            "floats in [0, 1], as a VolumeStore gives them."
+        )
     index = np.minimum((x*bins).astype(np.int64), bins - 1) + bins*np.arange(len(x))[:, None]
-    return (np.bincount(index.ravel(), minlength=bins*len(x)).reshape(len(x), bins)/x.shape[1]).astype(np.float32)
+    return (
+        np.bincount(index.ravel(), minlength=bins * len(x)).reshape(len(x), bins) / x.shape[1]
+    ).astype(np.float32)
 
 # %% ../../nbs/evaluate/features.ipynb #b3c94841
 def position_basis(
@@ -127,12 +175,30 @@ def position_basis(
 )->np.ndarray: # (N, F) float64, F the product of `grid`
     "Gaussian radial basis functions of positions."
     center, ref = np.asarray(center, np.float64), np.asarray(ref_center, np.float64)
-    if center.ndim != 2 or ref.ndim != 2 or not len(ref) or center.shape[1] != ref.shape[1]: raise ValueError(f"positions of shape {center.shape} and reference positions of shape {ref.shape} arrived; expected (N, A) and (M, A), with M at least 1.")
-    if not (np.isfinite(center).all() and np.isfinite(ref).all()): raise ValueError("positions arrived that are not finite; expected finite ones: look at the affines of these volumes.")
-    if np.ndim(grid) > 1 or np.size(grid) not in (1, ref.shape[1]) or np.min(grid) < 2: raise ValueError(f"grid={grid} arrived; expected 2 functions or more, one number or one for each of {ref.shape[1]} axes.")
+    if center.ndim != 2 or ref.ndim != 2 or not len(ref) or center.shape[1] != ref.shape[1]:
+        raise ValueError(
+            f"positions of shape {center.shape} and reference positions of shape {ref.shape} "
+            "arrived; expected (N, A) and (M, A), with M at least 1."
+        )
+    if not (np.isfinite(center).all() and np.isfinite(ref).all()):
+        raise ValueError(
+            "positions arrived that are not finite; expected finite ones: look at the affines of "
+            "these volumes."
+        )
+    if np.ndim(grid) > 1 or np.size(grid) not in (1, ref.shape[1]) or np.min(grid) < 2:
+        raise ValueError(
+            f"grid={grid} arrived; expected 2 functions or more, one number or one for each of "
+            f"{ref.shape[1]} axes."
+        )
     low, high, basis = ref.min(0), ref.max(0), np.ones((len(center), 1))
-    if len(flat := np.flatnonzero(high <= low)): raise ValueError(f"the reference positions are all {low[flat[0]]:g} along axis {flat[0]}; expected a range: leave this axis out.")
+    if len(flat := np.flatnonzero(high <= low)):
+        raise ValueError(
+            f"the reference positions are all {low[flat[0]]:g} along axis {flat[0]}; expected a "
+            "range: leave this axis out."
+        )
     for axis, n in enumerate(np.broadcast_to(grid, ref.shape[1])):
         at, width = np.linspace(low[axis], high[axis], n, retstep=True)
-        basis = (basis[:, :, None]*np.exp(-.5*((center[:, axis, None] - at)/width)**2)[:, None]).reshape(len(center), -1)
+        basis = (
+            basis[:, :, None] * np.exp(-0.5 * ((center[:, axis, None] - at) / width) ** 2)[:, None]
+        ).reshape(len(center), -1)
     return basis

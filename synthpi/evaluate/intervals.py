@@ -27,28 +27,44 @@ from .scores import _confusions, _plain, _statistics
 
 # %% ../../nbs/evaluate/intervals.ipynb #51fb037d
 def _replicates(counts:np.ndarray, statistic, n_boot:int, seed:int)->np.ndarray:
-    "Replicates of the seed-averaged `statistic` of `counts` (S, G, ...), which add up over groups; equal `seed`, equal draws: (n_boot,)"
+    """Replicates of the seed-averaged `statistic` of `counts` (S, G, ...), which add up over
+    groups; equal `seed`, equal draws: (n_boot,)"""
     rng = np.random.default_rng(seed)
-    groups, seeds = resampled_counts(rng, counts.shape[1], n_boot), resampled_counts(rng, counts.shape[0], n_boot)
+    groups, seeds = (
+        resampled_counts(rng, counts.shape[1], n_boot),
+        resampled_counts(rng, counts.shape[0], n_boot),
+    )
     return (statistic(np.tensordot(groups, counts, axes=(1, 1)))*seeds).mean(axis=1)
 
 def _correct_counts(correct, codes:np.ndarray)->np.ndarray:
     "Right answers and all answers per seed and group, (S, G, 2)"
-    return np.stack([np.stack([np.bincount(codes, weights=c), np.bincount(codes)], axis=-1) for c in correct])
+    return np.stack(
+        [np.stack([np.bincount(codes, weights=c), np.bincount(codes)], axis=-1) for c in correct]
+    )
 
 def _ratio(counts): return counts[..., 0]/counts[..., 1]
 
 def _answers(correct)->np.ndarray:
     "Right and wrong answers as rows (S, N)"
     x = np.atleast_2d(np.asarray(correct, np.float64))
-    if x.ndim != 2 or not x.size: raise ValueError(f"answers of shape {np.shape(correct)} arrived; expected (N,), or one row per training seed (n_seeds, N), of at least one image.")
+    if x.ndim != 2 or not x.size:
+        raise ValueError(
+            f"answers of shape {np.shape(correct)} arrived; expected (N,), or one row per "
+            "training seed (n_seeds, N), of at least one image."
+        )
     bad = np.argwhere(~np.isfinite(x))
-    if len(bad): raise ValueError(f"{len(bad)} of {x.size} answers are not finite, the first {x[tuple(bad[0])]} for image {bad[0][1]}; expected right (1) or wrong (0) for every image: leave out, in all arms, the images without an answer.")
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {x.size} answers are not finite, the first {x[tuple(bad[0])]} for "
+            f"image {bad[0][1]}; expected right (1) or wrong (0) for every image: leave out, in "
+            "all arms, the images without an answer."
+        )
     return x
 
 def interval(
     correct:np.ndarray, # Right or wrong, (N,) or one row per training seed (n_seeds, N)
-    groups:Sequence|None=None, # Group of every image, for example its patient; None makes each image its own
+    # Group of every image, for example its patient; None makes each image its own
+    groups:Sequence|None=None,
     n_boot:int=2000, # Replicates
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage
@@ -70,11 +86,21 @@ def score_intervals(
 )->dict: # accuracy, balanced_accuracy, macro_f1: each mean, ci, per_seed; per_class_recall (list, mean over seeds)
     "All scores with intervals from the same resamples."
     codes = group_codes(groups, len(y_true))
-    counts = np.stack([_confusions(y_true, y, n_classes, codes) for y in np.atleast_2d(y_pred)]).astype(np.float64)
+    counts = np.stack(
+        [_confusions(y_true, y, n_classes, codes) for y in np.atleast_2d(y_pred)]
+    ).astype(np.float64)
     exact = _statistics(counts.sum(axis=1))
     recall = exact.pop("per_class_recall")
-    def ci(name): return percentile_interval(_replicates(counts, lambda c: _statistics(c)[name], n_boot, seed), level, counts.shape[1])
-    result = {name: dict(mean=float(v.mean()), ci=ci(name), per_seed=v.tolist()) for name, v in exact.items()}
+    def ci(name):
+        return percentile_interval(
+            _replicates(counts, lambda c: _statistics(c)[name], n_boot, seed),
+            level,
+            counts.shape[1],
+        )
+    result = {
+        name: dict(mean=float(v.mean()), ci=ci(name), per_seed=v.tolist())
+        for name, v in exact.items()
+    }
     return result | dict(per_class_recall=_plain(recall.mean(axis=0)))
 
 # %% ../../nbs/evaluate/intervals.ipynb #24473c72
@@ -86,16 +112,22 @@ def error_reduction(
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage
 )->dict: # ratio, ci [low, high], at_least (the model made no error), text
-    "How many times fewer errors the model makes than the baseline, with a paired bootstrap interval."
+    """How many times fewer errors the model makes than the baseline, with a paired bootstrap
+    interval."""
     both = [_answers(c) for c in (base_correct, model_correct)]
     if both[0].shape[1] != both[1].shape[1] or len({len(c) for c in both} - {1}) > 1:
-        raise ValueError(f"answers of shapes {both[0].shape} and {both[1].shape} arrived; expected the same images, and as many seeds or one.")
+        raise ValueError(
+            f"answers of shapes {both[0].shape} and {both[1].shape} arrived; expected the same "
+            "images, and as many seeds or one."
+        )
     n_seeds, n = max(len(c) for c in both), both[0].shape[1]
     codes = group_codes(groups, n)
     counts = [_correct_counts(1 - np.broadcast_to(c, (n_seeds, n)), codes) for c in both]
     floor = 1/(n_seeds*n + 1)
-    def ratio(base, model): return np.where(model > 0, base/np.maximum(model, floor), np.maximum(base, floor)/floor)
-    replicates = [_replicates(c, _ratio, n_boot, seed) for c in counts]                  # same seed: the same patients and training seeds
+    def ratio(base, model):
+        return np.where(model > 0, base / np.maximum(model, floor), np.maximum(base, floor) / floor)
+    # same seed: the same patients and training seeds
+    replicates = [_replicates(c, _ratio, n_boot, seed) for c in counts]
     value = float(ratio(*(1 - c.mean() for c in both)))
     low, high = percentile_interval(ratio(*replicates), level, counts[0].shape[1])
     none = bool((both[1] == 1).all())

@@ -35,7 +35,9 @@ _PATH = 5e7 # Features x logits (N R P L) from which a pass costs more than what
 @dataclass
 class _Problems:
     "What P problems have in common, and the fold, target and penalty of each"
-    x:Tensor # (N, R) features standardised over all rows, so that folds differ little from mean 0 and deviation 1
+    # (N, R) features standardised over all rows, so that folds differ little from mean 0 and
+    # deviation 1
+    x:Tensor
     y:Tensor # (N,) classes, or (N, T) zeros and ones
     train:Tensor # (F, N) ones at the training rows
     mean:Tensor # (F, R) of x over the training rows
@@ -46,7 +48,15 @@ class _Problems:
     target:Tensor # (P,)
     penalty:Tensor # (P,) 1/(C rows)
 
-    def __getitem__(self, keep): return _Problems(**{**self.__dict__, "fold": self.fold[keep], "target": self.target[keep], "penalty": self.penalty[keep]})
+    def __getitem__(self, keep):
+        return _Problems(
+            **{
+                **self.__dict__,
+                "fold": self.fold[keep],
+                "target": self.target[keep],
+                "penalty": self.penalty[keep],
+            }
+        )
 
 def _losses(z:Tensor, y:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
     "Losses (P, B) of logits (P, L, B), and their gradient by the logits"
@@ -57,26 +67,40 @@ def _losses(z:Tensor, y:Tensor, target:Tensor)->tuple[Tensor, Tensor]:
     z = z - z.amax(1, keepdim=True)
     own = z.gather(1, index)[:, 0]
     total = z.exp_().sum(1)
-    return total.log() - own, (z/total[:, None]).scatter_add_(1, index, torch.full_like(own, -1)[:, None])
+    return total.log() - own, (z / total[:, None]).scatter_add_(
+        1, index, torch.full_like(own, -1)[:, None]
+    )
 
 def _evaluate(p:_Problems, w:Tensor, block:int|None=None)->tuple[Tensor, Tensor]:
     "Objectives (P,) at weights (P, L, R + 1), intercept last, and their gradients"
-    (P, L, _), (N, R), mean, inverse = w.shape, p.x.shape, p.mean[p.fold][:, None], p.inverse[p.fold][:, None]
+    (P, L, _), (N, R), mean, inverse = (
+        w.shape,
+        p.x.shape,
+        p.mean[p.fold][:, None],
+        p.inverse[p.fold][:, None],
+    )
     a = w[..., :R]*inverse
     b = w[..., R] - (a*mean).sum(-1)
     loss, grad, total = w.new_zeros(P), w.new_zeros(P*L, R), w.new_zeros(P, L)
-    size = max(64, (block or (2**26 if w.is_cuda else 2**21))//(P*L))                # logits of a block: in the cache of a processor, wide on a GPU
+    # logits of a block: in the cache of a processor, wide on a GPU
+    size = max(64, (block or (2**26 if w.is_cuda else 2**21))//(P*L))
     for start in range(0, N, size):
         rows = slice(start, start + size)
-        each, g = _losses((a.view(P*L, R) @ p.x[rows].T).view(P, L, -1) + b[..., None], p.y[rows], p.target)
+        each, g = _losses(
+            (a.view(P * L, R) @ p.x[rows].T).view(P, L, -1) + b[..., None], p.y[rows], p.target
+        )
         m = p.train[:, rows][p.fold]
         loss += (each*m).sum(1)
         g = g*m[:, None]
         grad.addmm_(g.view(P*L, -1), p.x[rows])
         total += g.sum(-1)
     count = p.train.sum(1)[p.fold][:, None, None]
-    grad = (grad.view(P, L, R) - total[..., None]*mean)*inverse/count + p.penalty[:, None, None]*w[..., :R]
-    return loss/count[:, 0, 0] + p.penalty/2*w[..., :R].square().sum((1, 2)), torch.cat([grad, total[..., None]/count], -1)
+    grad = (grad.view(P, L, R) - total[..., None] * mean) * inverse / count + p.penalty[
+        :, None, None
+    ] * w[..., :R]
+    return loss / count[:, 0, 0] + p.penalty / 2 * w[..., :R].square().sum((1, 2)), torch.cat(
+        [grad, total[..., None] / count], -1
+    )
 
 # %% ../../nbs/evaluate/logistic.ipynb #3e909c20
 def _dot(a:Tensor, b:Tensor)->Tensor: return (a*b).sum((1, 2))
@@ -90,11 +114,13 @@ def _direction(p:_Problems, g:Tensor, c:Tensor, pairs:list)->Tensor:
     c, h = c[:, None, None], torch.empty_like(q)
     h[..., :R] = (q[..., :R] @ p.basis)/(c*p.spectrum + p.penalty[:, None, None]) @ p.basis.T
     h[..., R:] = q[..., R:]/c
-    for (s, y, rho), alpha in zip(pairs, reversed(alphas)): h += (alpha - rho*_dot(y, h))[:, None, None]*s
+    for (s, y, rho), alpha in zip(pairs, reversed(alphas)):
+        h += (alpha - rho * _dot(y, h))[:, None, None] * s
     return -h
 
 def _curvature(p:_Problems, y:Tensor, sy:Tensor)->Tensor:
-    "c for which the preconditioner maps y to what was seen, y'V(cS + penalty)^-1 V'y = s'y; by bisection, since it falls in c"
+    """c for which the preconditioner maps y to what was seen, y'V(cS + penalty)^-1 V'y = s'y; by
+    bisection, since it falls in c"""
     R = p.x.shape[1]
     weights, intercept = (y[..., :R] @ p.basis).square().sum(1), y[..., R].square().sum(1)
     low, high = torch.full_like(sy, -30), torch.full_like(sy, 5)                      # of ln c
@@ -105,64 +131,101 @@ def _curvature(p:_Problems, y:Tensor, sy:Tensor)->Tensor:
         low, high = torch.where(more, middle, low), torch.where(more, high, middle)
     return middle.exp()
 
-def _new_penalty(change:Tensor, w:Tensor, f:Tensor, g:Tensor, pairs:list)->tuple[Tensor, Tensor, list]:
+def _new_penalty(
+    change: Tensor, w: Tensor, f: Tensor, g: Tensor, pairs: list
+) -> tuple[Tensor, Tensor, list]:
     "Objective, gradient and pairs after the penalties grew by `change` (P,): exact, without a pass"
-    def added(v): return change[:, None, None]*F.pad(v[..., :-1], (0, 1))                       # the intercept is not penalised
+    # the intercept is not penalised
+    def added(v): return change[:, None, None]*F.pad(v[..., :-1], (0, 1))
     moved = []
     for s, y, rho in pairs:
         y = y + added(s)
         use = (rho > 0) & (_dot(s, y) > 0)
-        moved.append((s*use[:, None, None], y*use[:, None, None], torch.where(use, 1/_dot(s, y), 0.)))
+        moved.append(
+            (s * use[:, None, None], y * use[:, None, None], torch.where(use, 1 / _dot(s, y), 0.0))
+        )
     return f + _dot(added(w), w)/2, g + added(w), moved
 
-def _solve(p:_Problems, penalties:Tensor, L:int, tol:float, max_iter:int, history:int=10)->tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Every problem along its falling penalties (P, n): weights (P, n, L, R + 1), objectives, passes and whether converged, (P, n) each"
+def _solve(
+    p: _Problems, penalties: Tensor, L: int, tol: float, max_iter: int, history: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every problem along its falling penalties (P, n): weights (P, n, L, R + 1), objectives,
+    passes and whether converged, (P, n) each"""
     (P, n), R, device = penalties.shape, p.x.shape[1], p.x.device
-    place, step, w = torch.arange(P, device=device), torch.zeros(P, dtype=torch.long, device=device), p.x.new_zeros(P, L, R + 1)
+    place, step, w = (
+        torch.arange(P, device=device),
+        torch.zeros(P, dtype=torch.long, device=device),
+        p.x.new_zeros(P, L, R + 1),
+    )
     weights, objective = p.x.new_zeros(P, n, L, R + 1), p.x.new_zeros(P, n)
-    passes, converged = torch.zeros(P, n, dtype=torch.long, device=device), torch.zeros(P, n, dtype=torch.bool, device=device)
+    passes, converged = (
+        torch.zeros(P, n, dtype=torch.long, device=device),
+        torch.zeros(P, n, dtype=torch.bool, device=device),
+    )
     f, g = _evaluate(p, w)
     c, t, pairs = torch.full_like(f, 1/(L if L > 1 else 4)), torch.ones_like(f), []
     d = _direction(p, g, c, pairs)
     while True:
         slope = _dot(g, d)
-        done = -slope/2 <= tol*f                                              # what a full step would still gain, if the objective were a parabola
+        # what a full step would still gain, if the objective were a parabola
+        done = -slope/2 <= tol*f
         out = done | (passes[place, step] >= max_iter)
         if out.any():
-            weights[place[out], step[out]], objective[place[out], step[out]], converged[place[out], step[out]] = w[out], f[out], done[out]
+            (
+                weights[place[out], step[out]],
+                objective[place[out], step[out]],
+                converged[place[out], step[out]],
+            ) = w[out], f[out], done[out]
             keep = ~(out & (step == n - 1))
             if not keep.any(): return weights, objective, passes, converged
-            p, out, place, step, w, f, g, c, t, d = p[keep], *(v[keep] for v in (out, place, step, w, f, g, c, t, d))
+            p, out, place, step, w, f, g, c, t, d = (
+                p[keep],
+                *(v[keep] for v in (out, place, step, w, f, g, c, t, d)),
+            )
             step = step + out
             penalty = penalties[place, step]
-            f, g, pairs = _new_penalty(penalty - p.penalty, w, f, g, [tuple(v[keep] for v in pair) for pair in pairs])
+            f, g, pairs = _new_penalty(
+                penalty - p.penalty, w, f, g, [tuple(v[keep] for v in pair) for pair in pairs]
+            )
             p.penalty, t = penalty, torch.where(out, 1., t)
             d = torch.where(out[:, None, None], _direction(p, g, c, pairs), d)
             continue
         new = w + t[:, None, None]*d
         f_new, g_new = _evaluate(p, new)
         passes[place, step] += 1
-        good = f_new <= f + 1e-4*t*slope + 1e-14*f                               # Armijo's condition, within rounding
+        # Armijo's condition, within rounding
+        good = f_new <= f + 1e-4*t*slope + 1e-14*f
         s, y, ok = new - w, g_new - g, good[:, None, None]
         sy = _dot(s, y)
         use = good & (sy > 1e-14*(_dot(s, s)*_dot(y, y)).sqrt())
         parabola = -slope*t.square()/(2*(f_new - f - slope*t))
         shorter = torch.where(torch.isfinite(parabola), parabola, .1*t).clamp(.1*t, .5*t)
         c = torch.where(use, _curvature(p, y, sy), c)
-        pairs = [*pairs, (s*use[:, None, None], y*use[:, None, None], torch.where(use, 1/sy, 0.))][-history:]
-        w, f, g, t = torch.where(ok, new, w), torch.where(good, f_new, f), torch.where(ok, g_new, g), torch.where(good, 1., shorter)
+        pairs = [
+            *pairs,
+            (s * use[:, None, None], y * use[:, None, None], torch.where(use, 1 / sy, 0.0)),
+        ][-history:]
+        w, f, g, t = (
+            torch.where(ok, new, w),
+            torch.where(good, f_new, f),
+            torch.where(ok, g_new, g),
+            torch.where(good, 1.0, shorter),
+        )
         d = torch.where(ok, _direction(p, g, c, pairs), d)
 
 # %% ../../nbs/evaluate/logistic.ipynb #f1d27e7f
 @dataclass(frozen=True)
 class Logistic:
-    "Fits of `fit_logistic`; L is the number of classes, 1 for two of them, or the number of targets T."
-    coef:np.ndarray # (F, n_C, L, R), for features as they came in; times `scale` for standardised ones
+    """Fits of `fit_logistic`; L is the number of classes, 1 for two of them, or the number of
+    targets T."""
+    # (F, n_C, L, R), for features as they came in; times `scale` for standardised ones
+    coef:np.ndarray
     intercept:np.ndarray # (F, n_C, L)
     scale:np.ndarray # (F, R) deviation over the training rows; 1 where a feature does not vary
     Cs:np.ndarray # (F, n_C, T), T = 1 unless there are several targets
     objective:np.ndarray # (F, n_C, T) mean log loss plus penalty; NaN where a class is missing
-    passes:np.ndarray # (F, n_C, T) evaluations until convergence; along a path, those since the C before
+    # (F, n_C, T) evaluations until convergence; along a path, those since the C before
+    passes:np.ndarray
     converged:np.ndarray # (F, n_C, T)
     classes:np.ndarray|None # Labels in the order of the logits; None for several targets
 
@@ -176,10 +239,20 @@ def check_features(
 )->np.ndarray: # (N, R), float64
     "Finite features, or a `ValueError`."
     x = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, np.float64)
-    if x.ndim != 2 or not x.size: raise ValueError(f"features of shape {x.shape} arrived; expected (N, R), neither of them zero.")
-    if n is not None and len(x) != n: raise ValueError(f"{len(x)} rows of features and {n} labels or groups arrived; expected as many of each.")
+    if x.ndim != 2 or not x.size:
+        raise ValueError(
+            f"features of shape {x.shape} arrived; expected (N, R), neither of them zero."
+        )
+    if n is not None and len(x) != n:
+        raise ValueError(
+            f"{len(x)} rows of features and {n} labels or groups arrived; expected as many of each."
+        )
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-    if len(bad): raise ValueError(f"{len(bad)} of {len(x)} rows of features are not finite, the first is row {bad[0]}: look at its image, and whether training diverged.")
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(x)} rows of features are not finite, the first is row {bad[0]}: "
+            "look at its image, and whether training diverged."
+        )
     return x
 
 def encode_labels(
@@ -188,71 +261,143 @@ def encode_labels(
     "Labels as numbers; `ValueError` unless there are two classes at least."
     y = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
     if y.ndim == 2 and y.shape[1]:
-        if y.dtype != bool and not np.isin(y, (0, 1)).all(): raise ValueError(f"targets (N, T) of type {y.dtype} hold other values than 0 and 1: give bool, one column a target.")
+        if y.dtype != bool and not np.isin(y, (0, 1)).all():
+            raise ValueError(
+                f"targets (N, T) of type {y.dtype} hold other values than 0 and 1: give bool, one "
+                "column a target."
+            )
         return y.astype(np.float64), None
-    if y.ndim != 1 or not len(y): raise ValueError(f"labels of shape {y.shape} arrived; expected (N,), or (N, T) bool.")
+    if y.ndim != 1 or not len(y):
+        raise ValueError(f"labels of shape {y.shape} arrived; expected (N,), or (N, T) bool.")
     classes, codes = np.unique(y, return_inverse=True)
-    if len(classes) < 2: raise ValueError(f"every label is {classes.tolist()[0]!r}; a probe needs two classes: check the labels.")
+    if len(classes) < 2:
+        raise ValueError(
+            f"every label is {classes.tolist()[0]!r}; a probe needs two classes: check the labels."
+        )
     return (codes[:, None].astype(np.float64) if len(classes) == 2 else codes), classes
 
 def _standardise(x:np.ndarray, train:Tensor, device)->tuple[dict, np.ndarray, np.ndarray]:
-    "The tensors that all problems share; the mean (R,) and deviation (R,) over all rows, by which x was standardised"
+    """The tensors that all problems share; the mean (R,) and deviation (R,) over all rows, by which
+    x was standardised"""
     mean, std = x.mean(axis=0), x.std(axis=0)
-    std = np.where(std > 1e-6*np.abs(mean), std, 1.)                                # below float32 resolution a feature is constant
+    # below float32 resolution a feature is constant
+    std = np.where(std > 1e-6*np.abs(mean), std, 1.)
     x = torch.from_numpy((x - mean)/std).to(device)
     count = train.sum(1, keepdim=True)
     mu = train @ x/count
     deviation = (train @ x.square()/count - mu.square()).clamp_min(0).sqrt()
-    raw_mean, raw_std = torch.from_numpy(mean).to(device) + mu*torch.from_numpy(std).to(device), deviation*torch.from_numpy(std).to(device)
+    raw_mean, raw_std = (
+        torch.from_numpy(mean).to(device) + mu * torch.from_numpy(std).to(device),
+        deviation * torch.from_numpy(std).to(device),
+    )
     varies = (raw_std > 1e-6*raw_mean.abs()) & (deviation > 1e-6*mu.abs().clamp_min(1))
     spectrum, basis = torch.linalg.eigh(x.T @ x/len(x))
-    return dict(x=x, mean=mu, inverse=torch.where(varies, 1/deviation, 0.), basis=basis, spectrum=spectrum.clamp_min(0)), mean, std
+    return (
+        dict(
+            x=x,
+            mean=mu,
+            inverse=torch.where(varies, 1 / deviation, 0.0),
+            basis=basis,
+            spectrum=spectrum.clamp_min(0),
+        ),
+        mean,
+        std,
+    )
 
 def fit_logistic(
     x:np.ndarray, # Features (N, R)
     y:np.ndarray, # Labels (N,), two classes or more; or targets (N, T) bool, one regression each
     train:np.ndarray|None=None, # Training rows (F, N) or (N,) bool; None for all
-    Cs:Sequence[float]|np.ndarray=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4), # Inverse strengths of the penalty, (n_C,); or (F, n_C, T), own ones for every training set and target
-    tol:float=1e-8, # A fit is done when its next full step is expected to lower the objective by less than this share of it
+    # Inverse strengths of the penalty, (n_C,); or (F, n_C, T), own ones for every training set and
+    # target
+    Cs:Sequence[float]|np.ndarray=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4),
+    # A fit is done when its next full step is expected to lower the objective by less than this
+    # share of it
+    tol:float=1e-8,
     max_iter:int=3000, # Passes at most; a warning counts the fits that are not done by then
     device="cpu", # Where to compute, in float64
-    memory:int=2**30, # Bytes for the memory of L-BFGS; more fits than go into it are solved one batch after another
+    # Bytes for the memory of L-BFGS; more fits than go into it are solved one batch after another
+    memory:int=2**30,
 )->Logistic: # Every fit of every training set
     "Logistic regressions on standardised features: every training set x every C x every target."
     codes, classes = encode_labels(y)
     x = check_features(x, len(codes))
     train = np.ones((1, len(x)), bool) if train is None else np.atleast_2d(np.asarray(train))
     if train.dtype != bool or train.ndim != 2 or train.shape[1] != len(x) or not train.any(1).all():
-        raise ValueError(f"training rows of shape {train.shape} and type {train.dtype} arrived; expected bool of shape (F, {len(x)}), each with one row at least.")
+        raise ValueError(
+            f"training rows of shape {train.shape} and type {train.dtype} arrived; expected bool "
+            f"of shape (F, {len(x)}), each with one row at least."
+        )
     n_train, T, R = len(train), codes.shape[1] if codes.ndim == 2 else 1, x.shape[1]
     L = 1 if codes.ndim == 2 else len(classes)
     Cs = np.asarray(Cs, np.float64)
-    Cs = np.broadcast_to(Cs[None, :, None] if Cs.ndim == 1 else Cs, (n_train, Cs.shape[-1] if Cs.ndim == 1 else Cs.shape[1], T))
-    if not Cs.size or not (np.isfinite(Cs).all() and (Cs > 0).all()): raise ValueError(f"the values of C are {np.unique(Cs)}; expected positive numbers.")
+    Cs = np.broadcast_to(
+        Cs[None, :, None] if Cs.ndim == 1 else Cs,
+        (n_train, Cs.shape[-1] if Cs.ndim == 1 else Cs.shape[1], T),
+    )
+    if not Cs.size or not (np.isfinite(Cs).all() and (Cs > 0).all()):
+        raise ValueError(f"the values of C are {np.unique(Cs)}; expected positive numbers.")
 
     mask = torch.from_numpy(train).double().to(device)
     shared, centre, unit = _standardise(x, mask, device)
-    seen = np.stack([train @ (codes == k) for k in ((0, 1) if L == 1 else range(L))])                        # rows per class, (classes, F, T) or (classes, F)
+    # rows per class, (classes, F, T) or (classes, F)
+    seen = np.stack([train @ (codes == k) for k in ((0, 1) if L == 1 else range(L))])
     complete = (seen > 0).all(0).reshape(n_train, -1)
     fold, target = (v[:, None] for v in np.nonzero(complete))
-    order = np.argsort(Cs, axis=1)[fold[:, 0], :, target[:, 0]]                       # penalties fall along a path
+    # penalties fall along a path
+    order = np.argsort(Cs, axis=1)[fold[:, 0], :, target[:, 0]]
     length = Cs.shape[1] if x.size*len(fold)*L >= _PATH else 1
-    where = tuple(np.broadcast_to(v, order.shape).reshape(-1, length) for v in (fold, order, target))
+    where = tuple(
+        np.broadcast_to(v, order.shape).reshape(-1, length) for v in (fold, order, target)
+    )
     penalties = torch.from_numpy(1/(Cs*train.sum(1)[:, None, None])[where]).to(device)
     fold, target = (torch.from_numpy(v[:, 0].copy()).to(device) for v in (where[0], where[2]))
-    problems = _Problems(**shared, y=torch.from_numpy(codes).to(device), train=mask, fold=fold, target=target, penalty=penalties[:, 0])
+    problems = _Problems(
+        **shared,
+        y=torch.from_numpy(codes).to(device),
+        train=mask,
+        fold=fold,
+        target=target,
+        penalty=penalties[:, 0],
+    )
     size = max(1, int(memory//(8*30*L*(R + 1))))
-    parts = [_solve(problems[slice(i, i + size)], penalties[i:i + size], L, tol, max_iter) for i in range(0, len(fold), size)]
+    parts = [
+        _solve(problems[slice(i, i + size)], penalties[i : i + size], L, tol, max_iter)
+        for i in range(0, len(fold), size)
+    ]
     coef, intercept = np.full((*Cs.shape, L, R), np.nan), np.full((*Cs.shape, L), np.nan)
-    objective, passes, converged = np.full(Cs.shape, np.nan), np.zeros(Cs.shape, np.int64), np.zeros(Cs.shape, bool)
+    objective, passes, converged = (
+        np.full(Cs.shape, np.nan),
+        np.zeros(Cs.shape, np.int64),
+        np.zeros(Cs.shape, bool),
+    )
     if parts:
-        w, objective[where], passes[where], converged[where] = (torch.cat(v).cpu().numpy() for v in zip(*parts))
+        w, objective[where], passes[where], converged[where] = (
+            torch.cat(v).cpu().numpy() for v in zip(*parts)
+        )
         a = w[..., :R]*shared["inverse"].cpu().numpy()[where[0]][:, :, None]
         coef[where] = a/unit
-        intercept[where] = w[..., R] - (a*shared["mean"].cpu().numpy()[where[0]][:, :, None]).sum(-1) - (coef[where]*centre).sum(-1)
+        intercept[where] = (
+            w[..., R]
+            - (a * shared["mean"].cpu().numpy()[where[0]][:, :, None]).sum(-1)
+            - (coef[where] * centre).sum(-1)
+        )
     late = int((complete[:, None] & ~converged).sum())
-    if late: warnings.warn(f"{late} of {where[0].size} fits stopped at {max_iter} passes: raise max_iter, or leave out the largest values of C.")
+    if late:
+        warnings.warn(
+            f"{late} of {where[0].size} fits stopped at {max_iter} passes: raise max_iter, or "
+            "leave out the largest values of C."
+        )
     inverse = shared["inverse"].cpu().numpy()
     scale = np.where(inverse > 0, unit/np.where(inverse > 0, inverse, 1), 1.)
     form = (n_train, Cs.shape[1], T*L)
-    return Logistic(coef.reshape(*form, R), intercept.reshape(form), scale, Cs.copy(), objective, passes, converged, classes)
+    return Logistic(
+        coef.reshape(*form, R),
+        intercept.reshape(form),
+        scale,
+        Cs.copy(),
+        objective,
+        passes,
+        converged,
+        classes,
+    )

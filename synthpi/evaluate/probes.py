@@ -12,7 +12,11 @@ interval(probe.predict(histogram[test]) == tissue.label[test], groups=patient[te
 ```python
 rng = np.random.default_rng(0)
 angle, label = rng.uniform(0, np.pi, 600), rng.integers(2, size=600)
-x = np.stack([np.cos(angle), np.sin(angle)], axis=1)*(1 - 2*label[:, None]) + label[:, None]*[1, .5] + .15*rng.normal(size=(600, 2))
+x = (
+    np.stack([np.cos(angle), np.sin(angle)], axis=1) * (1 - 2 * label[:, None])
+    + label[:, None] * [1, 0.5]
+    + 0.15 * rng.normal(size=(600, 2))
+)
 near = knn_probe(x[:400], label[:400], x[400:], k=10, metric="euclidean")
 (near.predictions == label[400:]).mean()
 ```
@@ -46,7 +50,11 @@ from ..core.checks import check_finite
 class _Answers:
     def _checked(self, x)->np.ndarray: # (N, R), float64
         x = np.asarray(x, np.float64)
-        if x.ndim != 2 or x.shape[1] != len(self.mean): raise ValueError(f"features of shape {x.shape} arrived; expected (N, {len(self.mean)}), from the encoder whose features the probe was fitted on.")
+        if x.ndim != 2 or x.shape[1] != len(self.mean):
+            raise ValueError(
+                f"features of shape {x.shape} arrived; expected (N, {len(self.mean)}), from the "
+                "encoder whose features the probe was fitted on."
+            )
         return check_finite(x, "features")
 
     def predict_proba(self, x:np.ndarray)->np.ndarray: # (N, n)
@@ -57,15 +65,19 @@ class _Answers:
 
 @dataclass(frozen=True)
 class Probe(_Answers):
-    "Standardisation and a linear map, as fitted by `linear_probe` with the protocols `linear` and `sgd`."
+    """Standardisation and a linear map, as fitted by `linear_probe` with the protocols `linear` and
+    `sgd`."""
     mean:np.ndarray # (R,) of the training features
-    scale:np.ndarray # (R,) standard deviation of the training features, 1 where a feature is constant
+    # (R,) standard deviation of the training features, 1 where a feature is constant
+    scale:np.ndarray
     coef:np.ndarray # (n, R)
     intercept:np.ndarray # (n,)
     classes:np.ndarray # (n,) labels in the order of the logits
     C:float # Chosen inverse regularisation; NaN for `sgd`
     val_accuracy:float # At that C, or learning rate
-    path:pd.DataFrame # One row per C: accuracy and log loss on the validation split, iterations, converged. For `sgd` one row per learning rate
+    # One row per C: accuracy and log loss on the validation split, iterations, converged. For `sgd`
+    # one row per learning rate
+    path:pd.DataFrame
 
     def logits(self, x:np.ndarray)->np.ndarray: # (N, n)
         return (self._checked(x) - self.mean)/self.scale @ self.coef.T + self.intercept
@@ -82,34 +94,49 @@ class Probe(_Answers):
 # %% ../../nbs/evaluate/probes.ipynb #a9193819
 @dataclass(frozen=True)
 class NetworkProbe(_Answers):
-    "Standardisation and a network with one hidden layer, as fitted by `linear_probe` with the protocol `farndale`."
+    """Standardisation and a network with one hidden layer, as fitted by `linear_probe` with the
+    protocol `farndale`."""
     mean:np.ndarray # (R,) of the training features
-    scale:np.ndarray # (R,) standard deviation of the training features, 1 where a feature is constant
+    # (R,) standard deviation of the training features, 1 where a feature is constant
+    scale:np.ndarray
     varies:np.ndarray # (R,) bool, False where a feature is constant in training: it is not read
-    network:nn.Sequential # Standardised features (N, R) to (N, n), float64, evaluation mode, on the CPU
+    # Standardised features (N, R) to (N, n), float64, evaluation mode, on the CPU
+    network:nn.Sequential
     classes:np.ndarray # (n,) labels in the order of the logits
     val_accuracy:float # After the last epoch
-    path:pd.DataFrame # One row per epoch: training loss, accuracy and log loss on the validation split
+    # One row per epoch: training loss, accuracy and log loss on the validation split
+    path:pd.DataFrame
 
     @torch.no_grad()
     def logits(self, x:np.ndarray)->np.ndarray: # (N, n)
-        return self.network(torch.from_numpy((self._checked(x) - self.mean)/self.scale*self.varies)).numpy()
+        return self.network(
+            torch.from_numpy((self._checked(x) - self.mean) / self.scale * self.varies)
+        ).numpy()
 
     @torch.no_grad()
-    def module(self)->nn.Sequential: # (B, R) -> (B, n), float32: BatchNorm, linear, ReLU, BatchNorm, linear
-        "The probe as a network that takes features as they are, for `nn.Sequential(encoder, probe.module())`."
+    # (B, R) -> (B, n), float32: BatchNorm, linear, ReLU, BatchNorm, linear
+    def module(self)->nn.Sequential:
+        """The probe as a network that takes features as they are, for `nn.Sequential(encoder,
+        probe.module())`."""
         copy = _network(len(self.mean), self.network[1].out_features, len(self.classes)).double()
         copy.load_state_dict(self.network.state_dict())
         norm, scale = copy[0], torch.from_numpy(self.scale)
         norm.running_var.add_(norm.eps).mul_(scale.square())
         norm.running_mean.mul_(scale).add_(torch.from_numpy(self.mean))
         norm.weight.mul_(torch.from_numpy(self.varies))
-        norm.eps = 1e-30                                                        # it is in the variance already, on the scale it was trained with
+        # it is in the variance already, on the scale it was trained with
+        norm.eps = 1e-30
         return copy.float().eval().requires_grad_(False)
 
 def _network(R:int, hidden:int, n:int)->nn.Sequential:
     "Linear layers without values, so that no random number is drawn"
-    return nn.Sequential(nn.BatchNorm1d(R), skip_init(nn.Linear, R, hidden), nn.ReLU(), nn.BatchNorm1d(hidden), skip_init(nn.Linear, hidden, n))
+    return nn.Sequential(
+        nn.BatchNorm1d(R),
+        skip_init(nn.Linear, R, hidden),
+        nn.ReLU(),
+        nn.BatchNorm1d(hidden),
+        skip_init(nn.Linear, hidden, n),
+    )
 
 # %% ../../nbs/evaluate/probes.ipynb #1feb5d0a
 @dataclass(frozen=True)
@@ -125,39 +152,95 @@ class _Task:
     varies:np.ndarray
 
 def _task(train_x, train_y, val_x, val_y)->_Task:
-    train_x, val_x = (check_finite(np.asarray(x, np.float64), f"{name} features") for x, name in ((train_x, "training"), (val_x, "validation")))
+    train_x, val_x = (
+        check_finite(np.asarray(x, np.float64), f"{name} features")
+        for x, name in ((train_x, "training"), (val_x, "validation"))
+    )
     for x, y, name in ((train_x, train_y, "training"), (val_x, val_y, "validation")):
         if len(x) != len(y) or not len(x):
-            raise ValueError(f"{len(x)} {name} features and {len(y)} labels arrived; expected as many of each, and at least one.")
-    if train_x.shape[1:] != val_x.shape[1:]: raise ValueError(f"training features of shape {train_x.shape} and validation features of shape {val_x.shape} arrived; expected (N, R) from one encoder.")
+            raise ValueError(
+                f"{len(x)} {name} features and {len(y)} labels arrived; expected as many of each, "
+                "and at least one."
+            )
+    if train_x.shape[1:] != val_x.shape[1:]:
+        raise ValueError(
+            f"training features of shape {train_x.shape} and validation features of shape "
+            f"{val_x.shape} arrived; expected (N, R) from one encoder."
+        )
     classes, t = np.unique(train_y, return_inverse=True)
-    if len(classes) < 2: raise ValueError(f"every training label is {classes[0]!r}; a probe needs two classes: check the labels or the split.")
+    if len(classes) < 2:
+        raise ValueError(
+            f"every training label is {classes[0]!r}; a probe needs two classes: check the labels "
+            "or the split."
+        )
     unknown = np.setdiff1d(val_y, classes)
-    if len(unknown): raise ValueError(f"validation labels {unknown.tolist()} do not occur in training: split so that every class is in both.")
+    if len(unknown):
+        raise ValueError(
+            f"validation labels {unknown.tolist()} do not occur in training: split so that every "
+            "class is in both."
+        )
     mean, std = train_x.mean(axis=0), train_x.std(axis=0)
-    varies = std > 1e-6*np.abs(mean)                                          # below float32 resolution a feature is constant
+    # below float32 resolution a feature is constant
+    varies = std > 1e-6*np.abs(mean)
     scale = np.where(varies, std, 1.)
-    return _Task((train_x - mean)/scale, t, (val_x - mean)/scale, np.searchsorted(classes, val_y), classes, mean, scale, varies)
+    return _Task(
+        (train_x - mean) / scale,
+        t,
+        (val_x - mean) / scale,
+        np.searchsorted(classes, val_y),
+        classes,
+        mean,
+        scale,
+        varies,
+    )
 
 def _judge(logits:np.ndarray, t:np.ndarray)->dict:
     logp = log_softmax(logits, axis=1)
-    return dict(val_accuracy=float((logp.argmax(1) == t).mean()), val_log_loss=float(-logp[np.arange(len(t)), t].mean()))
+    return dict(
+        val_accuracy=float((logp.argmax(1) == t).mean()),
+        val_log_loss=float(-logp[np.arange(len(t)), t].mean()),
+    )
 
 def _regression(task:_Task, Cs, max_iter:int)->Probe:
-    threads = 1 if task.x.size < 1e7 else None                                # on small matrices threads cost more than they save
+    # on small matrices threads cost more than they save
+    threads = 1 if task.x.size < 1e7 else None
     model, path, weights = LogisticRegression(max_iter=max_iter, warm_start=True), [], []
     for C in sorted(Cs):
         with warnings.catch_warnings(record=True) as caught, threadpool_limits(threads):
             warnings.simplefilter("always", ConvergenceWarning)
             model.set_params(C=C).fit(task.x, task.t)
         coef, intercept = model.coef_, model.intercept_
-        if len(task.classes) == 2: coef, intercept = np.concatenate([-coef, coef])/2, np.concatenate([-intercept, intercept])/2  # one logit to two
+        # one logit to two
+        if len(task.classes) == 2:
+            coef, intercept = (
+                np.concatenate([-coef, coef]) / 2,
+                np.concatenate([-intercept, intercept]) / 2,
+            )
         weights.append((coef, intercept))
-        path.append(dict(C=float(C)) | _judge(task.val_x @ coef.T + intercept, task.val_t) |
-                    dict(iterations=int(model.n_iter_.max()), converged=not any(issubclass(w.category, ConvergenceWarning) for w in caught)))
-    best = min(range(len(path)), key=lambda i: path[i]["val_log_loss"])       # accuracy moves in steps of one tile, and so by chance
-    if not path[best]["converged"]: warnings.warn(f"the chosen probe (C={path[best]['C']:g}) stopped at {max_iter} iterations: raise max_iter.")
-    return Probe(task.mean, task.scale, *weights[best], task.classes, path[best]["C"], path[best]["val_accuracy"], pd.DataFrame(path))
+        path.append(
+            dict(C=float(C))
+            | _judge(task.val_x @ coef.T + intercept, task.val_t)
+            | dict(
+                iterations=int(model.n_iter_.max()),
+                converged=not any(issubclass(w.category, ConvergenceWarning) for w in caught),
+            )
+        )
+    # accuracy moves in steps of one tile, and so by chance
+    best = min(range(len(path)), key=lambda i: path[i]["val_log_loss"])
+    if not path[best]["converged"]:
+        warnings.warn(
+            f"the chosen probe (C={path[best]['C']:g}) stopped at {max_iter} iterations: raise "
+            "max_iter."
+        )
+    return Probe(
+        task.mean,
+        task.scale,
+        *weights[best],
+        task.classes,
+        path[best]["C"],
+        path[best]["val_accuracy"],
+        pd.DataFrame(path),
+    )
 
 # %% ../../nbs/evaluate/probes.ipynb #2a7819b5
 def _batches(n:int, size:int, g:torch.Generator)->tuple[Tensor, ...]:
@@ -165,14 +248,27 @@ def _batches(n:int, size:int, g:torch.Generator)->tuple[Tensor, ...]:
     return torch.randperm(n, generator=g).tensor_split(max(1, min(-(-n//size), n//2)))
 
 def _on(task:_Task, device)->list[Tensor]:
-    "Training features, their classes and validation features on the device; a constant feature is zero wherever it is met"
-    return [torch.from_numpy(v).to(device, d) for v, d in ((task.x*task.varies, torch.float32), (task.t, torch.int64), (task.val_x*task.varies, torch.float32))]
+    """Training features, their classes and validation features on the device; a constant feature is
+    zero wherever it is met"""
+    return [
+        torch.from_numpy(v).to(device, d)
+        for v, d in (
+            (task.x * task.varies, torch.float32),
+            (task.t, torch.int64),
+            (task.val_x * task.varies, torch.float32),
+        )
+    ]
 
 def _sgd(task:_Task, lrs, epochs:int, batch_size:int, seed:int, device)->Probe:
     g, (x, t, _) = torch.Generator().manual_seed(seed), _on(task, device)
-    layers = nn.ModuleList(skip_init(nn.Linear, x.shape[1], len(task.classes), device=device) for _ in lrs)
+    layers = nn.ModuleList(
+        skip_init(nn.Linear, x.shape[1], len(task.classes), device=device) for _ in lrs
+    )
     for p in layers.parameters(): nn.init.zeros_(p)
-    optimizer = torch.optim.SGD([dict(params=layer.parameters(), lr=lr) for layer, lr in zip(layers, sorted(lrs))], momentum=.9)
+    optimizer = torch.optim.SGD(
+        [dict(params=layer.parameters(), lr=lr) for layer, lr in zip(layers, sorted(lrs))],
+        momentum=0.9,
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
         for rows in _batches(len(x), batch_size, g):
@@ -181,15 +277,33 @@ def _sgd(task:_Task, lrs, epochs:int, batch_size:int, seed:int, device)->Probe:
             sum(F.cross_entropy(layer(xb), tb) for layer in layers).backward()
             optimizer.step()
         schedule.step()
-    weights = [[p.detach().cpu().double().numpy() for p in (layer.weight, layer.bias)] for layer in layers]
-    path = pd.DataFrame([dict(lr=float(lr)) | _judge(task.val_x*task.varies @ w.T + b, task.val_t) for lr, (w, b) in zip(sorted(lrs), weights)])
+    weights = [
+        [p.detach().cpu().double().numpy() for p in (layer.weight, layer.bias)] for layer in layers
+    ]
+    path = pd.DataFrame(
+        [
+            dict(lr=float(lr)) | _judge(task.val_x * task.varies @ w.T + b, task.val_t)
+            for lr, (w, b) in zip(sorted(lrs), weights)
+        ]
+    )
     best = int(path.val_log_loss.argmin())
-    return Probe(task.mean, task.scale, weights[best][0]*task.varies, weights[best][1], task.classes, float("nan"), float(path.val_accuracy[best]), path)
+    return Probe(
+        task.mean,
+        task.scale,
+        weights[best][0] * task.varies,
+        weights[best][1],
+        task.classes,
+        float("nan"),
+        float(path.val_accuracy[best]),
+        path,
+    )
 
 def _farndale(task:_Task, epochs:int, batch_size:int, seed:int, device)->NetworkProbe:
     g, (x, t, val_x), path = torch.Generator().manual_seed(seed), _on(task, device), []
     network = _network(x.shape[1], 256, len(task.classes))
-    for layer in (network[1], network[4]): nn.init.xavier_uniform_(layer.weight, generator=g); nn.init.zeros_(layer.bias)
+    for layer in (network[1], network[4]):
+        nn.init.xavier_uniform_(layer.weight, generator=g)
+        nn.init.zeros_(layer.bias)
     optimizer = torch.optim.Adam(network.to(device).parameters(), lr=1e-3)
     for epoch in range(epochs):
         total = 0.
@@ -201,31 +315,58 @@ def _farndale(task:_Task, epochs:int, batch_size:int, seed:int, device)->Network
             total += loss.detach()*len(rows)/len(x)
         with torch.no_grad(): logits = network.eval()(val_x).double().cpu().numpy()
         path.append(dict(epoch=epoch + 1, loss=float(total)) | _judge(logits, task.val_t))
-    return NetworkProbe(task.mean, task.scale, task.varies, network.cpu().double().requires_grad_(False), task.classes, path[-1]["val_accuracy"], pd.DataFrame(path))
+    return NetworkProbe(
+        task.mean,
+        task.scale,
+        task.varies,
+        network.cpu().double().requires_grad_(False),
+        task.classes,
+        path[-1]["val_accuracy"],
+        pd.DataFrame(path),
+    )
 
 # %% ../../nbs/evaluate/probes.ipynb #ef335e6f
 def linear_probe(
     train_x:np.ndarray, # Training features (N, R)
     train_y:Sequence, # Their labels, integers or strings
-    val_x:np.ndarray, # Features that choose C, or the learning rate; for `farndale` they only report
+    # Features that choose C, or the learning rate; for `farndale` they only report
+    val_x:np.ndarray,
     val_y:Sequence, # Their labels
-    Cs:Sequence[float]=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4), # For `linear`: candidates; C is the inverse strength of the L2 penalty
+    # For `linear`: candidates; C is the inverse strength of the L2 penalty
+    Cs:Sequence[float]=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4),
     max_iter:int=2000, # For `linear`: L-BFGS iterations per candidate
     protocol:str="linear", # "linear", "sgd" or "farndale"
     epochs:int=100, # For `sgd` and `farndale`
-    batch_size:int=256, # For `sgd` and `farndale`; batches are even, with about as many rows or fewer
+    # For `sgd` and `farndale`; batches are even, with about as many rows or fewer
+    batch_size:int=256,
     lrs:Sequence[float]=(.003, .03, .3), # For `sgd`: candidates
-    seed:int=0, # For `sgd` and `farndale`: order of the batches, and initial weights; the global generators are not used
+    # For `sgd` and `farndale`: order of the batches, and initial weights; the global generators are
+    # not used
+    seed:int=0,
     device="cpu", # For `sgd` and `farndale`: where to train, in float32
 )->Probe|NetworkProbe: # Fitted on the training split only; on the CPU
     "A classifier on frozen features, by one of three protocols."
-    if protocol not in ("linear", "sgd", "farndale"): raise ValueError(f"protocol is {protocol!r}; expected 'linear', 'sgd' or 'farndale'.")
-    for name, values, least in (("epochs", [epochs], 1), ("batch_size", [batch_size], 2), ("lrs", lrs, 1e-12), ("Cs", Cs, 1e-12)):
-        if not len(values) or not min(values) >= least: raise ValueError(f"{name} is {values[0] if len(values) == 1 else list(values)}; expected {f'{least} or more' if least >= 1 else 'positive numbers'}.")
+    if protocol not in ("linear", "sgd", "farndale"):
+        raise ValueError(f"protocol is {protocol!r}; expected 'linear', 'sgd' or 'farndale'.")
+    for name, values, least in (
+        ("epochs", [epochs], 1),
+        ("batch_size", [batch_size], 2),
+        ("lrs", lrs, 1e-12),
+        ("Cs", Cs, 1e-12),
+    ):
+        if not len(values) or not min(values) >= least:
+            raise ValueError(
+                f"{name} is {values[0] if len(values) == 1 else list(values)}; expected "
+                f"{f'{least} or more' if least >= 1 else 'positive numbers'}."
+            )
     task = _task(train_x, train_y, val_x, val_y)
     if protocol == "linear": return _regression(task, Cs, max_iter)
     with torch.inference_mode(False), torch.enable_grad():
-        return _sgd(task, lrs, epochs, batch_size, seed, device) if protocol == "sgd" else _farndale(task, epochs, batch_size, seed, device)
+        return (
+            _sgd(task, lrs, epochs, batch_size, seed, device)
+            if protocol == "sgd"
+            else _farndale(task, epochs, batch_size, seed, device)
+        )
 
 # %% ../../nbs/evaluate/probes.ipynb #2f5eb98f
 @dataclass(frozen=True)
@@ -240,9 +381,17 @@ class Neighbours:
 def _rows(x, what:str, metric:str, device)->Tensor:
     "Finite features (N, R) in float64; unit vectors for the cosine"
     x = torch.as_tensor(x).detach().to(device, torch.float64)
-    if x.ndim != 2 or not x.numel(): raise ValueError(f"{what} features of shape {tuple(x.shape)} arrived; expected (N, R), neither of them zero.")
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(
+            f"{what} features of shape {tuple(x.shape)} arrived; expected (N, R), neither of them "
+            "zero."
+        )
     bad = torch.nonzero(~torch.isfinite(x).all(1))[:, 0]
-    if len(bad): raise ValueError(f"{len(bad)} of {len(x)} rows of {what} features are not finite, the first is row {bad[0]}: look at its image, and whether training diverged.")
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(x)} rows of {what} features are not finite, the first is row "
+            f"{bad[0]}: look at its image, and whether training diverged."
+        )
     if metric == "euclidean": return x
     norm = x.norm(dim=1, keepdim=True)
     return torch.where(norm > 0, x/norm.clamp_min(torch.finfo(x.dtype).tiny), 0.)
@@ -256,14 +405,26 @@ def _exact(q:Tensor, x:Tensor, index:Tensor, metric:str)->Tensor:
 
 def _nearest(q:Tensor, x:Tensor, square:Tensor, k:int, metric:str)->tuple[Tensor, Tensor]:
     "The k nearest rows of each query, and their distances; ties by row"
-    rough = square - 2*(q @ x.T)                                                    # without |q|^2, which does not change the order
+    # without |q|^2, which does not change the order
+    rough = square - 2*(q @ x.T)
     if metric == "cosine":
-        rough = torch.where(square > 0, rough, 1.)                                   # 2 distance - 1
-        rough = torch.where(q.any(1)[:, None], rough, torch.arange(len(x), dtype=x.dtype, device=x.device))       # all tie: the first rows
-    slack = 1e-12*(square.max() + q.square().sum(1, keepdim=True))                  # more than the product can be wrong by
+        # 2 distance - 1
+        rough = torch.where(square > 0, rough, 1.)
+        # all tie: the first rows
+        rough = torch.where(
+            q.any(1)[:, None], rough, torch.arange(len(x), dtype=x.dtype, device=x.device)
+        )
+    # more than the product can be wrong by
+    slack = 1e-12*(square.max() + q.square().sum(1, keepdim=True))
     limit = rough.kthvalue(k, dim=1, keepdim=True).values + slack
     m = int((rough <= limit).sum(1).max())
-    index = torch.where(rough <= limit, rough, torch.inf).topk(m, dim=1, largest=False).indices.sort(1).values      # by row, so that a stable sort breaks ties by row
+    # by row, so that a stable sort breaks ties by row
+    index = (
+        torch.where(rough <= limit, rough, torch.inf)
+        .topk(m, dim=1, largest=False)
+        .indices.sort(1)
+        .values
+    )
     inside = rough.gather(1, index) <= limit
     distance = torch.where(inside, _exact(q, x, index, metric), torch.inf)
     distance, order = distance.sort(dim=1, stable=True)
@@ -279,14 +440,27 @@ def knn_probe(
     memory:int=2**28, # Bytes for a block of distances
 )->Neighbours: # Neighbours, votes and labels of every test row
     "Labels by the majority of the nearest training features."
-    if metric not in ("cosine", "euclidean"): raise ValueError(f"metric is {metric!r}; expected 'cosine' or 'euclidean'.")
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"metric is {metric!r}; expected 'cosine' or 'euclidean'.")
     x, q = _rows(train_x, "training", metric, device), _rows(test_x, "test", metric, device)
-    if x.shape[1] != q.shape[1]: raise ValueError(f"{x.shape[1]} training and {q.shape[1]} test features arrived; expected those of one encoder.")
-    if len(train_y) != len(x): raise ValueError(f"{len(x)} training features and {len(train_y)} labels arrived; expected as many of each.")
-    if not 1 <= k <= len(x): raise ValueError(f"k is {k}; expected 1 to {len(x)}, the number of training rows.")
+    if x.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"{x.shape[1]} training and {q.shape[1]} test features arrived; expected those of one "
+            "encoder."
+        )
+    if len(train_y) != len(x):
+        raise ValueError(
+            f"{len(x)} training features and {len(train_y)} labels arrived; expected as many of "
+            "each."
+        )
+    if not 1 <= k <= len(x):
+        raise ValueError(f"k is {k}; expected 1 to {len(x)}, the number of training rows.")
     classes, codes = np.unique(np.asarray(train_y), return_inverse=True)
     square = x.square().sum(1)
-    parts = [_nearest(rows, x, square, k, metric) for rows in q.split(max(1, int(memory//(8*4*len(x)))))]
+    parts = [
+        _nearest(rows, x, square, k, metric)
+        for rows in q.split(max(1, int(memory // (8 * 4 * len(x)))))
+    ]
     index, distance = (torch.cat(p).cpu().numpy() for p in zip(*parts))
     votes = (codes[index][..., None] == np.arange(len(classes))).mean(axis=1)
     return Neighbours(index, distance, votes, classes[votes.argmax(axis=1)], classes)

@@ -4,7 +4,8 @@ Labels are not needed to see a collapse. Three published measures read it off th
 objects apart in spite of augmentation, and `alpha_req` says how steeply the spectrum falls. None of them says whether the dimensions hold what you are looking for; a probe does:
 
 ```python
-z = np.random.default_rng(0).normal(size=(500, 4, 16))*np.arange(1, 17)**-.5      # 500 objects, 4 views
+# 500 objects, 4 views
+z = np.random.default_rng(0).normal(size=(500, 4, 16))*np.arange(1, 17)**-.5
 rankme(z.reshape(-1, 16)), lidar(z), alpha_req(z.reshape(-1, 16))
 ```
 
@@ -29,7 +30,8 @@ from ..core.checks import check_finite
 def _embeddings(z, shape:str)->np.ndarray:
     "A copy in float64, finite; with all leading axes as rows for the check"
     z = z.detach().cpu().double().numpy() if isinstance(z, Tensor) else np.array(z, np.float64)
-    if z.ndim != shape.count(",") + 1 or not z.size: raise ValueError(f"embeddings of shape {z.shape} arrived; expected {shape}.")
+    if z.ndim != shape.count(",") + 1 or not z.size:
+        raise ValueError(f"embeddings of shape {z.shape} arrived; expected {shape}.")
     check_finite(z.reshape(-1, z.shape[-1]), "embeddings")
     return z
 
@@ -44,7 +46,10 @@ def rankme(
     "Effective rank of embeddings, from the entropy of their singular values."
     z = _embeddings(z, "(N, D)")
     if len(z) < 4*z.shape[1]:
-        warnings.warn(f"{len(z)} rows for {z.shape[1]} dimensions: RankMe is capped by the rows; give it at least {4*z.shape[1]}.")
+        warnings.warn(
+            f"{len(z)} rows for {z.shape[1]} dimensions: RankMe is capped by the rows; give it at "
+            f"least {4 * z.shape[1]}."
+        )
     return _entropy_rank(np.linalg.svd(z - z.mean(axis=0) if center else z, compute_uv=False))
 
 # %% ../../nbs/evaluate/ranks.ipynb #641c8d3f
@@ -55,27 +60,55 @@ def lidar(
     "Effective rank of what tells objects apart, in units of what augmentation changes."
     z = _embeddings(z, "(n, q, D)")
     n, q, D = z.shape
-    if n < 2 or q < 2: raise ValueError(f"{n} objects with {q} views arrived; expected two or more of each.")
-    if n <= D: warnings.warn(f"{n} objects for {D} dimensions: LiDAR is at most {n - 1}; give it more than {D}.")
+    if n < 2 or q < 2:
+        raise ValueError(f"{n} objects with {q} views arrived; expected two or more of each.")
+    if n <= D:
+        warnings.warn(
+            f"{n} objects for {D} dimensions: LiDAR is at most {n - 1}; give it more than {D}."
+        )
     means = z.mean(axis=1)
     within = (z - means[:, None]).reshape(-1, D)
     between = means - means.mean(axis=0)
-    values = eigh(between.T @ between/(n - 1), within.T @ within/(n*(q - 1)) + delta*np.eye(D), eigvals_only=True)
-    return _entropy_rank(values.clip(0))                                                  # rounding leaves zeros a little below
+    values = eigh(
+        between.T @ between / (n - 1),
+        within.T @ within / (n * (q - 1)) + delta * np.eye(D),
+        eigvals_only=True,
+    )
+    # rounding leaves zeros a little below
+    return _entropy_rank(values.clip(0))
 
 # %% ../../nbs/evaluate/ranks.ipynb #9cc0a637
 def alpha_req(
     z:np.ndarray|Tensor, # Embeddings (N, D)
-    ranks:tuple[int, int]=(3, 100), # First and last rank of the fit, counted from 1; cut to min(N - 1, D)
+    # First and last rank of the fit, counted from 1; cut to min(N - 1, D)
+    ranks:tuple[int, int]=(3, 100),
 )->float: # 0 for equal eigenvalues; infinite where one direction of the range, or none, has any variance
     "Exponent of the power law by which the eigenvalues of the covariance fall."
     z = _embeddings(z, "(N, D)")
     first, last = ranks[0], min(ranks[1], len(z) - 1, z.shape[1])
-    if not 1 <= first < last: raise ValueError(f"ranks {tuple(ranks)} arrived for embeddings of shape {z.shape}; expected two ranks or more, from 1 to {min(len(z) - 1, z.shape[1])}.")
+    if not 1 <= first < last:
+        raise ValueError(
+            f"ranks {tuple(ranks)} arrived for embeddings of shape {z.shape}; expected two ranks "
+            f"or more, from 1 to {min(len(z) - 1, z.shape[1])}."
+        )
     sigma = np.linalg.svd(z - z.mean(axis=0), compute_uv=False)
-    alive = int((sigma > max(sigma[0], np.abs(z).max()*math.sqrt(len(z)))*max(z.shape)*np.finfo(np.float64).eps).sum())
-    if alive < last: warnings.warn(f"{alive} of {z.shape[1]} directions have any variance: alpha is fitted to ranks {first} to {alive}, in place of {last}." if alive > first else
-                                   f"{alive} of {z.shape[1]} directions have any variance, too few for a slope over ranks {first} to {last}: alpha is infinite.")
+    alive = int(
+        (
+            sigma
+            > max(sigma[0], np.abs(z).max() * math.sqrt(len(z)))
+            * max(z.shape)
+            * np.finfo(np.float64).eps
+        ).sum()
+    )
+    if alive < last:
+        warnings.warn(
+            f"{alive} of {z.shape[1]} directions have any variance: alpha is fitted to ranks "
+            f"{first} to {alive}, in place of {last}."
+            if alive > first
+            else f"{alive} of {z.shape[1]} directions have any variance, too few for a slope over "
+                 f"ranks {first} to {last}: alpha is infinite."
+        )
     if alive <= first: return math.inf
     k = np.arange(first, min(last, alive) + 1)
-    return float(-np.polyfit(np.log(k), 2*np.log(sigma[k - 1]), 1)[0])                   # eigenvalues are squares of singular values, up to a factor
+    # eigenvalues are squares of singular values, up to a factor
+    return float(-np.polyfit(np.log(k), 2*np.log(sigma[k - 1]), 1)[0])

@@ -31,17 +31,31 @@ from ..core.seeds import seed_for
 @dataclass(frozen=True)
 class Regression:
     "What `cross_regress` found; T quantities."
-    predicted:np.ndarray # (N, T), each row by a fit that has not seen its group; (N,) if one quantity arrived
+    # (N, T), each row by a fit that has not seen its group; (N,) if one quantity arrived
+    predicted:np.ndarray
     r2:np.ndarray # (T,) over all rows together
     alpha:np.ndarray # (T, K) penalty chosen for each fold
     fold:np.ndarray # (N,) 0 to K - 1
 
 def _check_rows(x, y, groups):
     x, y, groups = np.asarray(x, np.float64), np.asarray(y, np.float64), np.asarray(groups)
-    if x.ndim != 2 or not x.size or y.ndim not in (1, 2) or len(y) != len(x) or groups.shape != (len(x),):
-        raise ValueError(f"features of shape {x.shape}, quantities of shape {y.shape} and groups of shape {groups.shape} arrived; expected (N, R), (N,) or (N, T), and (N,).")
+    if (
+        x.ndim != 2
+        or not x.size
+        or y.ndim not in (1, 2)
+        or len(y) != len(x)
+        or groups.shape != (len(x),)
+    ):
+        raise ValueError(
+            f"features of shape {x.shape}, quantities of shape {y.shape} and groups of shape "
+            f"{groups.shape} arrived; expected (N, R), (N,) or (N, T), and (N,)."
+        )
     for name, a in (("features", x), ("quantities", y)):
-        if bad := int((~np.isfinite(a.reshape(len(a), -1)).all(1)).sum()): raise ValueError(f"{bad} of {len(a)} rows of {name} are not finite; leave them out, or look at where they come from.")
+        if bad := int((~np.isfinite(a.reshape(len(a), -1)).all(1)).sum()):
+            raise ValueError(
+                f"{bad} of {len(a)} rows of {name} are not finite; leave them out, or look at "
+                "where they come from."
+            )
     return x, y, groups
 
 def cross_regress(
@@ -49,46 +63,79 @@ def cross_regress(
     y:np.ndarray, # Quantities (N,) or (N, T)
     groups:Sequence, # Group of every row, for example its patient
     folds:int=8, # Number of folds, at most the number of groups
-    alphas:Sequence[float]=(.1, 1., 10., 100., 1e3, 1e4, 1e5), # Candidates for the penalty, features being standardised
+    # Candidates for the penalty, features being standardised
+    alphas:Sequence[float]=(.1, 1., 10., 100., 1e3, 1e4, 1e5),
     inner:int=4, # Inner folds, at most the number of training groups
     seed:int=0, # Decides which groups share a fold
 )->Regression: # Predictions for every row
-    "Ridge regression scored on groups that it has not seen. `ValueError` for fewer than three groups, which leave none to choose the penalty on, or a quantity that does not vary."
+    """Ridge regression scored on groups that it has not seen. `ValueError` for fewer than three
+    groups, which leave none to choose the penalty on, or a quantity that does not vary."""
     x, y, groups = _check_rows(x, y, groups)
     names = np.unique(groups)
-    if len(names) < 3: raise ValueError(f"{len(names)} groups arrived; expected three or more: one to predict, and two to choose the penalty on.")
-    if not 2 <= folds <= len(names): raise ValueError(f"folds={folds} arrived for {len(names)} groups; expected 2 to {len(names)}.")
-    if (constant := np.flatnonzero(np.ptp(y.reshape(len(y), -1), axis=0) == 0)).size: raise ValueError(f"quantity {constant[0]} has the same value in all {len(y)} rows; there is nothing to explain: leave it out.")
+    if len(names) < 3:
+        raise ValueError(
+            f"{len(names)} groups arrived; expected three or more: one to predict, and two to "
+            "choose the penalty on."
+        )
+    if not 2 <= folds <= len(names):
+        raise ValueError(
+            f"folds={folds} arrived for {len(names)} groups; expected 2 to {len(names)}."
+        )
+    if (constant := np.flatnonzero(np.ptp(y.reshape(len(y), -1), axis=0) == 0)).size:
+        raise ValueError(
+            f"quantity {constant[0]} has the same value in all {len(y)} rows; there is nothing to "
+            "explain: leave it out."
+        )
     order = np.random.default_rng(seed_for(seed, "folds")).permutation(len(names))
-    codes = order[np.searchsorted(names, groups)]                     # GroupKFold goes by size, then by name: the names are shuffled
+    # GroupKFold goes by size, then by name: the names are shuffled
+    codes = order[np.searchsorted(names, groups)]
     fold, columns = np.empty(len(x), int), y.reshape(len(y), -1)
     predicted, alpha = np.empty(columns.shape), np.empty((columns.shape[1], folds))
-    with threadpool_limits(1):                                        # on matrices of this size threads cost more than they save
+    # on matrices of this size threads cost more than they save
+    with threadpool_limits(1):
         for k, (fit, rest) in enumerate(GroupKFold(folds).split(x, groups=codes)):
             fold[rest] = k
             part = GroupKFold(min(inner, len(np.unique(codes[fit]))))
             for column, target in enumerate(columns.T):
-                search = GridSearchCV(make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": list(alphas)}, scoring="neg_mean_squared_error", cv=part).fit(x[fit], target[fit], groups=codes[fit])
-                predicted[rest, column], alpha[column, k] = search.predict(x[rest]), search.best_params_["ridge__alpha"]
+                search = GridSearchCV(
+                    make_pipeline(StandardScaler(), Ridge()),
+                    {"ridge__alpha": list(alphas)},
+                    scoring="neg_mean_squared_error",
+                    cv=part,
+                ).fit(x[fit], target[fit], groups=codes[fit])
+                predicted[rest, column], alpha[column, k] = (
+                    search.predict(x[rest]),
+                    search.best_params_["ridge__alpha"],
+                )
     r2 = 1 - ((columns - predicted)**2).sum(0)/((columns - columns.mean(0))**2).sum(0)
     return Regression(predicted.reshape(y.shape), r2, alpha, fold)
 
 # %% ../../nbs/evaluate/regression.ipynb #a3e70d39
 def jackknife_t(
-    statistic:Callable[[np.ndarray, np.ndarray], float], # Of the weights of groups (G,) and of seeds (S,), each 0 or 1: the quantity on those that are in
+    # Of the weights of groups (G,) and of seeds (S,), each 0 or 1: the quantity on those that are
+    # in
+    statistic:Callable[[np.ndarray, np.ndarray], float],
     n_groups:int, # G
     n_seeds:int=1, # S
     level:float=.95, # Nominal coverage
 )->tuple[float, float, float]: # The quantity, and the ends of its interval; NaN for one group
-    "Delete-one jackknife over groups, and over training seeds where there are several, with G - 1 degrees of freedom."
+    """Delete-one jackknife over groups, and over training seeds where there are several, with G - 1
+    degrees of freedom."""
     groups, seeds = np.ones(n_groups), np.ones(n_seeds)
     value, variance = statistic(groups, seeds), 0.
-    for n, one in ((n_groups, lambda k: statistic(np.where(np.arange(n_groups) == k, 0., 1.), seeds)), (n_seeds, lambda k: statistic(groups, np.where(np.arange(n_seeds) == k, 0., 1.)))):
-        if n == 1: continue
+    for n, one in (
+        (n_groups, lambda k: statistic(np.where(np.arange(n_groups) == k, 0.0, 1.0), seeds)),
+        (n_seeds, lambda k: statistic(groups, np.where(np.arange(n_seeds) == k, 0.0, 1.0))),
+    ):
+        if n == 1:
+            continue
         left = np.array([one(k) for k in range(n)])
-        variance += (n - 1)/n*((left - left.mean())**2).sum()
+        variance += (n - 1) / n * ((left - left.mean()) ** 2).sum()
     if n_groups == 1:
-        warnings.warn("all rows are of one group: how much groups differ is not known, and no interval either.")
+        warnings.warn(
+            "all rows are of one group: how much groups differ is not known, and no interval "
+            "either."
+        )
         return value, float("nan"), float("nan")
     half = t.ppf((1 + level)/2, n_groups - 1)*variance**.5
     return value, value - half, value + half
@@ -99,11 +146,16 @@ def r2_interval(
     groups:Sequence, # Group of every row
     level:float=.95, # Nominal coverage
 )->dict: # mean, ci [low, high], per_seed
-    "Coefficient of determination, mean over seeds, with a jackknife interval over groups and seeds."
+    """Coefficient of determination, mean over seeds, with a jackknife interval over groups and
+    seeds."""
     r2, G, S = _weighted_r2(y, predicted, groups)
     low, high = jackknife_t(lambda w, v: np.log(max(1 - r2(w) @ v/v.sum(), 1e-15)), G, S, level)[1:]
     per_seed = r2(np.ones(G))
-    return {"mean": float(per_seed.mean()), "ci": [float(1 - np.exp(high)), float(1 - np.exp(low))], "per_seed": per_seed.tolist()}
+    return {
+        "mean": float(per_seed.mean()),
+        "ci": [float(1 - np.exp(high)), float(1 - np.exp(low))],
+        "per_seed": per_seed.tolist(),
+    }
 
 def r2_difference(
     y:np.ndarray, # True values (N,)
@@ -112,9 +164,14 @@ def r2_difference(
     groups:Sequence, # Group of every row
     level:float=.95, # Nominal coverage
 )->dict: # mean, ci: model minus base
-    "How much more of the variation `model` explains than `base`; the same groups and seeds are left out of both."
+    """How much more of the variation `model` explains than `base`; the same groups and seeds are
+    left out of both."""
     base, model = np.atleast_2d(base), np.atleast_2d(model)
-    if len(base) != len(model): raise ValueError(f"{len(base)} and {len(model)} training seeds arrived; expected as many of each, in the same order.")
+    if len(base) != len(model):
+        raise ValueError(
+            f"{len(base)} and {len(model)} training seeds arrived; expected as many of each, in "
+            "the same order."
+        )
     (a, G, S), (b, *_) = _weighted_r2(y, base, groups), _weighted_r2(y, model, groups)
     mean, low, high = jackknife_t(lambda w, v: (b(w) - a(w)) @ v/v.sum(), G, S, level)
     return {"mean": float(mean), "ci": [float(low), float(high)]}
@@ -123,10 +180,18 @@ def _weighted_r2(y, predicted, groups):
     "R2 of every seed (S,) as a function of the weights of groups (G,); G; S"
     predicted = np.atleast_2d(np.asarray(predicted, np.float64))
     y, groups = _check_rows(predicted.T, y, groups)[1:]
-    if y.ndim != 1: raise ValueError(f"true values of shape {y.shape} arrived; expected (N,): call it for one quantity at a time.")
+    if y.ndim != 1:
+        raise ValueError(
+            f"true values of shape {y.shape} arrived; expected (N,): call it for one quantity at "
+            "a time."
+        )
     names, codes = np.unique(groups, return_inverse=True)
-    total = lambda v: np.bincount(codes, weights=v, minlength=len(names))
-    parts, errors = np.stack([total(np.ones(len(y))), total(y - y.mean()), total((y - y.mean())**2)], 1), np.stack([total((y - p)**2) for p in predicted], 1)           # (G, 3), (G, S)
+    def total(v): return np.bincount(codes, weights=v, minlength=len(names))
+    # (G, 3), (G, S)
+    parts, errors = (
+        np.stack([total(np.ones(len(y))), total(y - y.mean()), total((y - y.mean()) ** 2)], 1),
+        np.stack([total((y - p) ** 2) for p in predicted], 1),
+    )
     def r2(weight):
         n, first, second = weight @ parts
         return 1 - weight @ errors/(second - first**2/n)
@@ -142,7 +207,8 @@ def _path(x, y, other, alphas):
     "Predictions for `other` by ridge regression on `x`, `y`, for each alpha: (n_alphas, M, A)"
     mean, scale = _scale(x)
     x, other, middle = (x - mean)/scale, (other - mean)/scale, y.mean(0)
-    if x.shape[1] > len(x):                                                             # the solution lies in the span of the rows
+    # the solution lies in the span of the rows
+    if x.shape[1] > len(x):
         q = np.linalg.qr(x.T)[0]
         x, other = x @ q, other @ q
     values, vectors = np.linalg.eigh(x.T @ x)
@@ -156,20 +222,49 @@ def _r2(true, predicted):
 def _choose_alpha(x, y, groups, alphas, folds):
     "R2 outside its fold for each alpha, mean over axes"
     n = len(np.unique(groups))
-    if n < 2: raise ValueError(f"all training crops are of the subject {str(groups[0])!r}; expected two subjects at least: alpha is chosen on subjects that the fit has not seen.")
+    if n < 2:
+        raise ValueError(
+            f"all training crops are of the subject {str(groups[0])!r}; expected two subjects at "
+            "least: alpha is chosen on subjects that the fit has not seen."
+        )
     held = np.empty((len(alphas), *y.shape))
-    for fit, rest in GroupKFold(min(folds, n)).split(x, groups=groups): held[:, rest] = _path(x[fit], y[fit], x[rest], alphas)
+    for fit, rest in GroupKFold(min(folds, n)).split(x, groups=groups):
+        held[:, rest] = _path(x[fit], y[fit], x[rest], alphas)
     return _r2(y, held).mean(-1)
 
 # %% ../../nbs/evaluate/regression.ipynb #46b64cc3
 def _checked(h, position, groups, what):
-    h, position, groups = np.asarray(h, np.float64), np.asarray(position, np.float64), np.asarray(groups).astype(str)
-    if h.ndim != 2 or position.ndim != 2 or not len(h) or not h.shape[1] or not position.shape[1] or not len(h) == len(position) == len(groups) or groups.ndim != 1:
-        raise ValueError(f"{what} features of shape {h.shape}, positions of shape {position.shape} and groups of shape {groups.shape} arrived; expected (N, R), (N, A) and (N,), with N and R at least 1.")
+    h, position, groups = (
+        np.asarray(h, np.float64),
+        np.asarray(position, np.float64),
+        np.asarray(groups).astype(str),
+    )
+    if (
+        h.ndim != 2
+        or position.ndim != 2
+        or not len(h)
+        or not h.shape[1]
+        or not position.shape[1]
+        or not len(h) == len(position) == len(groups)
+        or groups.ndim != 1
+    ):
+        raise ValueError(
+            f"{what} features of shape {h.shape}, positions of shape {position.shape} and groups "
+            f"of shape {groups.shape} arrived; expected (N, R), (N, A) and (N,), with N and R at "
+            "least 1."
+        )
     for x, name in ((h, "features"), (position, "positions")):
         if len(bad := np.flatnonzero(~np.isfinite(x).all(1))):
-            raise ValueError(f"{len(bad)} of {len(x)} rows of the {what} {name} are not finite, rows {', '.join(map(str, bad[:8]))}{', ...'*(len(bad) > 8)}: look at these crops, and whether training diverged.")
-    if len(flat := np.flatnonzero(np.ptp(position, axis=0) <= 1e-12*np.abs(position).max(0))): raise ValueError(f"the {what} positions are all the same along axis {flat[0]}, so that R2 has no meaning there: leave this axis out, or give more crops.")
+            raise ValueError(
+                f"{len(bad)} of {len(x)} rows of the {what} {name} are not finite, rows "
+                f"{', '.join(map(str, bad[:8]))}{', ...' * (len(bad) > 8)}: look at these crops, "
+                "and whether training diverged."
+            )
+    if len(flat := np.flatnonzero(np.ptp(position, axis=0) <= 1e-12 * np.abs(position).max(0))):
+        raise ValueError(
+            f"the {what} positions are all the same along axis {flat[0]}, so that R2 has no "
+            "meaning there: leave this axis out, or give more crops."
+        )
     return h, position, groups
 
 def position_scores(
@@ -183,24 +278,50 @@ def position_scores(
     "R2 and mean absolute error with percentile bootstrap intervals over subjects and seeds."
     true, predicted = np.asarray(true, np.float64), np.asarray(predicted, np.float64)
     predicted = predicted[None] if predicted.ndim == 2 else predicted
-    if true.ndim != 2 or predicted.shape[1:] != true.shape or len(groups) != len(true): raise ValueError(f"{true.shape} true and {predicted.shape} predicted positions of {len(groups)} groups arrived; expected (N, A), (N, A) or (S, N, A), and N.")
-    codes, y, error = np.unique(groups, return_inverse=True)[1], true - true.mean(0), np.abs(true - predicted)
+    if true.ndim != 2 or predicted.shape[1:] != true.shape or len(groups) != len(true):
+        raise ValueError(
+            f"{true.shape} true and {predicted.shape} predicted positions of {len(groups)} groups "
+            "arrived; expected (N, A), (N, A) or (S, N, A), and N."
+        )
+    codes, y, error = (
+        np.unique(groups, return_inverse=True)[1],
+        true - true.mean(0),
+        np.abs(true - predicted),
+    )
     r2, mae, n = _r2(true, predicted), error.mean(1), codes.max() + 1
-    found = {"r2": {"mean": float(r2.mean()), "ci": [float("nan")]*2, "per_seed": r2.mean(1).tolist()}, "mae_mm": {"mean": float(mae.mean()), "ci": [float("nan")]*2, "per_seed": mae.mean(1).tolist()},
-             "r2_axes": r2.mean(0).tolist(), "mae_axes_mm": mae.mean(0).tolist()}
+    found = {
+        "r2": {"mean": float(r2.mean()), "ci": [float("nan")] * 2, "per_seed": r2.mean(1).tolist()},
+        "mae_mm": {
+            "mean": float(mae.mean()),
+            "ci": [float("nan")] * 2,
+            "per_seed": mae.mean(1).tolist(),
+        },
+        "r2_axes": r2.mean(0).tolist(),
+        "mae_axes_mm": mae.mean(0).tolist(),
+    }
     if n == 1:
-        warnings.warn("all test crops are of one subject, so there is nothing to resample: the intervals are not known.")
+        warnings.warn(
+            "all test crops are of one subject, so there is nothing to resample: the intervals "
+            "are not known."
+        )
         return found
     def sums(x): return np.stack([np.bincount(codes, column, n) for column in x.T], 1)
     rng = np.random.default_rng(seed_for(seed, "positions"))
     counts = rng.multinomial(n, np.full(n, 1/n), n_boot).astype(float)
-    of_seeds = rng.multinomial(len(predicted), np.full(len(predicted), 1/len(predicted)), n_boot)/len(predicted)
+    of_seeds = rng.multinomial(
+        len(predicted), np.full(len(predicted), 1 / len(predicted)), n_boot
+    ) / len(predicted)
     size, total, square = (counts @ s for s in (np.bincount(codes)[:, None], sums(y), sums(y**2)))
     spread = square - total**2/size
     known = spread > 1e-12*square.max(0)
     missed, off = (np.stack([counts @ sums(e) for e in x]) for x in (error**2, error))
-    for name, v in (("r2", 1 - np.divide(missed, spread, out=np.full_like(missed, np.nan), where=known)), ("mae_mm", off/size)):
-        found[name]["ci"] = np.nanquantile((v.mean(2)*of_seeds.T).sum(0), [(1 - level)/2, (1 + level)/2]).tolist()
+    for name, v in (
+        ("r2", 1 - np.divide(missed, spread, out=np.full_like(missed, np.nan), where=known)),
+        ("mae_mm", off / size),
+    ):
+        found[name]["ci"] = np.nanquantile(
+            (v.mean(2) * of_seeds.T).sum(0), [(1 - level) / 2, (1 + level) / 2]
+        ).tolist()
     return found
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +346,14 @@ class PositionProbe:
 
     def facts(self)->dict: # JSON-ready
         "The scores, for results.json."
-        return {"r2": self.r2, "mae_mm": self.mae_mm, "r2_axes": self.r2_axes.tolist(), "mae_axes_mm": self.mae_axes.tolist(), "alpha": self.alpha, "level": self.level}
+        return {
+            "r2": self.r2,
+            "mae_mm": self.mae_mm,
+            "r2_axes": self.r2_axes.tolist(),
+            "mae_axes_mm": self.mae_axes.tolist(),
+            "alpha": self.alpha,
+            "level": self.level,
+        }
 
 def position_probe(
     train_h:np.ndarray, # Training features (N, R)
@@ -240,20 +368,54 @@ def position_probe(
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage of the intervals
 )->PositionProbe:
-    "Ridge regression from features to positions; `ValueError` when the data cannot be used as told."
+    """Ridge regression from features to positions; `ValueError` when the data cannot be used as
+    told."""
     x, y, g = _checked(train_h, train_mm, train_groups, "training")
     u, v, s = _checked(test_h, test_mm, test_groups, "test")
-    if x.shape[1] != u.shape[1] or y.shape[1] != v.shape[1]: raise ValueError(f"training features and positions have {x.shape[1]} and {y.shape[1]} columns, test ones {u.shape[1]} and {v.shape[1]}: take both from one encoder and one frame.")
-    if len(both := np.intersect1d(g, s)): raise ValueError(f"{len(both)} subjects are in training and in test: {', '.join(both[:4])}{', ...'*(len(both) > 4)}. Divide the crops by subject.")
+    if x.shape[1] != u.shape[1] or y.shape[1] != v.shape[1]:
+        raise ValueError(
+            f"training features and positions have {x.shape[1]} and {y.shape[1]} columns, test "
+            f"ones {u.shape[1]} and {v.shape[1]}: take both from one encoder and one frame."
+        )
+    if len(both := np.intersect1d(g, s)):
+        raise ValueError(
+            f"{len(both)} subjects are in training and in test: "
+            f"{', '.join(both[:4])}{', ...' * (len(both) > 4)}. Divide the crops by subject."
+        )
     alphas = np.sort(np.asarray(alphas, np.float64).ravel())
-    if not len(alphas) or not np.isfinite(alphas).all() or alphas[0] <= 0 or folds < 2 or n_boot < 1 or not 0 < level < 1: raise ValueError(f"alphas={alphas.tolist()}, folds={folds}, n_boot={n_boot}, level={level} arrived; expected penalties above 0, 2 folds or more, 1 replicate or more, and a level between 0 and 1.")
-    with threadpool_limits(1 if x.size < 1e6 else None):                                # on small matrices threads cost more than they save
+    if (
+        not len(alphas)
+        or not np.isfinite(alphas).all()
+        or alphas[0] <= 0
+        or folds < 2
+        or n_boot < 1
+        or not 0 < level < 1
+    ):
+        raise ValueError(
+            f"alphas={alphas.tolist()}, folds={folds}, n_boot={n_boot}, level={level} arrived; "
+            "expected penalties above 0, 2 folds or more, 1 replicate or more, and a level "
+            "between 0 and 1."
+        )
+    # on small matrices threads cost more than they save
+    with threadpool_limits(1 if x.size < 1e6 else None):
         path = _choose_alpha(x, y, g, alphas, folds)
-        alpha, (mean, scale) = float(alphas[len(path) - 1 - path[::-1].argmax()]), _scale(x)      # of equals the strongest
+        # of equals the strongest
+        alpha, (mean, scale) = float(alphas[len(path) - 1 - path[::-1].argmax()]), _scale(x)
         ridge = Ridge(alpha=alpha).fit((x - mean)/scale, y)
     coef = ridge.coef_.reshape(y.shape[1], -1)/scale
     intercept = ridge.intercept_ - coef @ mean
     predicted = u @ coef.T + intercept
     found = position_scores(v, predicted, s, n_boot, seed, level)
     r2, mae = ({k: found[name][k] for k in ("mean", "ci")} for name in ("r2", "mae_mm"))
-    return PositionProbe(r2, mae, np.array(found["r2_axes"]), np.array(found["mae_axes_mm"]), predicted, alpha, pd.DataFrame({"alpha": alphas, "r2": path}), coef, intercept, level)
+    return PositionProbe(
+        r2,
+        mae,
+        np.array(found["r2_axes"]),
+        np.array(found["mae_axes_mm"]),
+        predicted,
+        alpha,
+        pd.DataFrame({"alpha": alphas, "r2": path}),
+        coef,
+        intercept,
+        level,
+    )

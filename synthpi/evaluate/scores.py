@@ -27,22 +27,39 @@ def auc(
 # %% ../../nbs/evaluate/scores.ipynb #ba14af2b
 def _statistics(confusion:np.ndarray)->dict[str, np.ndarray]:
     "Scores of confusion matrices (..., n, n), true labels in rows"
-    hits, true, predicted = np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1), confusion.sum(-2)
+    hits, true, predicted = (
+        np.diagonal(confusion, axis1=-2, axis2=-1),
+        confusion.sum(-1),
+        confusion.sum(-2),
+    )
     seen = true > 0
     recall = np.divide(hits, true, where=seen, out=np.full(hits.shape, np.nan))
     f1 = np.divide(2*hits, true + predicted, where=seen, out=np.full(hits.shape, np.nan))
-    return dict(accuracy=hits.sum(-1)/true.sum(-1), balanced_accuracy=np.nanmean(recall, -1), macro_f1=np.nanmean(f1, -1), per_class_recall=recall)
+    return dict(
+        accuracy=hits.sum(-1) / true.sum(-1),
+        balanced_accuracy=np.nanmean(recall, -1),
+        macro_f1=np.nanmean(f1, -1),
+        per_class_recall=recall,
+    )
 
 def _confusions(y_true, y_pred, n_classes:int, groups:np.ndarray)->np.ndarray:
     "One confusion matrix per group, (G, n, n)"
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
     if y_true.shape != y_pred.shape or not len(y_true):
-        raise ValueError(f"{y_true.shape} true and {y_pred.shape} predicted labels arrived; expected as many of each.")
+        raise ValueError(
+            f"{y_true.shape} true and {y_pred.shape} predicted labels arrived; expected as many "
+            "of each."
+        )
     for y, name in ((y_true, "true"), (y_pred, "predicted")):
         if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= n_classes:
-            raise ValueError(f"{name} labels run from {y.min()} to {y.max()} ({y.dtype}); expected integers from 0 to {n_classes - 1}.")
+            raise ValueError(
+                f"{name} labels run from {y.min()} to {y.max()} ({y.dtype}); expected integers "
+                f"from 0 to {n_classes - 1}."
+            )
     index = (groups*n_classes + y_true)*n_classes + y_pred
-    return np.bincount(index, minlength=(groups.max() + 1)*n_classes**2).reshape(-1, n_classes, n_classes)
+    return np.bincount(index, minlength=(groups.max() + 1) * n_classes**2).reshape(
+        -1, n_classes, n_classes
+    )
 
 def _plain(recall)->list[float|None]: return [None if np.isnan(r) else float(r) for r in recall]
 
@@ -55,4 +72,6 @@ def scores(
     confusion = _confusions(y_true, y_pred, n_classes, np.zeros(len(y_true), np.int64))[0]
     result = _statistics(confusion)
     recall = _plain(result.pop("per_class_recall"))
-    return {name: float(v) for name, v in result.items()} | dict(per_class_recall=recall, confusion=confusion.tolist())
+    return {name: float(v) for name, v in result.items()} | dict(
+        per_class_recall=recall, confusion=confusion.tolist()
+    )

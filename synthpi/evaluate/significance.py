@@ -45,15 +45,25 @@ def compare_folds(
 )->Comparison: # Corrected and plain
     "Corrected resampled t-test and plain paired t-test over folds."
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or a.ndim != 1: raise ValueError(f"scores of shapes {a.shape} and {b.shape} arrived; expected (K,) twice: for several targets give CrossValidation.fold_means, or one target.")
-    if not (n_train > 0 and n_test > 0): raise ValueError(f"n_train is {n_train} and n_test {n_test}; expected positive numbers of rows.")
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(
+            f"scores of shapes {a.shape} and {b.shape} arrived; expected (K,) twice: for several "
+            "targets give CrossValidation.fold_means, or one target."
+        )
+    if not (n_train > 0 and n_test > 0):
+        raise ValueError(
+            f"n_train is {n_train} and n_test {n_test}; expected positive numbers of rows."
+        )
     d = (a - b)[np.isfinite(a) & np.isfinite(b)]
     K = len(d)
-    if K < 2: raise ValueError(f"{K} of {len(a)} folds have a score in both arms; expected two or more.")
+    if K < 2:
+        raise ValueError(f"{K} of {len(a)} folds have a score in both arms; expected two or more.")
     difference, variance = float(d.mean()), float(d.var(ddof=1))
-    if variance <= (1e-12*np.abs(d).max())**2: variance = 0.                                       # equal differences, up to rounding
+    # equal differences, up to rounding
+    if variance <= (1e-12*np.abs(d).max())**2: variance = 0.
     def test(factor):
-        if variance == 0: return (0., 1.) if difference == 0 else (math.copysign(math.inf, difference), 0.)
+        if variance == 0:
+            return (0.0, 1.0) if difference == 0 else (math.copysign(math.inf, difference), 0.0)
         t = difference/math.sqrt(factor*variance)
         return t, float(2*stats.t.sf(abs(t), K - 1))
     (t, p), (t_plain, p_plain) = test(1/K + n_test/n_train), test(1/K)
@@ -65,14 +75,21 @@ class PairedTest:
     "Two arms on one test set, by `mcnemar` or `permutation_test`."
     difference:float # Mean of first minus second
     p:float # Two-sided
-    only_a:int # Rows that only the first arm has right (`mcnemar`); groups in which the first is better (`permutation_test`)
+    # Rows that only the first arm has right (`mcnemar`); groups in which the first is better
+    # (`permutation_test`)
+    only_a:int
     only_b:int # The same of the second
     exact:bool # All outcomes counted, or a random sample of them
 
 def _pair(a, b)->tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or a.ndim != 1 or not len(a): raise ValueError(f"answers of shapes {a.shape} and {b.shape} arrived; expected (N,) twice, for the same rows.")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()): raise ValueError("an answer is not finite; expected a number for every row.")
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(
+            f"answers of shapes {a.shape} and {b.shape} arrived; expected (N,) twice, for the "
+            "same rows."
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("an answer is not finite; expected a number for every row.")
     return a, b
 
 def mcnemar(
@@ -81,7 +98,10 @@ def mcnemar(
 )->PairedTest: # Exact
     "Exact McNemar test of two arms on independent rows."
     a, b = _pair(a, b)
-    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()): raise ValueError("answers other than right (1) and wrong (0) arrived; permutation_test takes any score.")
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise ValueError(
+            "answers other than right (1) and wrong (0) arrived; permutation_test takes any score."
+        )
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
     p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.
     return PairedTest(float(a.mean() - b.mean()), p, only_a, only_b, True)
@@ -90,17 +110,24 @@ def mcnemar(
 def permutation_test(
     a:Sequence[float], # Right or wrong, or any score, of one arm (N,)
     b:Sequence[float], # The same of the other on the same rows (N,)
-    groups:Sequence|None=None, # Group of every row, whose rows are exchanged together; None makes each row its own
+    # Group of every row, whose rows are exchanged together; None makes each row its own
+    groups:Sequence|None=None,
     n_resamples:int=9999, # Outcomes drawn; all are counted where there are no more than this
     seed:int=0, # Of the draw
 )->PairedTest: # Two-sided
     "Paired sign-flip test of the mean difference over groups."
     a, b = _pair(a, b)
-    if groups is not None and len(groups) != len(a): raise ValueError(f"{len(groups)} groups arrived for {len(a)} rows; expected one per row.")
+    if groups is not None and len(groups) != len(a):
+        raise ValueError(f"{len(groups)} groups arrived for {len(a)} rows; expected one per row.")
     if n_resamples < 1: raise ValueError(f"n_resamples is {n_resamples}; expected 1 or more.")
-    codes = np.arange(len(a)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    codes = (
+        np.arange(len(a))
+        if groups is None
+        else np.unique(np.asarray(groups), return_inverse=True)[1]
+    )
     d = np.bincount(codes, weights=a - b)
-    G, observed = len(d), abs(d.sum()) - 1e-10*np.abs(d).sum()                                    # equal outcomes are equal up to rounding
+    # equal outcomes are equal up to rounding
+    G, observed = len(d), abs(d.sum()) - 1e-10*np.abs(d).sum()
     exact = G <= 60 and 2**G <= n_resamples
     if exact:
         signs = 1 - 2*((np.arange(2**G)[:, None] >> np.arange(G)) & 1)
@@ -109,7 +136,11 @@ def permutation_test(
         rng, extreme, left = np.random.default_rng(seed_for(seed, "flips")), 0, n_resamples
         while left:
             n = min(left, max(1, 2**22//G))
-            extreme += int((np.abs((1 - 2*rng.integers(2, size=(n, G), dtype=np.int8)) @ d) >= observed).sum())
+            extreme += int(
+                (
+                    np.abs((1 - 2 * rng.integers(2, size=(n, G), dtype=np.int8)) @ d) >= observed
+                ).sum()
+            )
             left -= n
         p = (extreme + 1)/(n_resamples + 1)
     return PairedTest(float(a.mean() - b.mean()), p, int((d > 0).sum()), int((d < 0).sum()), exact)
@@ -120,9 +151,11 @@ def holm(
 )->np.ndarray: # Adjusted, in the same order; NaN where it was
     "Holm's step-down adjustment of p-values."
     p = np.asarray(p, np.float64)
-    if p.ndim != 1: raise ValueError(f"p-values of shape {p.shape} arrived; expected a list of them.")
+    if p.ndim != 1:
+        raise ValueError(f"p-values of shape {p.shape} arrived; expected a list of them.")
     known = np.flatnonzero(~np.isnan(p))
-    if ((p[known] < 0) | (p[known] > 1)).any(): raise ValueError(f"p-values run from {np.nanmin(p)} to {np.nanmax(p)}; expected 0 to 1.")
+    if ((p[known] < 0) | (p[known] > 1)).any():
+        raise ValueError(f"p-values run from {np.nanmin(p)} to {np.nanmax(p)}; expected 0 to 1.")
     adjusted, order = np.full(len(p), np.nan), known[np.argsort(p[known], kind="stable")]
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)))
     return adjusted

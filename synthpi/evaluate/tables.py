@@ -40,57 +40,157 @@ def _cell(x, form:str=".3f")->str:
 def _fold_size(arms:dict, key:str)->float:
     "`n_train` or `n_test` of two arms, which share their folds"
     told = {name: arm[key] for name, arm in arms.items() if arm.get(key) is not None}
-    if not told: raise ValueError(f"{' and '.join(map(repr, arms))} hold per_fold but no {key}; the corrected t-test needs the rows (or groups) of a training set, n_train, and of a fold, n_test: give both beside per_fold, or leave base out.")
-    if not np.allclose([*told.values()], [*told.values()][0], rtol=1e-6): raise ValueError(f"{key} is {' but '.join(f'{v} in {name!r}' for name, v in told.items())}; scores can be paired on the same folds only: evaluate both arms on the same folds.")
+    if not told:
+        raise ValueError(
+            f"{' and '.join(map(repr, arms))} hold per_fold but no {key}; the corrected t-test "
+            "needs the rows (or groups) of a training set, n_train, and of a fold, n_test: give "
+            "both beside per_fold, or leave base out."
+        )
+    if not np.allclose([*told.values()], [*told.values()][0], rtol=1e-6):
+        raise ValueError(
+            f"{key} is {' but '.join(f'{v} in {name!r}' for name, v in told.items())}; scores can "
+            "be paired on the same folds only: evaluate both arms on the same folds."
+        )
     return [*told.values()][0]
 
-def _against(arm:dict, base:dict, names:tuple[str, str], groups, n_boot:int, seed:int)->tuple[dict, float, str]|None:
-    "Difference to the base {mean, ci}, p and name of the test; None where the two have nothing in common"
+def _against(
+    arm: dict, base: dict, names: tuple[str, str], groups, n_boot: int, seed: int
+) -> tuple[dict, float, str] | None:
+    """Difference to the base {mean, ci}, p and name of the test; None where the two have nothing in
+    common"""
     if "correct" in arm and "correct" in base:
         a, b = (_answers(x["correct"]) for x in (arm, base))
-        if a.shape[1] != b.shape[1] or len({len(a), len(b)} - {1}) > 1: raise ValueError(f"answers of shapes {a.shape} and {b.shape} arrived; expected the same images, and as many seeds or one.")
+        if a.shape[1] != b.shape[1] or len({len(a), len(b)} - {1}) > 1:
+            raise ValueError(
+                f"answers of shapes {a.shape} and {b.shape} arrived; expected the same images, "
+                "and as many seeds or one."
+            )
         codes, n_seeds = group_codes(groups, a.shape[1]), max(len(a), len(b))
-        replicates = [_replicates(_correct_counts(np.broadcast_to(x, (n_seeds, x.shape[1])), codes), _ratio, n_boot, seed) for x in (a, b)]
+        replicates = [
+            _replicates(
+                _correct_counts(np.broadcast_to(x, (n_seeds, x.shape[1])), codes),
+                _ratio,
+                n_boot,
+                seed,
+            )
+            for x in (a, b)
+        ]
         by_row = groups is None and n_seeds == 1
-        test = mcnemar(a[0], b[0]) if by_row else permutation_test(a.mean(axis=0), b.mean(axis=0), groups, seed=seed)
-        return dict(mean=test.difference, ci=percentile_interval(replicates[0] - replicates[1], .95, codes.max() + 1)), test.p, "McNemar" if by_row else f"permutation, {codes.max() + 1} {'images' if groups is None else 'groups'}"
+        test = (
+            mcnemar(a[0], b[0])
+            if by_row
+            else permutation_test(a.mean(axis=0), b.mean(axis=0), groups, seed=seed)
+        )
+        return (
+            dict(
+                mean=test.difference,
+                ci=percentile_interval(replicates[0] - replicates[1], 0.95, codes.max() + 1),
+            ),
+            test.p,
+            "McNemar"
+            if by_row
+            else f"permutation, {codes.max() + 1} {'images' if groups is None else 'groups'}",
+        )
     if "per_fold" in arm and "per_fold" in base:
-        test = compare_folds(arm["per_fold"], base["per_fold"], *(_fold_size(dict(zip(names, (arm, base))), key) for key in ("n_train", "n_test")))
+        test = compare_folds(
+            arm["per_fold"],
+            base["per_fold"],
+            *(_fold_size(dict(zip(names, (arm, base))), key) for key in ("n_train", "n_test")),
+        )
         return dict(mean=test.difference), test.p, f"corrected t, {test.folds} folds"
 
 def compare(
-    arms:dict[str, dict], # Results by arm, as under `arms` in results.json: `accuracy` and others as {mean, ci}, `rankme`, `steps`, ...; for tests also `correct`, right or wrong, (N,) or (n_seeds, N); or `per_fold` (K,), `n_train` and `n_test`
+    # Results by arm, as under `arms` in results.json: `accuracy` and others as {mean, ci},
+    # `rankme`, `steps`, ...; for tests also `correct`, right or wrong, (N,) or (n_seeds, N); or
+    # `per_fold` (K,), `n_train` and `n_test`
+    arms:dict[str, dict],
     base:str|None=None, # Arm that the others are tested against; None for no tests
-    groups:Sequence|None=None, # Of the answers in `correct`: group of every image, for example its patient; None makes each image its own
+    # Of the answers in `correct`: group of every image, for example its patient; None makes each
+    # image its own
+    groups:Sequence|None=None,
     n_boot:int=2000, # Replicates of a difference's interval
     seed:int=0, # Of the resampling
 )->pd.DataFrame: # One row per arm, texts; columns that no arm has are left out
-    "Arms side by side, scores with their intervals, and with `base` the paired tests after Holm's adjustment."
+    """Arms side by side, scores with their intervals, and with `base` the paired tests after Holm's
+    adjustment."""
     rows = {}
     for name, arm in arms.items():
-        row = {label: _cell(arm[key]) for key, label in dict(accuracy="accuracy", balanced_accuracy="balanced accuracy", macro_f1="macro-F1", auc="AUC",
-               accuracy_stain_shift="accuracy, stain shift").items() if arm.get(key) is not None}
-        row |= {f"accuracy, {a} augmentation": _cell(r.get("accuracy", r)) for a, r in (arm.get("by_augmentation") or {}).items()}
-        row |= {label: form.format(arm[key]) for key, label, form in (("augmentation", "augmentation", "{}"), ("rankme", "RankMe", "{:.1f}"), ("lidar", "LiDAR", "{:.1f}"), ("alpha_req", "alpha-ReQ", "{:.2f}"),
-                ("steps", "steps", "{:d}"), ("seconds", "seconds", "{:.0f}")) if arm.get(key) is not None}
+        row = {
+            label: _cell(arm[key])
+            for key, label in dict(
+                accuracy="accuracy",
+                balanced_accuracy="balanced accuracy",
+                macro_f1="macro-F1",
+                auc="AUC",
+                accuracy_stain_shift="accuracy, stain shift",
+            ).items()
+            if arm.get(key) is not None
+        }
+        row |= {
+            f"accuracy, {a} augmentation": _cell(r.get("accuracy", r))
+            for a, r in (arm.get("by_augmentation") or {}).items()
+        }
+        row |= {
+            label: form.format(arm[key])
+            for key, label, form in (
+                ("augmentation", "augmentation", "{}"),
+                ("rankme", "RankMe", "{:.1f}"),
+                ("lidar", "LiDAR", "{:.1f}"),
+                ("alpha_req", "alpha-ReQ", "{:.2f}"),
+                ("steps", "steps", "{:d}"),
+                ("seconds", "seconds", "{:.0f}"),
+            )
+            if arm.get(key) is not None
+        }
         rows[name] = row
     if base is not None:
-        if base not in arms: raise ValueError(f"base is {base!r}; expected one of the arms: {', '.join(arms)}.")
-        found = {name: _against(arm, arms[base], (name, base), groups, n_boot, seed) for name, arm in arms.items() if name != base}
+        if base not in arms:
+            raise ValueError(f"base is {base!r}; expected one of the arms: {', '.join(arms)}.")
+        found = {
+            name: _against(arm, arms[base], (name, base), groups, n_boot, seed)
+            for name, arm in arms.items()
+            if name != base
+        }
         found = {name: r for name, r in found.items() if r}
-        if not found: raise ValueError(f"no arm shares `correct` or `per_fold` with {base!r}, so nothing can be tested: put right and wrong answers on one test set into the arms, or scores of the same folds, or leave base out.")
-        for (name, (difference, _, test)), p in zip(found.items(), holm([r[1] for r in found.values()])):
-            rows[name] |= {f"difference to {base}": _cell(difference, "+.3f"), "p (Holm)": f"{p:.3f}" if p >= .001 else "< 0.001", "test": test}
+        if not found:
+            raise ValueError(
+                f"no arm shares `correct` or `per_fold` with {base!r}, so nothing can be tested: "
+                "put right and wrong answers on one test set into the arms, or scores of the "
+                "same folds, or leave base out."
+            )
+        for (name, (difference, _, test)), p in zip(
+            found.items(), holm([r[1] for r in found.values()])
+        ):
+            rows[name] |= {
+                f"difference to {base}": _cell(difference, "+.3f"),
+                "p (Holm)": f"{p:.3f}" if p >= 0.001 else "< 0.001",
+                "test": test,
+            }
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
 # %% ../../nbs/evaluate/tables.ipynb #2840750f
 def _texts(frame:pd.DataFrame, digits:int)->tuple[list[list[str]], list[bool]]:
     "Header and rows as text, index first; and whether a column holds numbers"
-    def text(v): return f"{v:.{digits}f}" if isinstance(v, (float, np.floating)) and np.isfinite(v) else "" if v is None or v is pd.NA or v != v else " ".join(str(v).split())
-    names = lambda key: [*key] if isinstance(key, tuple) else [key]
-    rows = [[text(v) for v in (*names(i), *values)] for i, values in zip(frame.index, frame.itertuples(index=False, name=None))]
-    header = [*(text(n) for n in frame.index.names), *(", ".join(map(text, names(c))) for c in frame.columns)]
-    return [header, *rows], [False]*frame.index.nlevels + [pd.api.types.is_numeric_dtype(d) for d in frame.dtypes]
+    def text(v):
+        return (
+            f"{v:.{digits}f}"
+            if isinstance(v, (float, np.floating)) and np.isfinite(v)
+            else ""
+            if v is None or v is pd.NA or v != v
+            else " ".join(str(v).split())
+        )
+    def names(key): return [*key] if isinstance(key, tuple) else [key]
+    rows = [
+        [text(v) for v in (*names(i), *values)]
+        for i, values in zip(frame.index, frame.itertuples(index=False, name=None))
+    ]
+    header = [
+        *(text(n) for n in frame.index.names),
+        *(", ".join(map(text, names(c))) for c in frame.columns),
+    ]
+    return [header, *rows], [False] * frame.index.nlevels + [
+        pd.api.types.is_numeric_dtype(d) for d in frame.dtypes
+    ]
 
 def to_markdown(
     frame:pd.DataFrame, # Of `compare`, or any other
@@ -100,11 +200,26 @@ def to_markdown(
     rows, right = _texts(frame, digits)
     rows = [[re.sub(r"[\\|*`<]|(?<!\w)_|_(?!\w)", r"\\\g<0>", v) for v in row] for row in rows]
     width = [max(3, *(len(row[c]) for row in rows)) for c in range(len(right))]
-    line = lambda row: "| " + " | ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(row, width, right)) + " |"
+    def line(row):
+        return (
+            "| "
+            + " | ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(row, width, right))
+            + " |"
+        )
     rule = "|" + "|".join("-"*(w + 1) + (":" if r else "-") for w, r in zip(width, right)) + "|"
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])]) + "\n"
 
-_TEX = str.maketrans({**{c: f"\\{c}" for c in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"})
+_TEX = str.maketrans(
+    {
+        **{c: f"\\{c}" for c in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+    }
+)
 
 def to_latex(
     frame:pd.DataFrame, # Of `compare`, or any other
@@ -113,9 +228,33 @@ def to_latex(
     digits:int=3, # Decimals of floats
 )->str: # Needs `\usepackage{booktabs}`
     "A table in LaTeX, every cell escaped, index first."
-    if label is not None and caption is None: raise ValueError(f"label {label!r} arrived without a caption; LaTeX numbers captions: give both, or neither.")
+    if label is not None and caption is None:
+        raise ValueError(
+            f"label {label!r} arrived without a caption; LaTeX numbers captions: give both, or "
+            "neither."
+        )
     rows, right = _texts(frame, digits)
-    lines = [" & ".join("{}"*v.startswith("[") + v.translate(_TEX) for v in row) + r" \\" for row in rows]         # a bracket after \\ would be taken for a length
-    body = [r"\begin{tabular}{" + "".join("lr"[r] for r in right) + "}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
-    if caption is not None: body = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", *([rf"\label{{{label}}}"] if label else []), *body, r"\end{table}"]
+    # a bracket after \\ would be taken for a length
+    lines = [
+        " & ".join("{}" * v.startswith("[") + v.translate(_TEX) for v in row) + r" \\"
+        for row in rows
+    ]
+    body = [
+        r"\begin{tabular}{" + "".join("lr"[r] for r in right) + "}",
+        r"\toprule",
+        lines[0],
+        r"\midrule",
+        *lines[1:],
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    if caption is not None:
+        body = [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            *([rf"\label{{{label}}}"] if label else []),
+            *body,
+            r"\end{table}",
+        ]
     return "\n".join(body) + "\n"

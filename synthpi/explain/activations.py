@@ -20,21 +20,49 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # %% ../../nbs/explain/activations.ipynb #e4ec77fc
 @contextlib.contextmanager
 def _as_found(model):
-    "Evaluation mode and one private input per ReLU inside; outside, model and random generators as before."
-    if odd := [k or "the model" for k, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]: raise ValueError(f"{odd[0]} is TorchScript, whose modules cannot be hooked; pass the Python module that it was made of.")
-    modules, parameters = [(m, m.training) for m in model.modules()], [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    hooks = [(m, k, dict(v) if isinstance(v, dict) else v) for m, _ in modules for k, v in vars(m).items() if "hook" in k]
-    buffers = [(m, k, b, b.detach().clone()) for m, _ in modules for k, b in m._buffers.items() if b is not None]
+    """Evaluation mode and one private input per ReLU inside; outside, model and random generators
+    as before."""
+    if odd := [
+        k or "the model" for k, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)
+    ]:
+        raise ValueError(
+            f"{odd[0]} is TorchScript, whose modules cannot be hooked; pass the Python module "
+            "that it was made of."
+        )
+    modules, parameters = (
+        [(m, m.training) for m in model.modules()],
+        [(p, p.requires_grad, p.grad) for p in model.parameters()],
+    )
+    hooks = [
+        (m, k, dict(v) if isinstance(v, dict) else v)
+        for m, _ in modules
+        for k, v in vars(m).items()
+        if "hook" in k
+    ]
+    buffers = [
+        (m, k, b, b.detach().clone())
+        for m, _ in modules
+        for k, b in m._buffers.items()
+        if b is not None
+    ]
     try:
         for m, _ in modules:
             if isinstance(m, nn.ReLU): m.register_forward_pre_hook(lambda m, x: (x[0].clone(),))
         model.eval()
-        with torch.random.fork_rng({p.device for p, *_ in parameters if p.is_cuda}), torch.inference_mode(False), torch.enable_grad(): yield
+        with (
+            torch.random.fork_rng({p.device for p, *_ in parameters if p.is_cuda}),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            yield
     finally:
         for m, mode in modules: m.training = mode
         for m, k, v in hooks:
-            if isinstance(v, dict): vars(m)[k].clear(); vars(m)[k].update(v)
-            else: setattr(m, k, v)
+            if isinstance(v, dict):
+                vars(m)[k].clear()
+                vars(m)[k].update(v)
+            else:
+                setattr(m, k, v)
         for p, wants, grad in parameters: p.requires_grad, p.grad = wants, grad
         with torch.no_grad():
             for m, k, b, value in buffers:
@@ -42,27 +70,84 @@ def _as_found(model):
                 if not torch.equal(b, value): b.copy_(value)
 
 # %% ../../nbs/explain/activations.ipynb #2d9b5d9a
-_PARTS = ("elu", "silu", "mish", "hardswish", "softplus", "threshold", "hardtanh", "glu", "activation", "encoder_layer_fwd")      # of the names of rectifying operations; "elu" is in relu, gelu, prelu, ...
-_SQUASH = {"sigmoid", "tanh", "erf", "hardsigmoid", "gt", "ge", "lt", "le", "sign", "sgn", "heaviside"}
-_ELEMENTWISE = {"add", "sub", "rsub", "mul", "div", "pow", "neg", "clone", "detach", "alias", "_to_copy", "where", "masked_fill", "abs", "addcmul"}
-_EXTREME = {"maximum", "minimum", "fmax", "fmin", "logaddexp", "logaddexp2"}         # of a tensor and zeros, or of a tensor and a function of itself
+# of the names of rectifying operations; "elu" is in relu, gelu, prelu, ...
+_PARTS = (
+    "elu",
+    "silu",
+    "mish",
+    "hardswish",
+    "softplus",
+    "threshold",
+    "hardtanh",
+    "glu",
+    "activation",
+    "encoder_layer_fwd",
+)
+_SQUASH = {
+    "sigmoid",
+    "tanh",
+    "erf",
+    "hardsigmoid",
+    "gt",
+    "ge",
+    "lt",
+    "le",
+    "sign",
+    "sgn",
+    "heaviside",
+}
+_ELEMENTWISE = {
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "pow",
+    "neg",
+    "clone",
+    "detach",
+    "alias",
+    "_to_copy",
+    "where",
+    "masked_fill",
+    "abs",
+    "addcmul",
+}
+# of a tensor and zeros, or of a tensor and a function of itself
+_EXTREME = {"maximum", "minimum", "fmax", "fmin", "logaddexp", "logaddexp2"}
 
 class _Watch(TorchDispatchMode):
     "Count rectifying operations by the module that is running."
-    def __init__(self, running, images): super().__init__(); self.running, self.input, self.calls, self.root, self.squashed, self.stacked, self.kept = running, self.key(images), Counter(), {}, {}, {}, []
+    def __init__(self, running, images):
+        super().__init__()
+        self.running, self.input, self.calls, self.root, self.squashed, self.stacked, self.kept = (
+            running,
+            self.key(images),
+            Counter(),
+            {},
+            {},
+            {},
+            [],
+        )
     def note(self, op): self.calls[self.running[-1] if self.running else ("", None), op] += 1
     @staticmethod
     def key(x): return x.untyped_storage().data_ptr()
     @staticmethod
     def zero(x): return not x.any() if isinstance(x, Tensor) else x is not None and x == 0
-    def of(self, x): return self.root.get(self.key(x), self.key(x))            # the tensor that x was made of, element by element
-    def itself(self, tensors): return len({self.of(x) for x in tensors}) == 1 < len({self.key(x) for x in tensors})
+    # the tensor that x was made of, element by element
+    def of(self, x): return self.root.get(self.key(x), self.key(x))
+    def itself(self, tensors):
+        return len({self.of(x) for x in tensors}) == 1 < len({self.key(x) for x in tensors})
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, key = kwargs or {}, self.key
         op, out = func.overloadpacket.__name__.rstrip("_"), func(*args, **kwargs)
         if "clamp" in op:
-            bounds = [x for x in (*args[1:3], kwargs.get("min"), kwargs.get("max")) if x is not None]
-            if any(map(self.zero, bounds)) and (len(bounds) == 1 or self.of(args[0]) != self.input): self.note(op)        # the clamp of a norm at 1e-12 is no rectifier, nor that of pixels to [0, 1]
+            bounds = [
+                x for x in (*args[1:3], kwargs.get("min"), kwargs.get("max")) if x is not None
+            ]
+            # the clamp of a norm at 1e-12 is no rectifier, nor that of pixels to [0, 1]
+            if any(map(self.zero, bounds)) and (len(bounds) == 1 or self.of(args[0]) != self.input):
+                self.note(op)
         elif any(part in op for part in _PARTS): self.note(op)
         elif op in _EXTREME and (any(map(self.zero, args)) or self.itself(args)): self.note(op)
         elif op == "stack" and (any(map(self.zero, args[0])) or self.itself(args[0])):
@@ -70,21 +155,38 @@ class _Watch(TorchDispatchMode):
             self.kept.append((out, args))
         elif op in ("amax", "amin", "max", "min") and key(args[0]) in self.stacked:
             dims = [*args[1:], kwargs.get("dim", [])][0]
-            if not (dims := [dims] if isinstance(dims, int) else dims) or self.stacked[key(args[0])] in [d % args[0].ndim for d in dims]: self.note(f"{op} of a stack")
+            if not (dims := [dims] if isinstance(dims, int) else dims) or self.stacked[
+                key(args[0])
+            ] in [d % args[0].ndim for d in dims]:
+                self.note(f"{op} of a stack")
         elif "index_put" in op and (masks := [i for i in args[1] if i is not None and key(i) in self.squashed and self.of(i) == self.of(args[0])]): self.note(f"index_put by {self.squashed[key(masks[0])]}")
         if not isinstance(out, Tensor) or not args or op not in _SQUASH | _ELEMENTWISE: return out
-        tensors = [x for x in args[op == "addcmul":] if isinstance(x, Tensor) and x.shape == out.shape]
+        tensors = [
+            x for x in args[op == "addcmul" :] if isinstance(x, Tensor) and x.shape == out.shape
+        ]
         if op == "where": tensors = [x for k, x in enumerate(tensors) if not k or x.any()]
-        roots, gates = {self.of(x) for x in tensors}, [self.squashed[key(x)] for x in tensors if key(x) in self.squashed]
-        if op in ("mul", "addcmul", "where", "masked_fill") and gates and len(gates) < len(tensors) and len(roots) == 1: self.note(f"{op} by {gates[0]}")
+        roots, gates = (
+            {self.of(x) for x in tensors},
+            [self.squashed[key(x)] for x in tensors if key(x) in self.squashed],
+        )
+        if (
+            op in ("mul", "addcmul", "where", "masked_fill")
+            and gates
+            and len(gates) < len(tensors)
+            and len(roots) == 1
+        ):
+            self.note(f"{op} by {gates[0]}")
         elif len(roots) == 1:
             self.root[key(out)] = roots.pop()
-            if op in _SQUASH and tensors[0].is_floating_point() or gates: self.squashed[key(out)] = gates[0] if gates else op
-        self.kept.append((out, args))                                       # while it lives, no other tensor has its address
+            if op in _SQUASH and tensors[0].is_floating_point() or gates:
+                self.squashed[key(out)] = gates[0] if gates else op
+        # while it lives, no other tensor has its address
+        self.kept.append((out, args))
         return out
 
 def _watch(model, images):
-    "One forward pass: rectifier calls by (module, operation), the convolutions with their output and kernel extents in order, how often each module ran, and the output."
+    """One forward pass: rectifier calls by (module, operation), the convolutions with their output
+    and kernel extents in order, how often each module ran, and the output."""
     running, seen, hooks = [], SimpleNamespace(convs=[], runs=Counter(), shapes={}), []
     for name, m in model.named_modules():
         hooks.append(m.register_forward_pre_hook(lambda m, x, name=name: running.append((name, m))))
@@ -92,10 +194,12 @@ def _watch(model, images):
             running.pop()
             seen.runs[m] += 1
             seen.shapes[m] = tuple(out.shape) if isinstance(out, Tensor) else ()
-            if isinstance(m, nn.modules.conv._ConvNd): seen.convs.append((m, tuple(out.shape[2:]), tuple(m.kernel_size)))
+            if isinstance(m, nn.modules.conv._ConvNd):
+                seen.convs.append((m, tuple(out.shape[2:]), tuple(m.kernel_size)))
         hooks.append(m.register_forward_hook(leave))
     try:
-        x = images.detach().clone().requires_grad_()                       # a gradient keeps transformers off their fused path
+        # a gradient keeps transformers off their fused path
+        x = images.detach().clone().requires_grad_()
         with _Watch(running, x) as watch: seen.out = model(x)
     finally:
         for hook in hooks: hook.remove()
@@ -107,7 +211,10 @@ def _coverage_table(calls):
         if op != "relu": return "not a ReLU: the rule is not defined for it"
         if isinstance(m, nn.ReLU) and type(m).forward is nn.ReLU.forward: return "guided"
         return "missed: called as a function, no nn.ReLU to hook"
-    rows = [(name or "(model)", op, n, says(m, op) == "guided", says(m, op)) for ((name, m), op), n in calls.items()]
+    rows = [
+        (name or "(model)", op, n, says(m, op) == "guided", says(m, op))
+        for ((name, m), op), n in calls.items()
+    ]
     return pd.DataFrame(rows, columns=["module", "operation", "calls", "guided", "says"])
 
 # %% ../../nbs/explain/activations.ipynb #775d0f9e
@@ -115,5 +222,6 @@ def coverage(
     model:nn.Module, # `(B, C, H, W)` or `(B, C, X, Y, Z)` to `(B, n)`
     example:Tensor, # One batch as the model takes it; one image is enough
 )->pd.DataFrame: # Columns: module, operation, calls, guided, says
-    "Which rectifiers a forward pass ran, in which module, and whether guided back-propagation reaches them."
+    """Which rectifiers a forward pass ran, in which module, and whether guided back-propagation
+    reaches them."""
     with _as_found(model): return _coverage_table(_watch(model, example).calls)

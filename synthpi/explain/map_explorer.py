@@ -50,19 +50,48 @@ def plot_points(
     if (~shown).any(): ax.scatter(*coords[~shown].T, s=6, c="#C8C8C8", marker=".", linewidths=0)
     for c in [-1, *range(len(classes))]:
         i = shown & (labels < 0 if c < 0 else labels == c)
-        if i.any(): ax.scatter(*coords[i].T, s=area, c="#777777" if c < 0 else COLOURS[c % 12], marker="." if c < 0 else MARKERS[(c + c//12) % 12], linewidths=.3, edgecolors="white", label="unlabelled" if c < 0 else classes[c])
-    for rows, width, wide in ((list(near), 1, 2.5), ([] if chosen is None else [chosen], 2.2, 5)): ax.scatter(*coords[rows].T, s=wide*area + 20, facecolors="none", edgecolors="black", linewidths=width, zorder=3)
-    ax.set_xticks([]); ax.set_yticks([]); ax.margins(.05)
+        if i.any():
+            ax.scatter(
+                *coords[i].T,
+                s=area,
+                c="#777777" if c < 0 else COLOURS[c % 12],
+                marker="." if c < 0 else MARKERS[(c + c // 12) % 12],
+                linewidths=0.3,
+                edgecolors="white",
+                label="unlabelled" if c < 0 else classes[c],
+            )
+    for rows, width, wide in ((list(near), 1, 2.5), ([] if chosen is None else [chosen], 2.2, 5)):
+        ax.scatter(
+            *coords[rows].T,
+            s=wide * area + 20,
+            facecolors="none",
+            edgecolors="black",
+            linewidths=width,
+            zorder=3,
+        )
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.margins(0.05)
     if shown.any():
-        legend = fig.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False, handletextpad=.1, columnspacing=1)
+        legend = fig.legend(
+            loc="outside lower center",
+            ncols=3,
+            fontsize=8,
+            frameon=False,
+            handletextpad=0.1,
+            columnspacing=1,
+        )
         for text in legend.get_texts(): text.set_parse_math(False)
     plt.close(fig)
     return fig
 
 def _places(fig, coords):
     "Where points of the map are in the picture: fractions from the left and the upper edge, (N, 2)"
-    fig.draw_without_rendering()                                                        # the layout settles when it is drawn
-    return fig.transFigure.inverted().transform(fig.axes[0].transData.transform(np.asarray(coords, float)))*[1, -1] + [0, 1]
+    # the layout settles when it is drawn
+    fig.draw_without_rendering()
+    return fig.transFigure.inverted().transform(
+        fig.axes[0].transData.transform(np.asarray(coords, float))
+    ) * [1, -1] + [0, 1]
 
 def point_at(
     fig:Figure, # Of `plot_points`
@@ -80,14 +109,17 @@ def point_at(
 def _item(source, row):
     "An image of a sequence, or of a function of the row, as `(H, W, 3)` `uint8`"
     image = source(row) if callable(source) else source[row]
-    if isinstance(image, Tensor): image = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
     return to_rgb(image)
 
 def plot_point(
     chosen:int, # Row
     near:Sequence[int], # Rows of its neighbours
     distance:Sequence[float], # Their distances
-    images, # Sequence, or function of a row: PIL images, arrays as for `to_rgb`, or tensors (C, H, W) in [0, 1]
+    # Sequence, or function of a row: PIL images, arrays as for `to_rgb`, or tensors (C, H, W) in
+    # [0, 1]
+    images,
     labels, # Class indices, (N,)
     classes:Sequence[str], # Class names
     synthetic=None, # Synthetic partners, as `images`
@@ -95,45 +127,122 @@ def plot_point(
     groups:Sequence|None=None, # Patient of each, (N,)
     size:float=1.15, # Width of an image, inches
 )->Figure: # The figure, not shown
-    "An image with what belongs to it (first row), and its neighbours (second row), with class, patient and distance."
-    name = lambda r: (classes[labels[r]] if labels[r] >= 0 else "unlabelled") + ("" if groups is None else f"\n{groups[r]}")
+    """An image with what belongs to it (first row), and its neighbours (second row), with class,
+    patient and distance."""
+    def name(r):
+        return (classes[labels[r]] if labels[r] >= 0 else "unlabelled") + (
+            "" if groups is None else f"\n{groups[r]}"
+        )
     first = [(_item(images, chosen), f"point {chosen}\n{name(chosen)}")]
     if synthetic is not None: first.append((_item(synthetic, chosen), "synthetic"))
-    if saliency is not None: first.append((to_rgb(saliency_display(saliency(chosen) if callable(saliency) else saliency[chosen])), "saliency"))
-    rows = [first, [(_item(images, r), f"{k + 1}. at {d:.2g}\n{name(r)}") for k, (r, d) in enumerate(zip(near, distance))]]
+    if saliency is not None:
+        first.append(
+            (
+                to_rgb(
+                    saliency_display(saliency(chosen) if callable(saliency) else saliency[chosen])
+                ),
+                "saliency",
+            )
+        )
+    rows = [
+        first,
+        [
+            (_item(images, r), f"{k + 1}. at {d:.2g}\n{name(r)}")
+            for k, (r, d) in enumerate(zip(near, distance))
+        ],
+    ]
     lines, ncols = 2 + (groups is not None), max(map(len, rows))
-    fig, axes = plt.subplots(2, ncols, figsize=(size*ncols + .1, 2*(size + .15*lines)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        2,
+        ncols,
+        figsize=(size * ncols + 0.1, 2 * (size + 0.15 * lines)),
+        squeeze=False,
+        layout="constrained",
+    )
     for ax in axes.flat: ax.axis("off")
     for line, found in zip(axes, rows):
-        for ax, (image, title) in zip(line, found): ax.imshow(image); ax.set_title(title, fontsize=8, parse_math=False)
+        for ax, (image, title) in zip(line, found):
+            ax.imshow(image)
+            ax.set_title(title, fontsize=8, parse_math=False)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/explain/map_explorer.ipynb #cff0e5c4
 class MapExplorer(Explorer):
-    "What `explore_map` gives: `filter` (classes), `patients` (None without `groups`) and `point` can be read and set, `near` holds the rows of the neighbours."
+    """What `explore_map` gives: `filter` (classes), `patients` (None without `groups`) and `point`
+    can be read and set, `near` holds the rows of the neighbours."""
     def __init__(self, coords, images, labels, classes, synthetic, saliency, features, groups, k, metric):
-        once = lambda x: lru_cache(256)(x) if callable(x) else x                         # what is computed is computed once for a point
-        self.coords, self.labels, self.classes, self.features, self.groups, self.k, self.metric = coords, labels, classes, features, groups, k, metric
-        self._behind, self._fig, self.near, self.patients = {"images": once(images), "synthetic": once(synthetic), "saliency": once(saliency), "groups": groups}, None, [], None
+        # what is computed is computed once for a point
+        def once(x): return lru_cache(256)(x) if callable(x) else x
+        self.coords, self.labels, self.classes, self.features, self.groups, self.k, self.metric = (
+            coords,
+            labels,
+            classes,
+            features,
+            groups,
+            k,
+            metric,
+        )
+        self._behind, self._fig, self.near, self.patients = (
+            {
+                "images": once(images),
+                "synthetic": once(synthetic),
+                "saliency": once(saliency),
+                "groups": groups,
+            },
+            None,
+            [],
+            None,
+        )
         every = [*([-1] if (labels < 0).any() else []), *range(len(classes))]
-        choice = lambda options, what: widgets.SelectMultiple(options=options, value=[v for _, v in options], rows=min(max(len(options), 3), 8), description=what, layout={"max_width": "100%"})
-        self.filter = choice([(classes[c] if c >= 0 else "unlabelled", c) for c in every], "classes")
+        def choice(options, what):
+            return widgets.SelectMultiple(
+                options=options,
+                value=[v for _, v in options],
+                rows=min(max(len(options), 3), 8),
+                description=what,
+                layout={"max_width": "100%"},
+            )
+        self.filter = choice(
+            [(classes[c] if c >= 0 else "unlabelled", c) for c in every], "classes"
+        )
         if groups is not None:
             names, self._whose = np.unique(groups.astype(str), return_inverse=True)
             self.patients = choice([(str(name), i) for i, name in enumerate(names)], "patients")
-        self.point = widgets.BoundedIntText(value=0, min=0, max=len(coords) - 1, description="point", layout={"max_width": "100%"})
+        self.point = widgets.BoundedIntText(
+            value=0, min=0, max=len(coords) - 1, description="point", layout={"max_width": "100%"}
+        )
         filters = [self.filter, *([] if self.patients is None else [self.patients])]
-        picture, self.found, wrap = ClickablePicture(), ClickablePicture(), widgets.Layout(flex_flow="row wrap")
-        box = widgets.HBox([picture, widgets.VBox([widgets.HBox(filters, layout=wrap), self.point, self.found], layout={"max_width": "100%"})], layout=wrap)
+        picture, self.found, wrap = (
+            ClickablePicture(),
+            ClickablePicture(),
+            widgets.Layout(flex_flow="row wrap"),
+        )
+        box = widgets.HBox(
+            [
+                picture,
+                widgets.VBox(
+                    [widgets.HBox(filters, layout=wrap), self.point, self.found],
+                    layout={"max_width": "100%"},
+                ),
+            ],
+            layout=wrap,
+        )
         super().__init__(box, picture, lambda: side_by_side(self.picture.png, self.found.png), "")
         picture.on_click(self.click)
-        picture.on_hover([f"point {r}: {self._name(r)}" + ("" if groups is None else f"\n{groups[r]}") for r in range(len(coords))], self._thumbnail)
+        picture.on_hover(
+            [
+                f"point {r}: {self._name(r)}" + ("" if groups is None else f"\n{groups[r]}")
+                for r in range(len(coords))
+            ],
+            self._thumbnail,
+        )
         for w in (*filters, self.point): w.observe(lambda _: self.show(), "value")
         self.show()
         self.alt = f"{self.picture.alt} {self.found.alt}"
 
-    def _name(self, row): return self.classes[self.labels[row]] if self.labels[row] >= 0 else "unlabelled"
+    def _name(self, row):
+        return self.classes[self.labels[row]] if self.labels[row] >= 0 else "unlabelled"
 
     def _thumbnail(self, row):
         image = Image.fromarray(_item(self._behind["images"], row))
@@ -141,7 +250,10 @@ class MapExplorer(Explorer):
         return picture_png(np.array(image))
 
     @property
-    def shown(self): return np.isin(self.labels, self.filter.value) & (True if self.patients is None else np.isin(self._whose, self.patients.value))
+    def shown(self):
+        return np.isin(self.labels, self.filter.value) & (
+            True if self.patients is None else np.isin(self._whose, self.patients.value)
+        )
 
     def click(self,
         x:float, # From the left edge (0) to the right one (1)
@@ -155,12 +267,38 @@ class MapExplorer(Explorer):
         "Draw what is chosen."
         row, shown = self.point.value, self.shown
         alone = np.arange(len(self.coords))
-        self.near, distance = nearest_in_others(self.features, alone if self.groups is None else self.groups, row, self.k, None, self.metric)
+        self.near, distance = nearest_in_others(
+            self.features,
+            alone if self.groups is None else self.groups,
+            row,
+            self.k,
+            None,
+            self.metric,
+        )
         self._fig = plot_points(self.coords, self.labels, self.classes, shown, row, self.near)
         self.picture.put(np.where(shown[:, None], _places(self._fig, self.coords), np.nan))
-        self.picture.png, self.found.png = picture_png(self._fig), picture_png(plot_point(row, self.near, distance, labels=self.labels, classes=self.classes, **self._behind))
-        self.picture.alt = f"Map of {len(self.coords)} points, {int(shown.sum())} of them in colour; point {row} is ringed. The number chooses the same as a click."
-        self.found.alt = f"Point {row}, {self._name(row)}, and its nearest: " + "; ".join(f"point {r}, {self._name(r)}" for r in self.near) + "."
+        self.picture.png, self.found.png = (
+            picture_png(self._fig),
+            picture_png(
+                plot_point(
+                    row,
+                    self.near,
+                    distance,
+                    labels=self.labels,
+                    classes=self.classes,
+                    **self._behind,
+                )
+            ),
+        )
+        self.picture.alt = (
+            f"Map of {len(self.coords)} points, {int(shown.sum())} of them in colour; point {row} "
+            "is ringed. The number chooses the same as a click."
+        )
+        self.found.alt = (
+            f"Point {row}, {self._name(row)}, and its nearest: "
+            + "; ".join(f"point {r}, {self._name(r)}" for r in self.near)
+            + "."
+        )
 
 def explore_map(
     coords, # (N, 2), or what `embedding_map` returned
@@ -168,18 +306,52 @@ def explore_map(
     labels=None, # Class indices, (N,); negative for unlabelled; None: all are
     classes:Sequence[str]=(), # Class names
     synthetic=None, # Synthetic partners, as `images`
-    saliency=None, # Signed maps (N, 3, H, W), or a function of the row, called once for each point that is chosen
-    features=None, # What neighbours are sought by, (N, R); None: the map's coordinates, which bend distances
+    # Signed maps (N, 3, H, W), or a function of the row, called once for each point that is chosen
+    saliency=None,
+    # What neighbours are sought by, (N, R); None: the map's coordinates, which bend distances
+    features=None,
     groups:Sequence|None=None, # Patients, (N,): neighbours are of others
     k:int=5, # Neighbours shown
     metric:str="euclidean", # Or "cosine"
 )->MapExplorer: # Shows itself as the last value of a cell; a still picture without a kernel
     "Hover over a map, click a point, and see what is behind it."
     coords = np.asarray(coords["coords"] if isinstance(coords, Mapping) else coords, float)
-    if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) < 2 or not np.isfinite(coords).all(): raise ValueError(f"coordinates of shape {coords.shape} arrived; expected finite (N, 2) of 2 points or more.")
+    if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) < 2 or not np.isfinite(coords).all():
+        raise ValueError(
+            f"coordinates of shape {coords.shape} arrived; expected finite (N, 2) of 2 points or "
+            "more."
+        )
     labels = np.full(len(coords), -1) if labels is None else np.asarray(labels)
-    if labels.dtype.kind not in "iu" or (len(labels) and labels.max() >= len(classes)): raise ValueError(f"labels of type {labels.dtype} up to {labels.max() if len(labels) else '-'} arrived with {len(classes)} classes; expected whole numbers below that, negative for unlabelled.")
+    if labels.dtype.kind not in "iu" or (len(labels) and labels.max() >= len(classes)):
+        raise ValueError(
+            f"labels of type {labels.dtype} up to {labels.max() if len(labels) else '-'} arrived "
+            f"with {len(classes)} classes; expected whole numbers below that, negative for "
+            "unlabelled."
+        )
     features = coords if features is None else np.asarray(features)
-    counts = {"labels": labels, "features": features} | {n: x for n, x in (("images", images), ("synthetic", synthetic), ("saliency", saliency), ("groups", groups)) if x is not None and not callable(x)}
-    if wrong := [f"{len(x)} {n}" for n, x in counts.items() if len(x) != len(coords)]: raise ValueError(f"{', '.join(wrong)} arrived for {len(coords)} points; expected one for each.")
-    return MapExplorer(coords, images, labels, list(classes), synthetic, saliency, features, None if groups is None else np.asarray(groups), k, metric)
+    counts = {"labels": labels, "features": features} | {
+        n: x
+        for n, x in (
+            ("images", images),
+            ("synthetic", synthetic),
+            ("saliency", saliency),
+            ("groups", groups),
+        )
+        if x is not None and not callable(x)
+    }
+    if wrong := [f"{len(x)} {n}" for n, x in counts.items() if len(x) != len(coords)]:
+        raise ValueError(
+            f"{', '.join(wrong)} arrived for {len(coords)} points; expected one for each."
+        )
+    return MapExplorer(
+        coords,
+        images,
+        labels,
+        list(classes),
+        synthetic,
+        saliency,
+        features,
+        None if groups is None else np.asarray(groups),
+        k,
+        metric,
+    )

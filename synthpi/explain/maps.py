@@ -39,18 +39,37 @@ from ..core.files import atomic_path
 
 # %% ../../nbs/explain/maps.ipynb #9ae4a1ce
 def _whole(labels):
-    "An array; whole numbers beside missing ones, which NumPy keeps as objects, become numbers with -1 for missing"
+    """An array; whole numbers beside missing ones, which NumPy keeps as objects, become numbers
+    with -1 for missing"""
     labels = np.asarray(labels)
-    missing = lambda v: v is None or v != v
-    if labels.dtype.kind != "O" or not all(isinstance(v, Integral) or v is None or isinstance(v, (float, np.floating)) and missing(v) for v in labels.ravel()): return labels
-    return np.array([-1 if missing(v) else int(v) for v in labels.ravel()], int).reshape(labels.shape)
+    def missing(v): return v is None or v != v
+    if labels.dtype.kind != "O" or not all(
+        isinstance(v, Integral) or v is None or isinstance(v, (float, np.floating)) and missing(v)
+        for v in labels.ravel()
+    ):
+        return labels
+    return np.array([-1 if missing(v) else int(v) for v in labels.ravel()], int).reshape(
+        labels.shape
+    )
 
 def _codes(labels, n, what):
     "Whole numbers from labels; negative, empty or missing ones are -1"
     labels = _whole(labels)
-    if labels.ndim != 1 or len(labels) != n: raise ValueError(f"{what} of shape {labels.shape} arrived for {n} points; expected one for each.")
-    if labels.dtype.kind in "iub": return np.where(labels < 0, -1, labels).astype(int) if labels.dtype.kind == "i" else labels.astype(int)
-    if labels.dtype.kind == "f": raise ValueError(f"{what} of type {labels.dtype} arrived; expected class numbers or names. Measured quantities are drawn by plot_map(values=).")
+    if labels.ndim != 1 or len(labels) != n:
+        raise ValueError(
+            f"{what} of shape {labels.shape} arrived for {n} points; expected one for each."
+        )
+    if labels.dtype.kind in "iub":
+        return (
+            np.where(labels < 0, -1, labels).astype(int)
+            if labels.dtype.kind == "i"
+            else labels.astype(int)
+        )
+    if labels.dtype.kind == "f":
+        raise ValueError(
+            f"{what} of type {labels.dtype} arrived; expected class numbers or names. Measured "
+            "quantities are drawn by plot_map(values=)."
+        )
     names, codes = np.unique(labels.astype(str), return_inverse=True)
     return np.where(np.isin(names, ["", "None", "nan", "<NA>"])[codes], -1, codes)
 
@@ -67,7 +86,9 @@ def agreement(
     hits, chance = [], []
     for i in range(0, len(x), 512):
         other = own[i:i + 512, None] != own
-        near = np.argsort(np.where(other, cdist(x[i:i + 512], x), np.inf), axis=1, kind="stable")[:, :k]
+        near = np.argsort(np.where(other, cdist(x[i : i + 512], x), np.inf), axis=1, kind="stable")[
+            :, :k
+        ]
         counts, same = np.take_along_axis(other, near, 1), y[near] == y[i:i + 512, None]
         able = other.any(1)
         hits += ((same & counts).sum(1)[able]/counts.sum(1)[able]).tolist()
@@ -83,9 +104,14 @@ def separation(
     "How far labels lie apart in a space."
     x, y = np.asarray(x, np.float64), _codes(labels, len(x), "labels")
     known, n = y >= 0, len(set(y[y >= 0]))
-    found = {"silhouette": float(silhouette_score(x[known], y[known])) if 1 < n < known.sum() else float("nan")}
+    found = {
+        "silhouette": float(silhouette_score(x[known], y[known]))
+        if 1 < n < known.sum()
+        else float("nan")
+    }
     found["neighbours"], found["chance"] = agreement(x, y, k=k)
-    if groups is not None: found["other_patients"], found["chance_other_patients"] = agreement(x, y, groups, k)
+    if groups is not None:
+        found["other_patients"], found["chance_other_patients"] = agreement(x, y, groups, k)
     return found
 
 # %% ../../nbs/explain/maps.ipynb #b3b55309
@@ -94,9 +120,18 @@ _SCORED = 5000      # points: silhouette and trustworthiness need all their dist
 def _reduced(h, pca, seed):
     "Standardised features, their principal components"
     h = h.detach().cpu().numpy() if isinstance(h, Tensor) else np.asarray(h)
-    if h.ndim != 2 or len(h) < 5: raise ValueError(f"representations of shape {h.shape} arrived; expected (N, R) with at least 5 rows.")
-    if not np.isfinite(h).all(): raise ValueError("the representations hold values that are not finite; check the encoder before drawing its map.")
-    return PCA(min(pca, len(h) - 1, h.shape[1]), random_state=seed or 0).fit_transform(StandardScaler().fit_transform(h.astype(np.float64)))
+    if h.ndim != 2 or len(h) < 5:
+        raise ValueError(
+            f"representations of shape {h.shape} arrived; expected (N, R) with at least 5 rows."
+        )
+    if not np.isfinite(h).all():
+        raise ValueError(
+            "the representations hold values that are not finite; check the encoder before "
+            "drawing its map."
+        )
+    return PCA(min(pca, len(h) - 1, h.shape[1]), random_state=seed or 0).fit_transform(
+        StandardScaler().fit_transform(h.astype(np.float64))
+    )
 
 def map_scores(
     features, # What the map was made of, (N, P)
@@ -107,17 +142,31 @@ def map_scores(
 )->dict: # `trustworthiness`, `scored` (points), and `classes` and `patients`: `features` and `map`, each as of `separation`
     "What a map kept, and what lies together in it."
     n = len(coords)
-    rows = np.arange(n) if n <= _SCORED else np.sort(np.random.default_rng(0).choice(n, _SCORED, replace=False))
+    rows = (
+        np.arange(n)
+        if n <= _SCORED
+        else np.sort(np.random.default_rng(0).choice(n, _SCORED, replace=False))
+    )
     x, c, k = np.asarray(features)[rows], np.asarray(coords)[rows], min(k, (len(rows) - 1)//2)
-    y, g = (None if v is None else _codes(v, n, what)[rows] for v, what in ((labels, "labels"), (groups, "groups")))
+    y, g = (
+        None if v is None else _codes(v, n, what)[rows]
+        for v, what in ((labels, "labels"), (groups, "groups"))
+    )
     found = {"trustworthiness": float(trustworthiness(x, c, n_neighbors=k)), "scored": len(rows)}
-    if y is not None: found["classes"] = {"features": separation(x, y, g, k), "map": separation(c, y, g, k)}
-    if g is not None: found["patients"] = {"features": separation(x, g, None, k), "map": separation(c, g, None, k)}
+    if y is not None:
+        found["classes"] = {"features": separation(x, y, g, k), "map": separation(c, y, g, k)}
+    if g is not None:
+        found["patients"] = {
+            "features": separation(x, g, None, k),
+            "map": separation(c, g, None, k),
+        }
     return found
 
 def embedding_map(
     h:np.ndarray|Tensor, # Representations, `(N, R)`
-    seed:int|None=0, # Makes the layout repeatable on one machine, on one core; None: all cores, another layout each time
+    # Makes the layout repeatable on one machine, on one core; None: all cores, another layout each
+    # time
+    seed:int|None=0,
     n_neighbors:int=15, # UMAP's neighbourhood; cut to N - 1
     min_dist:float=.1, # UMAP's smallest distance between points
     pca:int=50, # Principal components kept before UMAP; cut to what the data has
@@ -130,31 +179,65 @@ def embedding_map(
     for v, what in ((labels, "labels"), (groups, "groups")):
         if v is not None: _codes(v, n, what)
     import umap         # takes 5 to 30 s, which a mistake should not wait for
-    params = {"seed": seed, "n_neighbors": min(n_neighbors, n - 1), "min_dist": min_dist, "pca": reduced.shape[1]}
-    layout = umap.UMAP(n_neighbors=params["n_neighbors"], min_dist=min_dist, random_state=seed, n_jobs=-1 if seed is None else 1, init="spectral" if n > 20 else "random")
+    params = {
+        "seed": seed,
+        "n_neighbors": min(n_neighbors, n - 1),
+        "min_dist": min_dist,
+        "pca": reduced.shape[1],
+    }
+    layout = umap.UMAP(
+        n_neighbors=params["n_neighbors"],
+        min_dist=min_dist,
+        random_state=seed,
+        n_jobs=-1 if seed is None else 1,
+        init="spectral" if n > 20 else "random",
+    )
     threads = torch.get_num_threads()
     try: coords = layout.fit_transform(reduced)
-    finally: torch.set_num_threads(threads)         # UMAP's compiler asks OpenMP for all cores, and what torch did next took many times as long where they were busy
-    return {"coords": coords.astype(np.float32), **map_scores(reduced, coords, labels, groups, params["n_neighbors"]), "params": params,
-            "versions": {name: importlib.metadata.version(name) for name in ("umap-learn", "pynndescent", "numba", "scikit-learn", "numpy")}}
+    # UMAP's compiler asks OpenMP for all cores, and what torch did next took many times as long
+    # where they were busy
+    finally: torch.set_num_threads(threads)
+    return {
+        "coords": coords.astype(np.float32),
+        **map_scores(reduced, coords, labels, groups, params["n_neighbors"]),
+        "params": params,
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("umap-learn", "pynndescent", "numba", "scikit-learn", "numpy")
+        },
+    }
 
 # %% ../../nbs/explain/maps.ipynb #d2653e6c
 def align_maps(
     maps:Mapping[str, dict], # Arm to what `embedding_map` gave, of the same points; the first stays
 )->dict[str, dict]: # The same with moved `coords`, and `alignment`: `onto`, `scale`, `rotation` (2, 2), `disparity`
-    "Each map turned, mirrored, scaled and shifted onto the first. Scores of neighbours do not change."
+    """Each map turned, mirrored, scaled and shifted onto the first. Scores of neighbours do not
+    change."""
     if not maps: raise ValueError("0 maps arrived; expected at least one.")
     first, b = next((arm, np.asarray(m["coords"], np.float64)) for arm, m in maps.items())
     centre, spread = b.mean(0), ((b - b.mean(0))**2).sum()
     found = {}
     for arm, m in maps.items():
         a = np.asarray(m["coords"], np.float64)
-        if a.shape != b.shape: raise ValueError(f"{arm} has coordinates of shape {a.shape} and {first} of {b.shape}; expected the same points in every map.")
+        if a.shape != b.shape:
+            raise ValueError(
+                f"{arm} has coordinates of shape {a.shape} and {first} of {b.shape}; expected the "
+                "same points in every map."
+            )
         a = a - a.mean(0)
         rotation, total = orthogonal_procrustes(a, b - centre)
         own = max((a**2).sum(), 1e-300)
         scale, shared = (spread/own)**.5, total**2/max(own*spread, 1e-300)
-        found[arm] = {**m, "coords": (scale*a @ rotation + centre).astype(np.float32), "alignment": {"onto": first, "scale": float(scale), "rotation": rotation.tolist(), "disparity": float(max(0., 1 - shared))}}
+        found[arm] = {
+            **m,
+            "coords": (scale * a @ rotation + centre).astype(np.float32),
+            "alignment": {
+                "onto": first,
+                "scale": float(scale),
+                "rotation": rotation.tolist(),
+                "disparity": float(max(0.0, 1 - shared)),
+            },
+        }
     return found
 
 # %% ../../nbs/explain/maps.ipynb #07eaf929
@@ -163,69 +246,160 @@ _LEGEND = 30        # entries that can be told apart
 def _title(arm, m):
     "The arm and its scores"
     lines, classes, patients = [arm] if arm else [], m.get("classes"), m.get("patients")
-    if "trustworthiness" in m: lines.append(f"trustworthiness {m['trustworthiness']:.2f}" + (f", silhouette {classes['map']['silhouette']:.2f}" if classes else ""))
+    if "trustworthiness" in m:
+        lines.append(
+            f"trustworthiness {m['trustworthiness']:.2f}"
+            + (f", silhouette {classes['map']['silhouette']:.2f}" if classes else "")
+        )
     if classes:
         other = "other_patients" in classes["map"]
-        lines.append(f"same class {classes['map']['other_patients' if other else 'neighbours']:.2f} (chance {classes['map']['chance_other_patients' if other else 'chance']:.2f})")
-    if patients: lines.append(f"same patient {patients['map']['neighbours']:.2f} (chance {patients['map']['chance']:.2f})")
-    if "alignment" in m and m["alignment"]["onto"] != arm: lines.append(f"differs from {m['alignment']['onto']} by {m['alignment']['disparity']:.2f}")
+        lines.append(
+            f"same class {classes['map']['other_patients' if other else 'neighbours']:.2f} "
+            f"(chance {classes['map']['chance_other_patients' if other else 'chance']:.2f})"
+        )
+    if patients:
+        lines.append(
+            f"same patient {patients['map']['neighbours']:.2f} (chance "
+            f"{patients['map']['chance']:.2f})"
+        )
+    if "alignment" in m and m["alignment"]["onto"] != arm:
+        lines.append(f"differs from {m['alignment']['onto']} by {m['alignment']['disparity']:.2f}")
     return "\n".join(lines)
 
 def _draw_classes(ax, coords, codes, names, area):
     for c in [-1, *range(len(names))]:
         i = codes < 0 if c < 0 else codes == c
-        style = {"c": "#BBBBBB", "marker": "."} if c < 0 else {"c": COLOURS[c % 12], "marker": MARKERS[(c + c//12) % 12]}
-        if i.any(): ax.scatter(*coords[i].T, s=area, linewidths=.3, edgecolors="white", label="unlabelled" if c < 0 else names[c], **style)
+        style = (
+            {"c": "#BBBBBB", "marker": "."}
+            if c < 0
+            else {"c": COLOURS[c % 12], "marker": MARKERS[(c + c // 12) % 12]}
+        )
+        if i.any():
+            ax.scatter(
+                *coords[i].T,
+                s=area,
+                linewidths=0.3,
+                edgecolors="white",
+                label="unlabelled" if c < 0 else names[c],
+                **style,
+            )
 
 def _legend(fig, axes, ncols, count):
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels())}
-    if len(handles) > _LEGEND: return fig.text(.5, 0, f"{count} groups, too many for a legend", ha="center", va="top", fontsize=8)
-    legend = fig.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 3*ncols), fontsize=8, frameon=False, handletextpad=.1, columnspacing=1.2)
+    if len(handles) > _LEGEND:
+        return fig.text(
+            0.5, 0, f"{count} groups, too many for a legend", ha="center", va="top", fontsize=8
+        )
+    legend = fig.legend(
+        handles.values(),
+        handles,
+        loc="outside lower center",
+        ncols=min(len(handles), 3 * ncols),
+        fontsize=8,
+        frameon=False,
+        handletextpad=0.1,
+        columnspacing=1.2,
+    )
     for handle in legend.legend_handles: handle.set_sizes([36])
     for text in legend.get_texts(): text.set_parse_math(False)
 
 def plot_map(
-    coords_by_arm:dict, # Arm to coordinates `(N, 2)`, or to what `embedding_map` or `align_maps` returned
-    labels=None, # Class indices, `(N,)`, negative for unlabelled; or, without `classes`, a name for each point, for example its patient
+    # Arm to coordinates `(N, 2)`, or to what `embedding_map` or `align_maps` returned
+    coords_by_arm:dict,
+    # Class indices, `(N,)`, negative for unlabelled; or, without `classes`, a name for each point,
+    # for example its patient
+    labels=None,
     classes:Sequence[str]|None=None, # Class names
     size:float=3., # Width of one map, inches
     ncols:int=3, # Maps per row
-    values=None, # In place of labels: a quantity, `(N,)`, or name to quantity, which has a column for each
+    # In place of labels: a quantity, `(N,)`, or name to quantity, which has a column for each
+    values=None,
     unit:str="", # Of the quantity, for the colour bar
 )->Figure: # The figure, not shown
-    "Maps side by side, coloured by class, by patient or by a quantity, each with its scores. Aligned maps have common axes."
+    """Maps side by side, coloured by class, by patient or by a quantity, each with its scores.
+    Aligned maps have common axes."""
     maps = {k: v if isinstance(v, Mapping) else {"coords": v} for k, v in coords_by_arm.items()}
-    if not maps or (labels is None) == (values is None): raise ValueError(f"{len(maps)} maps, {'no ' if labels is None else ''}labels and {'no ' if values is None else ''}values arrived; expected one map or more, and labels or values.")
-    if values is not None: columns = {k: np.asarray(v, float) for k, v in (values.items() if isinstance(values, Mapping) else [("", values)])}
+    if not maps or (labels is None) == (values is None):
+        raise ValueError(
+            f"{len(maps)} maps, {'no ' if labels is None else ''}labels and "
+            f"{'no ' if values is None else ''}values arrived; expected one map or more, and "
+            "labels or values."
+        )
+    if values is not None:
+        columns = {
+            k: np.asarray(v, float)
+            for k, v in (values.items() if isinstance(values, Mapping) else [("", values)])
+        }
     else:
         codes = _codes(labels, len(labels), "labels")
         given, known = _whole(labels), codes >= 0
         if classes is None:
             _, first, codes[known] = np.unique(codes[known], return_index=True, return_inverse=True)
-            names = [str(name) for name in given[known][first]]                  # of the points that have the code, whatever its order
-        elif given.dtype.kind not in "iub": raise ValueError(f"labels such as {str(given[0])!r} arrived together with classes; expected class indices 0 to {len(classes) - 1}, or names without classes.")
-        else: names = list(classes)
-        if codes.max(initial=-1) >= len(names): raise ValueError(f"labels up to {codes.max()} arrived with the names of {len(names)} classes; expected a name for each.")
+            # of the points that have the code, whatever its order
+            names = [str(name) for name in given[known][first]]
+        elif given.dtype.kind not in "iub":
+            raise ValueError(
+                f"labels such as {str(given[0])!r} arrived together with classes; expected class "
+                f"indices 0 to {len(classes) - 1}, or names without classes."
+            )
+        else:
+            names = list(classes)
+        if codes.max(initial=-1) >= len(names):
+            raise ValueError(
+                f"labels up to {codes.max()} arrived with the names of {len(names)} classes; "
+                "expected a name for each."
+            )
         columns = {"": codes}
     for arm, m in maps.items():
-        if odd := [len(v) for v in columns.values() if len(v) != len(m["coords"])]: raise ValueError(f"{arm} has {len(m['coords'])} points but there are {odd[0]} labels or values: use the same images for every arm.")
+        if odd := [len(v) for v in columns.values() if len(v) != len(m["coords"])]:
+            raise ValueError(
+                f"{arm} has {len(m['coords'])} points but there are {odd[0]} labels or values: "
+                "use the same images for every arm."
+            )
     panels = [(arm, name) for arm in maps for name in columns]
     ncols = min(ncols, len(panels)) if len(columns) == 1 else len(columns)
     common = all("alignment" in m for m in maps.values())
-    fig, axes = plt.subplots(-(-len(panels)//ncols), ncols, figsize=(size*ncols + .6*(values is not None), (size + .1)*-(-len(panels)//ncols)), squeeze=False, layout="constrained", sharex=common, sharey=common)
+    fig, axes = plt.subplots(
+        -(-len(panels) // ncols),
+        ncols,
+        figsize=(
+            size * ncols + 0.6 * (values is not None),
+            (size + 0.1) * -(-len(panels) // ncols),
+        ),
+        squeeze=False,
+        layout="constrained",
+        sharex=common,
+        sharey=common,
+    )
     area = float(np.clip(6000/max(len(next(iter(columns.values()))), 1), 6, 36))
     for ax in axes.flat: ax.set_axis_off()
     for ax, (arm, name) in zip(axes.flat, panels):
         coords, v = np.asarray(maps[arm]["coords"]), columns[name]
-        ax.set_axis_on(); ax.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+        ax.set_axis_on()
+        ax.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
         ax.set_title(_title(arm, maps[arm]), fontsize=8, parse_math=False)
-        if values is None: _draw_classes(ax, coords, v, names, area)
+        if values is None:
+            _draw_classes(ax, coords, v, names, area)
         else:
             known = np.isfinite(v)
-            if not known.any(): raise ValueError(f"{name or 'values'} holds no finite value among {len(v)}; expected some to colour the points by.")
-            if (~known).any(): ax.scatter(*coords[~known].T, s=area, c="#BBBBBB", marker=".")
-            drawn = ax.scatter(*coords[known].T, s=area, c=v[known], norm=Normalize(v[known].min(), v[known].max()), cmap="viridis", linewidths=0)
-            fig.colorbar(drawn, ax=ax, aspect=24).set_label(", ".join(filter(None, [name, unit])), fontsize=8)
+            if not known.any():
+                raise ValueError(
+                    f"{name or 'values'} holds no finite value among {len(v)}; expected some to "
+                    "colour the points by."
+                )
+            if (~known).any():
+                ax.scatter(*coords[~known].T, s=area, c="#BBBBBB", marker=".")
+            drawn = ax.scatter(
+                *coords[known].T,
+                s=area,
+                c=v[known],
+                norm=Normalize(v[known].min(), v[known].max()),
+                cmap="viridis",
+                linewidths=0,
+            )
+            fig.colorbar(drawn, ax=ax, aspect=24).set_label(
+                ", ".join(filter(None, [name, unit])), fontsize=8
+            )
     if values is None: _legend(fig, axes.flat, ncols, len(names))
     plt.close(fig)
     return fig
@@ -241,30 +415,61 @@ def save_map(
 )->Path: # Of the file
     "Write maps with their parameters, versions and scores; atomic."
     maps, path = {"": maps} if "coords" in maps else maps, Path(path)
-    if path.suffix != ".npz" or not maps: raise ValueError(f"{path.name} and {len(maps)} maps arrived; expected a file that ends in .npz, and at least one map.")
-    arrays = {f"coords/{k}": np.asarray(m["coords"], np.float32) for k, m in enumerate(maps.values())}
+    if path.suffix != ".npz" or not maps:
+        raise ValueError(
+            f"{path.name} and {len(maps)} maps arrived; expected a file that ends in .npz, and at "
+            "least one map."
+        )
+    arrays = {
+        f"coords/{k}": np.asarray(m["coords"], np.float32) for k, m in enumerate(maps.values())
+    }
     for name, values in columns.items():
         values = np.asarray(values)
         values = values.astype(str) if values.dtype.kind not in "biufU" else values
-        if odd := [a.shape for a in arrays.values() if a.shape[0] != len(values)]: raise ValueError(f"{name} has {len(values)} values and a map {odd[0][0]} points; expected one for each point.")
+        if odd := [a.shape for a in arrays.values() if a.shape[0] != len(values)]:
+            raise ValueError(
+                f"{name} has {len(values)} values and a map {odd[0][0]} points; expected one for "
+                "each point."
+            )
         arrays[f"column/{name}"] = values
-    facts = {"format": _FORMAT, "arms": list(maps), "facts": [{k: v for k, v in m.items() if k != "coords"} for m in maps.values()]}
-    with atomic_path(path) as tmp: np.savez_compressed(tmp, about=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
+    facts = {
+        "format": _FORMAT,
+        "arms": list(maps),
+        "facts": [{k: v for k, v in m.items() if k != "coords"} for m in maps.values()],
+    }
+    with atomic_path(path) as tmp:
+        np.savez_compressed(
+            tmp, about=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays
+        )
     return path
 
 def load_map(
     path:str|Path, # A file of `save_map`
 )->tuple[dict, dict]: # Maps as they were given, and the columns
     "Read maps; `FileNotFoundError`, or `ValueError` when the file is not one of ours or not whole."
-    if not Path(path).is_file(): raise FileNotFoundError(f"no file of maps at {path}: give the path of one that save_map wrote.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no file of maps at {path}: give the path of one that save_map wrote."
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             facts = json.loads(file["about"].tobytes())
-            if facts.get("format") != _FORMAT: raise ValueError(f"its format is {facts.get('format')!r}")
-            maps = {arm: {"coords": file[f"coords/{k}"], **about} for k, (arm, about) in enumerate(zip(facts["arms"], facts["facts"]))}
-            columns = {name.removeprefix("column/"): file[name] for name in file.files if name.startswith("column/")}
+            if facts.get("format") != _FORMAT:
+                raise ValueError(f"its format is {facts.get('format')!r}")
+            maps = {
+                arm: {"coords": file[f"coords/{k}"], **about}
+                for k, (arm, about) in enumerate(zip(facts["arms"], facts["facts"]))
+            }
+            columns = {
+                name.removeprefix("column/"): file[name]
+                for name in file.files
+                if name.startswith("column/")
+            }
     except (ValueError, KeyError, EOFError, OSError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
-        raise ValueError(f"{path} is not a file of maps, or not a whole one ({e}); expected one written by save_map. Pickles are not opened: they can run code.") from e
+        raise ValueError(
+            f"{path} is not a file of maps, or not a whole one ({e}); expected one written by "
+            "save_map. Pickles are not opened: they can run code."
+        ) from e
     return (maps[""] if list(maps) == [""] else maps), columns
 
 # %% ../../nbs/explain/maps.ipynb #4c2ce9f8
@@ -276,16 +481,40 @@ def nearest_in_others(
     per_subject:int|None=1, # Most of one subject; None: any number
     metric:str="euclidean", # "euclidean" or "cosine" (1 minus the cosine)
 )->tuple[np.ndarray, np.ndarray]: # Rows of the neighbours, nearest first, and their distances
-    "The nearest crops of other subjects by distance of embeddings; `ValueError` when there is no other subject."
+    """The nearest crops of other subjects by distance of embeddings; `ValueError` when there is no
+    other subject."""
     z, subject = np.asarray(embeddings), np.asarray(subject)
-    if z.ndim != 2 or len(subject) != len(z): raise ValueError(f"embeddings of shape {z.shape} and {len(subject)} subjects arrived; expected (N, R) and one for each row.")
+    if z.ndim != 2 or len(subject) != len(z):
+        raise ValueError(
+            f"embeddings of shape {z.shape} and {len(subject)} subjects arrived; expected (N, R) "
+            "and one for each row."
+        )
     if not 0 <= query < len(z): raise IndexError(f"crop {query} of {len(z)}")
-    if metric not in ("euclidean", "cosine") or k < 1 or (per_subject is not None and per_subject < 1):
-        raise ValueError(f"metric={metric!r}, k={k}, per_subject={per_subject} arrived; expected 'euclidean' or 'cosine', and 1 or more of each.")
+    if (
+        metric not in ("euclidean", "cosine")
+        or k < 1
+        or (per_subject is not None and per_subject < 1)
+    ):
+        raise ValueError(
+            f"metric={metric!r}, k={k}, per_subject={per_subject} arrived; expected 'euclidean' "
+            "or 'cosine', and 1 or more of each."
+        )
     others = np.flatnonzero(subject != subject[query])
-    if not len(others): raise ValueError(f"all {len(z)} crops are of the subject {subject[query]}; expected those of another one as well.")
-    if metric == "euclidean": distance = np.linalg.norm(z[others] - z[query], axis=1)
-    else: distance = 1 - (z[others] @ z[query])/np.maximum(np.linalg.norm(z[others], axis=1)*np.linalg.norm(z[query]), 1e-30)
+    if not len(others):
+        raise ValueError(
+            f"all {len(z)} crops are of the subject {subject[query]}; expected those of another "
+            "one as well."
+        )
+    if metric == "euclidean":
+        distance = np.linalg.norm(z[others] - z[query], axis=1)
+    else:
+        distance = 1 - (z[others] @ z[query]) / np.maximum(
+            np.linalg.norm(z[others], axis=1) * np.linalg.norm(z[query]), 1e-30
+        )
     order = np.argsort(distance, kind="stable")
-    if per_subject is not None: order = order[pd.Series(subject[others[order]]).groupby(subject[others[order]]).cumcount().to_numpy() < per_subject]
+    if per_subject is not None:
+        order = order[
+            pd.Series(subject[others[order]]).groupby(subject[others[order]]).cumcount().to_numpy()
+            < per_subject
+        ]
     return others[order[:k]], distance[order[:k]]

@@ -31,15 +31,24 @@ from .pictures import ClickablePicture, ComparePicture, Explorer, picture_png
 
 # %% ../../nbs/explain/pair_explorer.ipynb #cb51756f
 def rank_pairs(
-    scores:pd.DataFrame, # One row per pair with its number in `pair`, a `group`, and its measures: `pair_quality(...).scores`
+    # One row per pair with its number in `pair`, a `group`, and its measures:
+    # `pair_quality(...).scores`
+    scores:pd.DataFrame,
     by:str="pair", # Column to sort by
     ascending:bool=True, # Smallest value first
     group=None, # Only pairs of this patient; None is all
 )->pd.DataFrame: # The rows in order
     "The scores of pairs, sorted by one of their columns."
-    if by not in scores: raise ValueError(f"by={by!r} arrived; expected one of the columns {', '.join(map(str, scores.columns))}.")
+    if by not in scores:
+        raise ValueError(
+            f"by={by!r} arrived; expected one of the columns {', '.join(map(str, scores.columns))}."
+        )
     if group is not None: scores = scores[(scores["group"] == group).to_numpy()]
-    return scores.sort_values("pair").sort_values(by, ascending=ascending, kind="stable", na_position="last").reset_index(drop=True)
+    return (
+        scores.sort_values("pair")
+        .sort_values(by, ascending=ascending, kind="stable", na_position="last")
+        .reset_index(drop=True)
+    )
 
 def score_table(
     scores:pd.DataFrame, # As for `rank_pairs`
@@ -48,15 +57,29 @@ def score_table(
 )->pd.DataFrame: # One row per measure: value, place (1 the best of all pairs that have a value), of, better
     "The scores of one pair, each with its place among those of all."
     better, row = dict(better or {}), scores[(scores["pair"] == pair).to_numpy()]
-    if len(row) != 1: raise ValueError(f"{len(row)} rows of scores are of pair {pair}; expected one.")
+    if len(row) != 1:
+        raise ValueError(f"{len(row)} rows of scores are of pair {pair}; expected one.")
     out = []
     for name in _measures(scores):
         value, known = float(row[name].iloc[0]), scores[name].dropna().astype(float)
         beaten = {"higher": known > value, "lower": known < value}.get(better.get(name))
-        out.append({"measure": name, "value": value, "place": None if beaten is None or np.isnan(value) else 1 + int(beaten.sum()), "of": len(known), "better": better.get(name, "")})
-    return pd.DataFrame(out, columns=["measure", "value", "place", "of", "better"]).astype({"place": "Int64"})
+        out.append(
+            {
+                "measure": name,
+                "value": value,
+                "place": None if beaten is None or np.isnan(value) else 1 + int(beaten.sum()),
+                "of": len(known),
+                "better": better.get(name, ""),
+            }
+        )
+    return pd.DataFrame(out, columns=["measure", "value", "place", "of", "better"]).astype(
+        {"place": "Int64"}
+    )
 
-def _measures(scores): return [c for c in scores if c not in ("pair", "group") and pd.api.types.is_numeric_dtype(scores[c])]
+def _measures(scores):
+    return [
+        c for c in scores if c not in ("pair", "group") and pd.api.types.is_numeric_dtype(scores[c])
+    ]
 
 # %% ../../nbs/explain/pair_explorer.ipynb #4b6fc047
 CAVEAT = "Synthetic images are training aids, not findings."
@@ -75,9 +98,22 @@ def plot_pair(
     size:float=2.4, # Width of an image, inches
 )->Figure: # The figure, not shown
     "A real image, its synthetic partner, and the true one."
-    images = [("primary (real)", primary), ("synthetic", privileged), *([] if true is None else [("true (real)", true)])]
-    fig, axes = plt.subplots(1, len(images), figsize=(size*len(images) + .2, size + .75), squeeze=False, layout="constrained")
-    for ax, (name, image) in zip(axes[0], images): ax.imshow(_large(image, 480)); ax.set(xticks=[], yticks=[]); ax.set_title(name, fontsize=8)
+    images = [
+        ("primary (real)", primary),
+        ("synthetic", privileged),
+        *([] if true is None else [("true (real)", true)]),
+    ]
+    fig, axes = plt.subplots(
+        1,
+        len(images),
+        figsize=(size * len(images) + 0.2, size + 0.75),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, (name, image) in zip(axes[0], images):
+        ax.imshow(_large(image, 480))
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(name, fontsize=8)
     fig.suptitle("\n".join(filter(None, [title, CAVEAT])), fontsize=8, parse_math=False)
     plt.close(fig)
     return fig
@@ -86,40 +122,107 @@ def plot_pair(
 _SIDES = {"primary": "primary (real)", "privileged": "synthetic", "true": "true (real)"}
 
 class PairExplorer(Explorer):
-    "What `explore_pairs` gives: `sort`, `order`, `group`, `place` and `compare` can be read and set; `ranking` holds the scores in order, `pair` the number of the pair that is shown, `table` its scores."
+    """What `explore_pairs` gives: `sort`, `order`, `group`, `place` and `compare` can be read and
+    set; `ranking` holds the scores in order, `pair` the number of the pair that is shown,
+    `table` its scores."""
     def __init__(self, pairs, scores, better, true, sort, worst, width):
-        self.pairs, self.scores, self.better, self.true, self._quiet, self.table = pairs, scores, better, true, False, None
+        self.pairs, self.scores, self.better, self.true, self._quiet, self.table = (
+            pairs,
+            scores,
+            better,
+            true,
+            False,
+            None,
+        )
         names = pd.unique(scores["group"]) if "group" in scores else []
-        self._groups = sorted(names, key=str) if 1 < len(names) < len(scores) else []       # one pair each: nothing to filter
+        # one pair each: nothing to filter
+        self._groups = sorted(names, key=str) if 1 < len(names) < len(scores) else []
         style = {"layout": {"max_width": "100%"}}
-        self.sort = widgets.Dropdown(options=[("number of the pair", "pair"), *((m, m) for m in _measures(scores))], value=sort, description="sort by", **style)
-        self.order = widgets.ToggleButtons(options=[("-", True)], style={"button_width": "7em"}, **style)
-        self.group = widgets.Dropdown(options=[(f"all ({len(scores)})", -1), *((f"{g} ({int((scores['group'] == g).sum())})", i) for i, g in enumerate(self._groups))], value=-1, description="patient", **style)
-        self.place = widgets.BoundedIntText(value=1, min=1, max=len(scores), description="place", **style)
-        self.compare = widgets.Dropdown(options=self._comparisons(True), description="compare", **style)
-        self.info, self.list, self.found, picture = widgets.HTML(), widgets.HTML(), ClickablePicture(), ComparePicture(width=width)
-        controls = [self.sort, self.order, *([self.group] if self._groups else []), self.place, *([self.compare] if true is not None else []), self.info, self.list]
-        left = widgets.VBox([picture, widgets.HTML(f"<b>{CAVEAT}</b>")], layout={"max_width": "100%", "margin": "0 16px 0 0"})
-        box = widgets.VBox([widgets.HBox([left, widgets.VBox(controls, layout={"max_width": "100%"})], layout=widgets.Layout(flex_flow="row wrap")), self.found])
+        self.sort = widgets.Dropdown(
+            options=[("number of the pair", "pair"), *((m, m) for m in _measures(scores))],
+            value=sort,
+            description="sort by",
+            **style,
+        )
+        self.order = widgets.ToggleButtons(
+            options=[("-", True)], style={"button_width": "7em"}, **style
+        )
+        self.group = widgets.Dropdown(
+            options=[
+                (f"all ({len(scores)})", -1),
+                *(
+                    (f"{g} ({int((scores['group'] == g).sum())})", i)
+                    for i, g in enumerate(self._groups)
+                ),
+            ],
+            value=-1,
+            description="patient",
+            **style,
+        )
+        self.place = widgets.BoundedIntText(
+            value=1, min=1, max=len(scores), description="place", **style
+        )
+        self.compare = widgets.Dropdown(
+            options=self._comparisons(True), description="compare", **style
+        )
+        self.info, self.list, self.found, picture = (
+            widgets.HTML(),
+            widgets.HTML(),
+            ClickablePicture(),
+            ComparePicture(width=width),
+        )
+        controls = [
+            self.sort,
+            self.order,
+            *([self.group] if self._groups else []),
+            self.place,
+            *([self.compare] if true is not None else []),
+            self.info,
+            self.list,
+        ]
+        left = widgets.VBox(
+            [picture, widgets.HTML(f"<b>{CAVEAT}</b>")],
+            layout={"max_width": "100%", "margin": "0 16px 0 0"},
+        )
+        box = widgets.VBox(
+            [
+                widgets.HBox(
+                    [left, widgets.VBox(controls, layout={"max_width": "100%"})],
+                    layout=widgets.Layout(flex_flow="row wrap"),
+                ),
+                self.found,
+            ]
+        )
         super().__init__(box, picture, lambda: picture_png(self._figure(2.4)), "")
         picture.on_step(self.step)
         self._rank(worst)
         self.show()
         self.alt = f"{self.found.alt} {CAVEAT}"
         self.sort.observe(lambda _: (self._rank(True), self.show()), "value")
-        for w in (self.order, self.group): w.observe(lambda _: self._quiet or (self._rank(), self.show()), "value")
+        for w in (self.order, self.group):
+            w.observe(lambda _: self._quiet or (self._rank(), self.show()), "value")
         for w in (self.place, self.compare): w.observe(lambda _: self.show(), "value")
 
     def _comparisons(self, known):
         "What can be compared, with the true image and without"
-        return [(" and ".join(_SIDES[s].split(" ")[0] for s in two), two) for two in (("primary", "privileged"), *((("true", "privileged"), ("primary", "true")) if known else ()))]
+        return [
+            (" and ".join(_SIDES[s].split(" ")[0] for s in two), two)
+            for two in (
+                ("primary", "privileged"),
+                *((("true", "privileged"), ("primary", "true")) if known else ()),
+            )
+        ]
 
     def _rank(self, worst=None):
         "Sort anew and go to the first place; `worst` is given when the measure is another one"
         self._quiet = True
         if worst is not None:
             end = self.better.get(self.sort.value)
-            ends = [("lowest first", True), ("highest first", False)] if end is None else [("worst first", end == "higher"), ("best first", end == "lower")]
+            ends = (
+                [("lowest first", True), ("highest first", False)]
+                if end is None
+                else [("worst first", end == "higher"), ("best first", end == "lower")]
+            )
             self.order.options, self.order.value = ends, ends[0 if worst else 1][1]
         group = None if self.group.value < 0 else self._groups[self.group.value]
         self.ranking = rank_pairs(self.scores, self.sort.value, self.order.value, group)
@@ -137,64 +240,151 @@ class PairExplorer(Explorer):
 
     def _images(self):
         record = self.pairs[self.pair]
-        true = None if self.true is None else record[self.true] if isinstance(self.true, str) else self.true[self.pair]
-        return {side: image for side, image in (("primary", record["primary"]), ("privileged", record["privileged"]), ("true", true)) if image is not None}
+        true = (
+            None
+            if self.true is None
+            else record[self.true]
+            if isinstance(self.true, str)
+            else self.true[self.pair]
+        )
+        return {
+            side: image
+            for side, image in (
+                ("primary", record["primary"]),
+                ("privileged", record["privileged"]),
+                ("true", true),
+            )
+            if image is not None
+        }
 
     def _said(self):
         "Where the pair stands, in words"
         x = self.ranking[self.sort.value].iloc[self.place.value - 1]
         value = "" if self.sort.value == "pair" else " (no value)" if pd.isna(x) else f" ({x:.3g})"
         of = "" if self.group.value < 0 else f" of {self._groups[self.group.value]}"
-        whose = f", patient {self.ranking['group'].iloc[self.place.value - 1]}" if self._groups else ""
-        return f"Place {self.place.value} of {len(self.ranking)}{of} by {self.sort.label}{value}, {self.order.label}: pair {self.pair}{whose}"
+        whose = (
+            f", patient {self.ranking['group'].iloc[self.place.value - 1]}" if self._groups else ""
+        )
+        return (
+            f"Place {self.place.value} of {len(self.ranking)}{of} by {self.sort.label}{value}, "
+            f"{self.order.label}: pair {self.pair}{whose}"
+        )
 
     def _figure(self, size):
         images = self._images()
-        return plot_pair(images["primary"], images["privileged"], images.get("true"), self._said(), size)
+        return plot_pair(
+            images["primary"], images["privileged"], images.get("true"), self._said(), size
+        )
 
     def show(self)->None:
         "Draw what is chosen."
         if self._quiet: return
         images, said = self._images(), self._said()
         options = self._comparisons("true" in images)
-        if len(options) != len(self.compare.options):                                    # this pair has, or lacks, a true image
+        # this pair has, or lacks, a true image
+        if len(options) != len(self.compare.options):
             self._quiet, before = True, self.compare.value
             self.compare.options = options
             self.compare.value = before if before in [v for _, v in options] else options[0][1]
             self._quiet = False
         one, other = self.compare.value
-        self.picture.first, self.picture.second = (picture_png(_large(images[s], self.picture.width)) for s in (one, other))
+        self.picture.first, self.picture.second = (
+            picture_png(_large(images[s], self.picture.width)) for s in (one, other)
+        )
         self.picture.names, self.picture.alt = [_SIDES[one], _SIDES[other]], said + "."
-        self.found.png, self.found.alt = picture_png(self._figure(1.6)), f"{said}: " + ", ".join(_SIDES[s] for s in images) + " side by side."
+        self.found.png, self.found.alt = (
+            picture_png(self._figure(1.6)),
+            f"{said}: " + ", ".join(_SIDES[s] for s in images) + " side by side.",
+        )
         self.table = score_table(self.scores, self.pair, self.better)
-        sizes = {_SIDES[s].split(" ")[0]: "{1} x {0} pixels".format(*to_rgb(x).shape) for s, x in images.items()}
-        size = next(iter(sizes.values())) if len(set(sizes.values())) == 1 else ", ".join(f"{s} {n}" for s, n in sizes.items())
+        sizes = {
+            _SIDES[s].split(" ")[0]: "{1} x {0} pixels".format(*to_rgb(x).shape)
+            for s, x in images.items()
+        }
+        size = (
+            next(iter(sizes.values()))
+            if len(set(sizes.values())) == 1
+            else ", ".join(f"{s} {n}" for s, n in sizes.items())
+        )
         self.info.value = f"<b>{escape(said)}</b>, {escape(size)}"
-        if len(self.table): self.list.value = self.table.to_html(index=False, na_rep="–", float_format="{:.3g}".format, border=0)
+        if len(self.table):
+            self.list.value = self.table.to_html(
+                index=False, na_rep="–", float_format="{:.3g}".format, border=0
+            )
 
 def explore_pairs(
-    pairs, # Hugging Face Dataset or sequence of records with images `primary` and `privileged`, as for `pair_quality`
-    quality=None, # What `pair_quality` returned for them, or its table of scores; None: pairs come by their number
-    true:str|Sequence|None=None, # Column, or sequence, of the true second images; None for a pair that has none
-    sort:str|None=None, # Column of the scores to sort by; None is the first that says which end is good
+    # Hugging Face Dataset or sequence of records with images `primary` and `privileged`, as for
+    # `pair_quality`
+    pairs,
+    # What `pair_quality` returned for them, or its table of scores; None: pairs come by their
+    # number
+    quality=None,
+    # Column, or sequence, of the true second images; None for a pair that has none
+    true:str|Sequence|None=None,
+    # Column of the scores to sort by; None is the first that says which end is good
+    sort:str|None=None,
     worst:bool=True, # Worst first
-    better:Mapping[str, str]|None=None, # Which end of a measure is good, "higher" or "lower", for a table of scores that does not say it
+    # Which end of a measure is good, "higher" or "lower", for a table of scores that does not say
+    # it
+    better:Mapping[str, str]|None=None,
     width:int=420, # Of the picture, pixels of the screen
 )->PairExplorer: # Shows itself as the last value of a cell; a still picture without a kernel
     "Flip between real and synthetic images, pair by pair, in the order of their quality."
     if not (n := len(pairs)): raise ValueError("0 pairs arrived; expected at least one.")
     if quality is None:
         columns = pairs.column_names if hasattr(pairs, "column_names") else list(pairs[0])
-        scores = pd.DataFrame({"pair": np.arange(n)} | ({"group": pairs["group"][:] if hasattr(pairs, "column_names") else [r["group"] for r in pairs]} if "group" in columns else {}))
+        scores = pd.DataFrame(
+            {"pair": np.arange(n)}
+            | (
+                {
+                    "group": pairs["group"][:]
+                    if hasattr(pairs, "column_names")
+                    else [r["group"] for r in pairs]
+                }
+                if "group" in columns
+                else {}
+            )
+        )
     else: scores = quality if isinstance(quality, pd.DataFrame) else quality.scores
-    better = dict(better) if better is not None else quality.table["better"].to_dict() if hasattr(quality, "scores") else {}
-    if wrong := {m: b for m, b in better.items() if b not in ("higher", "lower")}: raise ValueError(f"better={wrong} arrived; expected 'higher' or 'lower' for a measure.")
-    if "pair" not in scores or scores["pair"].duplicated().any() or not scores["pair"].isin(range(n)).all() or scores.empty:
-        raise ValueError(f"scores with the columns {', '.join(map(str, scores.columns))} arrived for {n} pairs; expected `pair`, each number from 0 to {n - 1} once at most: the scores of these very pairs.")
+    better = (
+        dict(better)
+        if better is not None
+        else quality.table["better"].to_dict()
+        if hasattr(quality, "scores")
+        else {}
+    )
+    if wrong := {m: b for m, b in better.items() if b not in ("higher", "lower")}:
+        raise ValueError(f"better={wrong} arrived; expected 'higher' or 'lower' for a measure.")
+    if (
+        "pair" not in scores
+        or scores["pair"].duplicated().any()
+        or not scores["pair"].isin(range(n)).all()
+        or scores.empty
+    ):
+        raise ValueError(
+            f"scores with the columns {', '.join(map(str, scores.columns))} arrived for {n} "
+            f"pairs; expected `pair`, each number from 0 to {n - 1} once at most: the scores of "
+            "these very pairs."
+        )
     first = pairs[int(scores["pair"].iloc[0])]
-    if missing := [c for c in ("primary", "privileged", *([true] if isinstance(true, str) else [])) if c not in first]: raise ValueError(f"the pairs have no {', '.join(missing)} but {', '.join(first)}; expected records with `primary` and `privileged`.")
-    if true is not None and not isinstance(true, str) and len(true) != n: raise ValueError(f"{len(true)} true images arrived for {n} pairs; expected one, or None, for each.")
+    if missing := [
+        c
+        for c in ("primary", "privileged", *([true] if isinstance(true, str) else []))
+        if c not in first
+    ]:
+        raise ValueError(
+            f"the pairs have no {', '.join(missing)} but {', '.join(first)}; expected records "
+            "with `primary` and `privileged`."
+        )
+    if true is not None and not isinstance(true, str) and len(true) != n:
+        raise ValueError(
+            f"{len(true)} true images arrived for {n} pairs; expected one, or None, for each."
+        )
     measures = _measures(scores)
     if sort is None: sort = next((m for m in measures if m in better), "pair")
-    if sort not in ("pair", *measures): raise ValueError(f"sort={sort!r} arrived; expected 'pair' or one of {', '.join(measures) or 'no measure: give quality='}.")
+    if sort not in ("pair", *measures):
+        raise ValueError(
+            f"sort={sort!r} arrived; expected 'pair' or one of "
+            f"{', '.join(measures) or 'no measure: give quality='}."
+        )
     return PairExplorer(pairs, scores, better, true, sort, worst, int(width))

@@ -35,7 +35,8 @@ def picture_png(
     "A picture as the bytes that a browser shows."
     out = io.BytesIO()
     if isinstance(picture, Figure):
-        with plt.rc_context({"savefig.bbox": None}): picture.savefig(out, format="png", dpi=100)         # cut to its content, clicks would miss
+        # cut to its content, clicks would miss
+        with plt.rc_context({"savefig.bbox": None}): picture.savefig(out, format="png", dpi=100)
     else: Image.fromarray(to_rgb(picture)).save(out, "png")
     return out.getvalue()
 
@@ -44,8 +45,11 @@ def side_by_side(
 )->bytes: # A PNG file
     "Several pictures in a row, as one."
     pictures = [Image.open(io.BytesIO(f)).convert("RGB") for f in files]
-    canvas = Image.new("RGB", (sum(p.width + 8 for p in pictures) - 8, max(p.height for p in pictures)), "white")
-    for k, p in enumerate(pictures): canvas.paste(p, (sum(q.width + 8 for q in pictures[:k]), (canvas.height - p.height)//2))
+    canvas = Image.new(
+        "RGB", (sum(p.width + 8 for p in pictures) - 8, max(p.height for p in pictures)), "white"
+    )
+    for k, p in enumerate(pictures):
+        canvas.paste(p, (sum(q.width + 8 for q in pictures[:k]), (canvas.height - p.height) // 2))
     return picture_png(np.array(canvas))
 
 # %% ../../nbs/explain/pictures.ipynb #23875534
@@ -59,8 +63,11 @@ _STILL = """
 """
 
 class ClickablePicture(anywidget.AnyWidget):
-    "A PNG that calls `on_click` functions with where it was clicked, as fractions from its left and upper edge, and names the place that the pointer is near."
-    _esm = _STILL + """
+    """A PNG that calls `on_click` functions with where it was clicked, as fractions from its left
+    and upper edge, and names the place that the pointer is near."""
+    _esm = (
+        _STILL
+        + """
     function render({ model, el }) {
       const holder = document.createElement("div"), img = document.createElement("img"), tip = document.createElement("div"), thumb = document.createElement("img"), name = document.createElement("div");
       const thumbs = new Map();       // number of a place to a URL, or null once it was asked for
@@ -121,6 +128,7 @@ class ClickablePicture(anywidget.AnyWidget):
     }
     export default { render };
     """
+    )
     png = traitlets.Bytes(b"").tag(sync=True)
     alt = traitlets.Unicode("").tag(sync=True)
     clickable = traitlets.Bool(False).tag(sync=True)
@@ -135,12 +143,14 @@ class ClickablePicture(anywidget.AnyWidget):
         "Call a function at each click."
         self.clickable = True
         def told(_, message, buffers):
-            if isinstance(message, dict) and "click" in message: f(*(min(max(float(t), 0.), 1.) for t in message["click"]))
+            if isinstance(message, dict) and "click" in message:
+                f(*(min(max(float(t), 0.0), 1.0) for t in message["click"]))
         self.on_msg(told)
 
     def on_hover(self,
         names:Sequence[str], # What is said of each place, (N,)
-        thumbnail:Callable[[int], bytes]|None=None, # Gives the PNG of a place, which is shown below its name
+        # Gives the PNG of a place, which is shown below its name
+        thumbnail:Callable[[int], bytes]|None=None,
     )->None:
         "Name the places that `put` tells when the pointer is near."
         self.names = list(names)
@@ -148,21 +158,30 @@ class ClickablePicture(anywidget.AnyWidget):
         self.thumbnails = True
         def told(_, message, buffers):
             k = message.get("hover") if isinstance(message, dict) else None
-            if type(k) is int and 0 <= k < len(self.names): self.send({"thumbnail": k}, [thumbnail(k)])
+            if type(k) is int and 0 <= k < len(self.names):
+                self.send({"thumbnail": k}, [thumbnail(k)])
         self.on_msg(told)
 
     def put(self,
-        places, # Fractions from the left and the upper edge, (N, 2); nan for a place that is not named now
+        # Fractions from the left and the upper edge, (N, 2); nan for a place that is not named now
+        places,
     )->None:
         "Where the named places are in the picture."
         xy = np.asarray(places, "<f4")
-        if xy.shape != (len(self.names), 2): raise ValueError(f"places of shape {xy.shape} arrived for {len(self.names)} names; expected ({len(self.names)}, 2).")
+        if xy.shape != (len(self.names), 2):
+            raise ValueError(
+                f"places of shape {xy.shape} arrived for {len(self.names)} names; expected "
+                f"({len(self.names)}, 2)."
+            )
         self.places = xy.tobytes()
 
 # %% ../../nbs/explain/pictures.ipynb #8844550f
 class ComparePicture(anywidget.AnyWidget):
-    "Two PNGs in one place: `share` of the second is shown (0 to 1), by `mix` (\"wipe\" or \"blend\"); a click flips."
-    _esm = _STILL + """
+    """Two PNGs in one place: `share` of the second is shown (0 to 1), by `mix` ("wipe" or "blend");
+    a click flips."""
+    _esm = (
+        _STILL
+        + """
     function render({ model, el }) {
       const make = (tag, properties, style) => { const e = document.createElement(tag); Object.assign(e, properties); Object.assign(e.style, style); return e; };
       const root = make("div", {}, { maxWidth: "100%", color: "var(--jp-ui-font-color1, inherit)", font: "13px/1.4 var(--jp-ui-font-family, sans-serif)" });
@@ -215,9 +234,12 @@ class ComparePicture(anywidget.AnyWidget):
     }
     export default { render };
     """
+    )
     first = traitlets.Bytes(b"").tag(sync=True)
     second = traitlets.Bytes(b"").tag(sync=True)
-    names = traitlets.List(traitlets.Unicode(), default_value=["first", "second"], minlen=2, maxlen=2).tag(sync=True)
+    names = traitlets.List(
+        traitlets.Unicode(), default_value=["first", "second"], minlen=2, maxlen=2
+    ).tag(sync=True)
     share = traitlets.Float(0., min=0., max=1.).tag(sync=True)
     mix = traitlets.Enum(["wipe", "blend"], default_value="wipe").tag(sync=True)
     width = traitlets.Int(420, min=1).tag(sync=True)
@@ -234,10 +256,12 @@ class ComparePicture(anywidget.AnyWidget):
 
 # %% ../../nbs/explain/pictures.ipynb #65e9f460
 class _Box(widgets.VBox):
-    def __repr__(self): return "(Run this cell in a notebook to explore.)"               # what stands for the widget where it cannot be drawn
+    # what stands for the widget where it cannot be drawn
+    def __repr__(self): return "(Run this cell in a notebook to explore.)"
 
 class Explorer:
-    "Widgets, and a picture of their first view that stays where no kernel runs. `widget` is what is shown, `still()` gives that picture as PNG."
+    """Widgets, and a picture of their first view that stays where no kernel runs. `widget` is what
+    is shown, `still()` gives that picture as PNG."""
     def __init__(self,
         widget:widgets.Widget, # What is shown
         picture:ClickablePicture|ComparePicture, # One of its pictures
@@ -248,5 +272,9 @@ class Explorer:
     def _ipython_display_(self):
         text = base64.b64encode(self.still()).decode()
         self.picture.fallback = text[len(text)//2:][:64]
-        display({"image/png": text, "text/plain": self.alt}, metadata={"image/png": {"alt": self.alt}}, raw=True)
+        display(
+            {"image/png": text, "text/plain": self.alt},
+            metadata={"image/png": {"alt": self.alt}},
+            raw=True,
+        )
         display(self.widget)

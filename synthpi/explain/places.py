@@ -35,7 +35,8 @@ def shuffled_agreement(
     seed:int=0, # Of the permutation
     **options, # For `distance_agreement`; `scale` is "fit" unless given
 )->Agreement:
-    "Agreement of distances after the rows of `z` were permuted: what an arm would show that knows nothing of position."
+    """Agreement of distances after the rows of `z` were permuted: what an arm would show that knows
+    nothing of position."""
     rows = np.random.default_rng(seed).permutation(len(z))
     return distance_agreement(z[rows], center_mm, volume_id, **{"scale": "fit", **options})
 
@@ -48,19 +49,34 @@ def distance_errors(
     seed:int=0, # Of the permutation
     **options, # For `distance_agreement`; `scale` is "fit" unless given
 )->dict[str, Agreement]:
-    "Agreement of every arm and of a shuffle, on the same pairs and with common bins: what `plot_distance_errors` draws."
+    """Agreement of every arm and of a shuffle, on the same pairs and with common bins: what
+    `plot_distance_errors` draws."""
     check_arms(arms, "embeddings")
     shuffle = next(iter(arms)) if shuffle is None else shuffle
-    if shuffle not in arms or "shuffled" in arms: raise ValueError(f"shuffle={shuffle!r} arrived with the arms {', '.join(arms)}; expected one of these, and none that is named 'shuffled'.")
+    if shuffle not in arms or "shuffled" in arms:
+        raise ValueError(
+            f"shuffle={shuffle!r} arrived with the arms {', '.join(arms)}; expected one of these, "
+            "and none that is named 'shuffled'."
+        )
     def every(bins):
-        found = {arm: distance_agreement(z, center_mm, volume_id, **{"scale": "fit", **options}, bins=bins) for arm, z in arms.items()}
-        return found | {"shuffled": shuffled_agreement(arms[shuffle], center_mm, volume_id, seed, **options, bins=bins)}
+        found = {
+            arm: distance_agreement(
+                z, center_mm, volume_id, **{"scale": "fit", **options}, bins=bins
+            )
+            for arm, z in arms.items()
+        }
+        return found | {
+            "shuffled": shuffled_agreement(
+                arms[shuffle], center_mm, volume_id, seed, **options, bins=bins
+            )
+        }
     top = max(a.edges[-1] for a in every(1).values())
     return every(np.linspace(0, top, bins + 1))
 
 # %% ../../nbs/explain/places.ipynb #0af44e51
 def plot_distance_errors(
-    agreements:Mapping[str, Agreement], # Arm to its agreement, all with the same bins: see `distance_errors`
+    # Arm to its agreement, all with the same bins: see `distance_errors`
+    agreements:Mapping[str, Agreement],
     unit:str="mm", # Of the distances
 )->Figure: # The figure, not shown
     "Histograms of the errors of distance, an arm per row, with their means."
@@ -68,22 +84,54 @@ def plot_distance_errors(
     (first, a), look = next(iter(agreements.items())), arm_looks(agreements)
     for arm, b in agreements.items():
         if not np.array_equal(a.edges, b.edges):
-            raise ValueError(f"{arm} has {len(b.counts)} bins from {b.edges[0]:.3g} to {b.edges[-1]:.3g} and {first} has {len(a.counts)} from {a.edges[0]:.3g} to {a.edges[-1]:.3g}; "
-                             "expected common ones: give distance_agreement the same bins=, or use distance_errors.")
+            raise ValueError(
+                f"{arm} has {len(b.counts)} bins from {b.edges[0]:.3g} to {b.edges[-1]:.3g} and "
+                f"{first} has {len(a.counts)} from {a.edges[0]:.3g} to {a.edges[-1]:.3g}; "
+                "expected common ones: give distance_agreement the same bins=, or use "
+                "distance_errors."
+            )
     share = {arm: b.counts/b.pairs for arm, b in agreements.items()}
     with plt.rc_context(HOUSE_STYLE):
-        fig, axes = plt.subplots(len(agreements), 1, figsize=(6.4, 1.05*len(agreements) + .6), squeeze=False, sharex=True, sharey=True, layout="constrained")
+        fig, axes = plt.subplots(
+            len(agreements),
+            1,
+            figsize=(6.4, 1.05 * len(agreements) + 0.6),
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
         for ax, (arm, b) in zip(axes[:, 0], agreements.items()):
-            ax.stairs(share[arm], a.edges, fill=True, color=look[arm][0], alpha=.55)
+            ax.stairs(share[arm], a.edges, fill=True, color=look[arm][0], alpha=0.55)
             ax.stairs(share[arm], a.edges, color=look[arm][0], linewidth=1)
-            if arm != first: ax.stairs(share[first], a.edges, color=look[first][0], linewidth=1, linestyle=(0, (3, 2)))
+            if arm != first:
+                ax.stairs(
+                    share[first], a.edges, color=look[first][0], linewidth=1, linestyle=(0, (3, 2))
+                )
             beyond = float(1 - share[arm].sum())
             ax.axvline(b.mean_abs_error, color="#1A1A1A", linewidth=1.5)
-            ax.text(.99, .93, f"{arm}\nmean {b.mean_abs_error:.3g} {unit}, rank correlation {b.spearman:.2f}" + f"\n{beyond:.1%} of the pairs beyond {a.edges[-1]:.3g} {unit}"*(beyond > .0005),
-                    transform=ax.transAxes, ha="right", va="top", fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "alpha": .8, "pad": 1})
-            ax.yaxis.set_major_formatter(lambda share, _: f"{100*share:.3g} %"); ax.yaxis.set_major_locator(MaxNLocator(3)); ax.grid(axis="y", visible=False)
-        ax.set_xlim(a.edges[0], a.edges[-1]); ax.set_ylim(bottom=0)
-        ax.set_xlabel(f"error of distance, {unit} (line: mean" + f"; dashed: {first}"*(len(agreements) > 1) + ")")
+            ax.text(
+                0.99,
+                0.93,
+                f"{arm}\nmean {b.mean_abs_error:.3g} {unit}, rank correlation {b.spearman:.2f}"
+                + f"\n{beyond:.1%} of the pairs beyond {a.edges[-1]:.3g} {unit}"
+                * (beyond > 0.0005),
+                transform=ax.transAxes,
+                ha="right",
+                va="top",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            )
+            ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+            ax.yaxis.set_major_locator(MaxNLocator(3))
+            ax.grid(axis="y", visible=False)
+        ax.set_xlim(a.edges[0], a.edges[-1])
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel(
+            f"error of distance, {unit} (line: mean"
+            + f"; dashed: {first}" * (len(agreements) > 1)
+            + ")"
+        )
         fig.supylabel("share of the pairs", fontsize=9)
     plt.close(fig)
     return fig
@@ -93,64 +141,148 @@ def position_components(
     h, # Features, (N, R)
     center_mm, # Centres, (N, A), mm
 )->tuple[np.ndarray, np.ndarray]: # Components (N, 3), and their shares of the variance (3,); components that the features lack are 0
-    "The first three principal components of centred features, with signs that follow the body's axes."
+    """The first three principal components of centred features, with signs that follow the body's
+    axes."""
     h, c = np.asarray(h, np.float64), np.asarray(center_mm, np.float64)
-    if h.ndim != 2 or len(h) < 5 or not np.isfinite(h).all(): raise ValueError(f"features of shape {h.shape} arrived, {int((~np.isfinite(h)).sum())} of their values not finite; expected (N, R) with at least 5 rows, all finite.")
+    if h.ndim != 2 or len(h) < 5 or not np.isfinite(h).all():
+        raise ValueError(
+            f"features of shape {h.shape} arrived, {int((~np.isfinite(h)).sum())} of their values "
+            "not finite; expected (N, R) with at least 5 rows, all finite."
+        )
     pca = PCA(min(3, *h.shape), svd_solver="full" if h.size < 1e6 else "randomized", random_state=0)
     parts, share = np.zeros((len(h), 3)), np.zeros(3)
-    with np.errstate(invalid="ignore"): found = pca.fit_transform(h)                    # features that are all equal have no variance to share
-    parts[:, :found.shape[1]], share[:found.shape[1]] = found, np.nan_to_num(pca.explained_variance_ratio_)
+    # features that are all equal have no variance to share
+    with np.errstate(invalid="ignore"): found = pca.fit_transform(h)
+    parts[:, : found.shape[1]], share[: found.shape[1]] = (
+        found,
+        np.nan_to_num(pca.explained_variance_ratio_),
+    )
     along = (parts - parts.mean(0)).T @ ((c - c.mean(0))/np.maximum(c.std(0), 1e-12))
-    return parts*np.where(np.take_along_axis(along, np.abs(along).argmax(1)[:, None], 1)[:, 0] < 0, -1, 1), share
+    return parts * np.where(
+        np.take_along_axis(along, np.abs(along).argmax(1)[:, None], 1)[:, 0] < 0, -1, 1
+    ), share
 
 # %% ../../nbs/explain/places.ipynb #e5673895
-AXES = ("left-right", "posterior-anterior", "inferior-superior")      # of the body, from low to high in a prepared volume
+# of the body, from low to high in a prepared volume
+AXES = ("left-right", "posterior-anterior", "inferior-superior")
 
 def _panel(ax, xy, values, norm, labels, area):
     ax.scatter(*xy.T, c=values, norm=norm, cmap="viridis", s=area, linewidths=0, rasterized=True)
-    ax.set_xticks([]); ax.set_yticks([]); ax.grid(False); ax.margins(.04)
-    ax.set_xlabel(labels[0], fontsize=8, labelpad=2); ax.set_ylabel(labels[1], fontsize=8, labelpad=2)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.grid(False)
+    ax.margins(0.04)
+    ax.set_xlabel(labels[0], fontsize=8, labelpad=2)
+    ax.set_ylabel(labels[1], fontsize=8, labelpad=2)
 
 def plot_positions(
     features, # Features (N, R), or arm to features of the same crops
     center_mm, # Centres, (N, 2) or (N, 3), mm
-    names:Sequence[str]=AXES, # Of the axes of the body, from low to high; a prepared volume's world grows to the right, the front and the head
-    maps:Mapping[str, dict]|None=None, # Arm to what `embedding_map` gave for these crops; None computes it
+    # Of the axes of the body, from low to high; a prepared volume's world grows to the right, the
+    # front and the head
+    names:Sequence[str]=AXES,
+    # Arm to what `embedding_map` gave for these crops; None computes it
+    maps:Mapping[str, dict]|None=None,
     most:int=2000, # Crops drawn; of more, so many are drawn at random
     seed:int=0, # Of that choice, and of the maps
     size:float=1.5, # Width of a panel, inches
 )->Figure: # The figure, not shown
-    "UMAP and principal components by position. One arm: a row for each axis of the body, a column for the map and each pair of components. Several: a row for each arm, with the first pair only."
+    """UMAP and principal components by position. One arm: a row for each axis of the body, a column
+    for the map and each pair of components. Several: a row for each arm, with the first pair
+    only."""
     arms = dict(features) if isinstance(features, Mapping) else {"": features}
     check_arms(arms, "features")
     c = np.asarray(center_mm, float)
-    if c.ndim != 2 or not 1 <= c.shape[1] <= len(names) or not np.isfinite(c).all(): raise ValueError(f"centres of shape {c.shape} arrived with names for {len(names)} axes; expected finite (N, A), a name for each axis.")
+    if c.ndim != 2 or not 1 <= c.shape[1] <= len(names) or not np.isfinite(c).all():
+        raise ValueError(
+            f"centres of shape {c.shape} arrived with names for {len(names)} axes; expected "
+            "finite (N, A), a name for each axis."
+        )
     for arm, h in arms.items():
-        if len(h) != len(c): raise ValueError(f"{arm or 'the arm'} has {len(h)} rows of features and there are {len(c)} centres; expected the same crops for all.")
-    rows = np.arange(len(c)) if len(c) <= most else np.sort(np.random.default_rng(seed).choice(len(c), most, replace=False))
-    if maps is None: maps = {arm: embedding_map(np.asarray(h)[rows], seed=seed) for arm, h in arms.items()}
-    elif bad := [arm for arm in arms if arm not in maps or len(maps[arm]["coords"]) != len(c)]: raise ValueError(f"maps= holds no map of {len(c)} points for {', '.join(bad)}; expected one for each arm, of all crops.")
-    else: maps = {arm: {**maps[arm], "coords": np.asarray(maps[arm]["coords"])[rows]} for arm in arms}
+        if len(h) != len(c):
+            raise ValueError(
+                f"{arm or 'the arm'} has {len(h)} rows of features and there are {len(c)} "
+                "centres; expected the same crops for all."
+            )
+    rows = (
+        np.arange(len(c))
+        if len(c) <= most
+        else np.sort(np.random.default_rng(seed).choice(len(c), most, replace=False))
+    )
+    if maps is None:
+        maps = {arm: embedding_map(np.asarray(h)[rows], seed=seed) for arm, h in arms.items()}
+    elif bad := [arm for arm in arms if arm not in maps or len(maps[arm]["coords"]) != len(c)]:
+        raise ValueError(
+            f"maps= holds no map of {len(c)} points for {', '.join(bad)}; expected one for each "
+            "arm, of all crops."
+        )
+    else:
+        maps = {arm: {**maps[arm], "coords": np.asarray(maps[arm]["coords"])[rows]} for arm in arms}
     one, axes_n = len(arms) == 1, c.shape[1]
     norms = [Normalize(c[:, k].min(), c[:, k].max()) for k in range(axes_n)]
     pairs = ((0, 1), (0, 2), (1, 2)) if one else ((0, 1),)
     nrows, ncols = (axes_n, 1 + len(pairs)) if one else (len(arms), 2*axes_n)
     with plt.rc_context({**HOUSE_STYLE, "axes.spines.top": True, "axes.spines.right": True}):
-        fig, axes = plt.subplots(nrows, ncols, figsize=(size*ncols + .9*one + .3*(not one), (size + (.12 if one else .35))*nrows + (.4 if one else .9)), squeeze=False, layout="constrained")
+        fig, axes = plt.subplots(
+            nrows,
+            ncols,
+            figsize=(
+                size * ncols + 0.9 * one + 0.3 * (not one),
+                (size + (0.12 if one else 0.35)) * nrows + (0.4 if one else 0.9),
+            ),
+            squeeze=False,
+            layout="constrained",
+        )
         for a, (arm, h) in enumerate(arms.items()):
             parts, share = position_components(np.asarray(h)[rows], c[rows])
-            panels = [(maps[arm]["coords"], ("UMAP 1", "UMAP 2"))] + [(parts[:, p], [f"PC {k + 1}, {share[k]:.0%}" for k in p]) for p in map(list, pairs)]
+            panels = [(maps[arm]["coords"], ("UMAP 1", "UMAP 2"))] + [
+                (parts[:, p], [f"PC {k + 1}, {share[k]:.0%}" for k in p]) for p in map(list, pairs)
+            ]
             for p, (xy, labels) in enumerate(panels):
-                for k in range(axes_n): _panel(axes[k, p] if one else axes[a, p*axes_n + k], xy, c[rows, k], norms[k], labels, np.clip(3000/len(rows), 2, 14))
+                for k in range(axes_n):
+                    _panel(
+                        axes[k, p] if one else axes[a, p * axes_n + k],
+                        xy,
+                        c[rows, k],
+                        norms[k],
+                        labels,
+                        np.clip(3000 / len(rows), 2, 14),
+                    )
             score = f"trustworthiness {maps[arm]['trustworthiness']:.2f}"
             if one: axes[0, 0].set_title(score)
             else: axes[a, 0].set_title(f"{arm}\n{score}", loc="left", fontsize=8)
         for k, norm in enumerate(norms):
             mapper, mm = plt.cm.ScalarMappable(norm, "viridis"), f"{names[k]}, mm"
-            if one: fig.colorbar(mapper, ax=axes[k], aspect=14, fraction=.05, ticks=MaxNLocator(5)).set_label(mm, fontsize=8)
+            if one:
+                fig.colorbar(
+                    mapper, ax=axes[k], aspect=14, fraction=0.05, ticks=MaxNLocator(5)
+                ).set_label(mm, fontsize=8)
             else:
-                for column in (k, axes_n + k): fig.colorbar(mapper, ax=axes[:, column], location="bottom", aspect=14, fraction=.06, ticks=MaxNLocator(3)).set_label(mm, fontsize=8)
-        fig.suptitle(" · ".join(filter(None, [next(iter(arms)) if one else "", f"{len(rows)} of {len(c)} crops" if len(rows) < len(c) else f"{len(c)} crops"])), fontsize=9, x=.01, ha="left")
+                for column in (k, axes_n + k):
+                    fig.colorbar(
+                        mapper,
+                        ax=axes[:, column],
+                        location="bottom",
+                        aspect=14,
+                        fraction=0.06,
+                        ticks=MaxNLocator(3),
+                    ).set_label(mm, fontsize=8)
+        fig.suptitle(
+            " · ".join(
+                filter(
+                    None,
+                    [
+                        next(iter(arms)) if one else "",
+                        f"{len(rows)} of {len(c)} crops"
+                        if len(rows) < len(c)
+                        else f"{len(c)} crops",
+                    ],
+                )
+            ),
+            fontsize=9,
+            x=0.01,
+            ha="left",
+        )
     plt.close(fig)
     return fig
 
@@ -158,60 +290,164 @@ def plot_positions(
 def _folds(arm, given):
     "`(mean, lo, hi, values, folds)` of an arm; lo and hi are None without an interval"
     record = given if isinstance(given, Mapping) else {"per_fold": given}
-    every = np.asarray([np.nan if v is None else v for v in np.atleast_1d(record.get("per_fold", []))], float)      # JSON has no NaN
-    if every.ndim != 1 or np.any((every < 0) | (every > 1)): raise ValueError(f"the folds of {arm} have shape {every.shape} and values from {np.nanmin(every):.3g} to {np.nanmax(every):.3g}; expected one AUC in [0, 1] per fold: (K,).")
+    # JSON has no NaN
+    every = np.asarray(
+        [np.nan if v is None else v for v in np.atleast_1d(record.get("per_fold", []))], float
+    )
+    if every.ndim != 1 or np.any((every < 0) | (every > 1)):
+        raise ValueError(
+            f"the folds of {arm} have shape {every.shape} and values from {np.nanmin(every):.3g} "
+            f"to {np.nanmax(every):.3g}; expected one AUC in [0, 1] per fold: (K,)."
+        )
     values = every[np.isfinite(every)]
     mean = record.get("mean", values.mean() if len(values) else None)
-    if mean is None: raise ValueError(f"{arm} has no fold with an AUC ({len(every)} folds); expected at least one, or leave the arm out.")
+    if mean is None:
+        raise ValueError(
+            f"{arm} has no fold with an AUC ({len(every)} folds); expected at least one, or leave "
+            "the arm out."
+        )
     lo, hi = record.get("ci") or (None, None)
     return mean, lo, hi, values, len(every)
 
 def plot_folds(
-    auc:Mapping[str, object], # Arm to its AUC per fold (K,), NaN where a fold has none, or to `{"mean", "ci", "per_fold"}` as in `results.json`
+    # Arm to its AUC per fold (K,), NaN where a fold has none, or to `{"mean", "ci", "per_fold"}` as
+    # in `results.json`
+    auc:Mapping[str, object],
     metric:str="AUC", # Name of the quantity, for the axis
     chance:float=.5, # Marked
 )->Figure: # The figure, not shown
-    "The folds of each arm as dots, the mean and its interval, an arm per row; without `ci` no interval is drawn."
+    """The folds of each arm as dots, the mean and its interval, an arm per row; without `ci` no
+    interval is drawn."""
     check_arms(auc, "folds")
     look, found = arm_looks(auc), {arm: _folds(arm, given) for arm, given in auc.items()}
     with plt.rc_context(HOUSE_STYLE):
-        fig, ax = plt.subplots(figsize=(7, .42*len(auc) + 1), layout="constrained")
+        fig, ax = plt.subplots(figsize=(7, 0.42 * len(auc) + 1), layout="constrained")
         for y, (arm, (mean, lo, hi, values, n)) in enumerate(found.items()):
-            ax.plot(values, y + .22 + .06*(np.arange(len(values)) % 3 - 1), "o", color=look[arm][0], markersize=4, alpha=.75, markeredgewidth=0)
-            if lo is not None: ax.plot([lo, hi], [y - .12]*2, color=look[arm][0], linewidth=2.5, solid_capstyle="butt")
-            ax.plot(mean, y - .12, look[arm][1], color=look[arm][0], markersize=7.5, markeredgecolor="white", markeredgewidth=.8, zorder=3)
-            ax.annotate(f"{mean:.3f}" + (f" [{lo:.3f}, {hi:.3f}]" if lo is not None else "") + f"\n{len(values)} of {n} folds"*(0 < len(values) < n), (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+            ax.plot(
+                values,
+                y + 0.22 + 0.06 * (np.arange(len(values)) % 3 - 1),
+                "o",
+                color=look[arm][0],
+                markersize=4,
+                alpha=0.75,
+                markeredgewidth=0,
+            )
+            if lo is not None:
+                ax.plot(
+                    [lo, hi],
+                    [y - 0.12] * 2,
+                    color=look[arm][0],
+                    linewidth=2.5,
+                    solid_capstyle="butt",
+                )
+            ax.plot(
+                mean,
+                y - 0.12,
+                look[arm][1],
+                color=look[arm][0],
+                markersize=7.5,
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                zorder=3,
+            )
+            ax.annotate(
+                f"{mean:.3f}"
+                + (f" [{lo:.3f}, {hi:.3f}]" if lo is not None else "")
+                + f"\n{len(values)} of {n} folds" * (0 < len(values) < n),
+                (1.01, y),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=8,
+            )
         ax.axvline(chance, color="#444444", linestyle="--", linewidth=1)
-        ax.annotate("guessing", (chance, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", fontsize=8, color="#444444")
-        ax.set_yticks(range(len(auc)), auc); ax.set_ylim(len(auc) - .4, -.6); ax.grid(axis="y", visible=False)
-        parts = ["symbol: mean"] + ["bar: 95 % interval"]*any(f[1] is not None for f in found.values()) + ["dots: folds"]*any(len(f[3]) for f in found.values())
+        ax.annotate(
+            "guessing",
+            (chance, 1),
+            xycoords=("data", "axes fraction"),
+            va="bottom",
+            ha="center",
+            fontsize=8,
+            color="#444444",
+        )
+        ax.set_yticks(range(len(auc)), auc)
+        ax.set_ylim(len(auc) - 0.4, -0.6)
+        ax.grid(axis="y", visible=False)
+        parts = (
+            ["symbol: mean"]
+            + ["bar: 95 % interval"] * any(f[1] is not None for f in found.values())
+            + ["dots: folds"] * any(len(f[3]) for f in found.values())
+        )
         ax.set_xlabel(f"{metric} ({', '.join(parts)})")
     plt.close(fig)
     return fig
 
 # %% ../../nbs/explain/places.ipynb #bb8a7d7f
 def plot_region_auc(
-    table, # AUC: a data frame with a row for each arm and a column for each region, or arm to region to AUC; what is missing is NaN
+    # AUC: a data frame with a row for each arm and a column for each region, or arm to region to
+    # AUC; what is missing is NaN
+    table,
     metric:str="AUC", # Name of the quantity
     low:float=.5, # Value of the lightest shade, and of all below
     high:float=1., # Value of the darkest
 )->Figure: # The figure, not shown
     "AUC by region (rows) and arm (columns), with their mean over the regions that every arm has."
-    t = table if isinstance(table, pd.DataFrame) else pd.DataFrame.from_dict({arm: dict(r) for arm, r in table.items()}, orient="index")
-    if t.empty: raise ValueError(f"a table of {len(t)} arms and {t.shape[1]} regions arrived; expected at least one of each.")
+    t = (
+        table
+        if isinstance(table, pd.DataFrame)
+        else pd.DataFrame.from_dict({arm: dict(r) for arm, r in table.items()}, orient="index")
+    )
+    if t.empty:
+        raise ValueError(
+            f"a table of {len(t)} arms and {t.shape[1]} regions arrived; expected at least one of "
+            "each."
+        )
     t = t.astype(float)
     common = t.columns[t.notna().all()]
     shown = t.T
-    if 1 < len(common): shown = pd.concat([shown, t[common].mean(axis=1).rename("mean" if len(common) == t.shape[1] else f"mean of the {len(common)} that all have").to_frame().T])
+    if 1 < len(common):
+        shown = pd.concat(
+            [
+                shown,
+                t[common]
+                .mean(axis=1)
+                .rename(
+                    "mean"
+                    if len(common) == t.shape[1]
+                    else f"mean of the {len(common)} that all have"
+                )
+                .to_frame()
+                .T,
+            ]
+        )
     values = shown.to_numpy()
-    with plt.rc_context({**HOUSE_STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
-        fig, ax = plt.subplots(figsize=(.62*len(t) + .08*max(len(str(r)) for r in shown.index) + 1, .27*len(shown) + .075*max(len(str(a)) for a in t.index) + .5), layout="constrained")
-        shade = np.clip((values - low)/(high - low), 0, 1)
+    with plt.rc_context(
+        {**HOUSE_STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}
+    ):
+        fig, ax = plt.subplots(
+            figsize=(
+                0.62 * len(t) + 0.08 * max(len(str(r)) for r in shown.index) + 1,
+                0.27 * len(shown) + 0.075 * max(len(str(a)) for a in t.index) + 0.5,
+            ),
+            layout="constrained",
+        )
+        shade = np.clip((values - low) / (high - low), 0, 1)
         ax.imshow(np.ma.masked_invalid(shade), cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
         for i, j in np.ndindex(*values.shape):
-            ax.text(j, i, "–" if np.isnan(values[i, j]) else f"{values[i, j]:.2f}", ha="center", va="center", fontsize=9, color="white" if shade[i, j] > .7 else "#1A1A1A")
-        if len(shown) > t.shape[1]: ax.axhline(t.shape[1] - .5, color="#1A1A1A", linewidth=1.5)
-        ax.set_xticks(range(len(t)), t.index, rotation=90); ax.set_yticks(range(len(shown)), shown.index); ax.tick_params(length=0); ax.xaxis.tick_top()
+            ax.text(
+                j,
+                i,
+                "–" if np.isnan(values[i, j]) else f"{values[i, j]:.2f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if shade[i, j] > 0.7 else "#1A1A1A",
+            )
+        if len(shown) > t.shape[1]:
+            ax.axhline(t.shape[1] - 0.5, color="#1A1A1A", linewidth=1.5)
+        ax.set_xticks(range(len(t)), t.index, rotation=90)
+        ax.set_yticks(range(len(shown)), shown.index)
+        ax.tick_params(length=0)
+        ax.xaxis.tick_top()
         ax.set_xlabel(f"{metric}, white: {low:g} or less", labelpad=6)
     plt.close(fig)
     return fig

@@ -36,15 +36,25 @@ class Similarity:
     kind:str="cosine" # "cosine", or "distance": the negative Euclidean distance
 
     def __post_init__(self):
-        if self.kind not in ("cosine", "distance"): raise ValueError(f"kind={self.kind!r} arrived; expected 'cosine' or 'distance'.")
+        if self.kind not in ("cosine", "distance"):
+            raise ValueError(f"kind={self.kind!r} arrived; expected 'cosine' or 'distance'.")
         r = torch.as_tensor(self.reference)
-        if r.ndim not in (1, 2) or not torch.isfinite(r).all(): raise ValueError(f"a reference of shape {tuple(r.shape)} arrived, {int((~torch.isfinite(r)).sum())} of its values not finite; expected (R,) or (B, R).")
+        if r.ndim not in (1, 2) or not torch.isfinite(r).all():
+            raise ValueError(
+                f"a reference of shape {tuple(r.shape)} arrived, "
+                f"{int((~torch.isfinite(r)).sum())} of its values not finite; expected (R,) or "
+                "(B, R)."
+            )
         object.__setattr__(self, "reference", r)
 
     def __call__(self, z, rows=slice(None)):
         r = self.reference.detach().to(z)
         r = (r[rows] if r.ndim == 2 else r).expand_as(z)
-        return F.cosine_similarity(z, r, dim=1) if self.kind == "cosine" else -torch.linalg.vector_norm(z - r, dim=1)
+        return (
+            F.cosine_similarity(z, r, dim=1)
+            if self.kind == "cosine"
+            else -torch.linalg.vector_norm(z - r, dim=1)
+        )
 
 @dataclass(frozen=True)
 class Dimension:
@@ -55,55 +65,108 @@ class Dimension:
 
 # %% ../../nbs/explain/saliency.ipynb #c9c32707
 def _scorer(target, out, n):
-    "A target as a function of outputs and their rows; what does not fit the model is refused before anything is computed."
+    """A target as a function of outputs and their rows; what does not fit the model is refused
+    before anything is computed."""
     if not isinstance(out, Tensor) or out.ndim != 2:
-        raise ValueError(f"the model gave {f'shape {tuple(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'} for one image; expected one row of scores or one embedding, (B, n): pool and flatten inside it, and choose one output.")
+        raise ValueError(
+            "the model gave "
+            f"{f'shape {tuple(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'} "
+            "for one image; expected one row of scores or one embedding, (B, n): pool and "
+            "flatten inside it, and choose one output."
+        )
     width = out.shape[1]
     if target is None: return lambda z, rows: z.gather(1, z.argmax(1, keepdim=True))[:, 0]
-    if isinstance(target, Similarity) and tuple(target.reference.shape) not in ((width,), (n, width)):
-        raise ValueError(f"a reference of shape {tuple(target.reference.shape)} arrived; the model gives {width} values for each of {n} images: expected ({width},) or ({n}, {width}).")
-    if isinstance(target, Dimension) and not 0 <= target.index < width: raise ValueError(f"dimension {target.index} arrived; the model gives the dimensions 0 to {width - 1}.")
+    if isinstance(target, Similarity) and tuple(target.reference.shape) not in (
+        (width,),
+        (n, width),
+    ):
+        raise ValueError(
+            f"a reference of shape {tuple(target.reference.shape)} arrived; the model gives "
+            f"{width} values for each of {n} images: expected ({width},) or ({n}, {width})."
+        )
+    if isinstance(target, Dimension) and not 0 <= target.index < width:
+        raise ValueError(
+            f"dimension {target.index} arrived; the model gives the dimensions 0 to {width - 1}."
+        )
     if isinstance(target, (Similarity, Dimension)): return target
     if callable(target): return lambda z, rows: target(z)
     c = torch.as_tensor(target)
     if c.is_floating_point() or c.dtype == torch.bool or c.ndim > 1 or c.ndim == 1 and len(c) != n:
-        raise ValueError(f"a target of type {c.dtype} and shape {tuple(c.shape)} arrived for {n} images; expected a class number, one for each image, a Similarity, a Dimension, or a function of the outputs.")
-    if c.min() < 0 or c.max() >= width: raise ValueError(f"targets {int(c.min())} to {int(c.max())} arrived; the model has classes 0 to {width - 1}: leave unlabelled images out.")
+        raise ValueError(
+            f"a target of type {c.dtype} and shape {tuple(c.shape)} arrived for {n} images; "
+            "expected a class number, one for each image, a Similarity, a Dimension, or a "
+            "function of the outputs."
+        )
+    if c.min() < 0 or c.max() >= width:
+        raise ValueError(
+            f"targets {int(c.min())} to {int(c.max())} arrived; the model has classes 0 to "
+            f"{width - 1}: leave unlabelled images out."
+        )
     c = c.expand(n)
     return lambda z, rows: z.gather(1, c[rows].to(z.device)[:, None])[:, 0]
 
 class _Scored(nn.Module):
     "The model followed by its score"
-    def __init__(self, model, score): super().__init__(); self.model, self.score, self.rows = model, score, None
+    def __init__(self, model, score):
+        super().__init__()
+        self.model, self.score, self.rows = model, score, None
     def forward(self, x):
         y = self.score(self.model(x), self.rows)
-        if y.shape != (len(x),): raise ValueError(f"the target gave shape {tuple(y.shape)} for {len(x)} images; expected one score for each: ({len(x)},).")
+        if y.shape != (len(x),):
+            raise ValueError(
+                f"the target gave shape {tuple(y.shape)} for {len(x)} images; expected one score "
+                f"for each: ({len(x)},)."
+            )
         return y
 
 # %% ../../nbs/explain/saliency.ipynb #41a8975f
 def _last_conv(convs):
     wide = [(m, kernel) for m, extent, kernel in convs if max(extent) > 1]
     if not wide:
-        raise ValueError(f"{len(convs)} convolutions ran, none with a map larger than one pixel; Grad-CAM needs one: pass layer=, or larger images.")
+        raise ValueError(
+            f"{len(convs)} convolutions ran, none with a map larger than one pixel; Grad-CAM "
+            "needs one: pass layer=, or larger images."
+        )
     return next((m for m, kernel in reversed(wide) if max(kernel) > 1), wide[-1][0])
 
 def _cam_layer(model, layer, seen, ndim):
     "The layer for Grad-CAM, which has to run once and give maps"
     if isinstance(layer, str):
-        try: layer = model.get_submodule(layer)
-        except AttributeError: raise ValueError(f"layer {layer!r} arrived, which the model does not have; its convolutions are {', '.join(k for k, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd))}.") from None
+        try:
+            layer = model.get_submodule(layer)
+        except AttributeError:
+            raise ValueError(
+                f"layer {layer!r} arrived, which the model does not have; its convolutions are "
+                f"{', '.join(k for k, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd))}."
+            ) from None
     layer = layer or _last_conv(seen.convs)
     name = next((k for k, m in model.named_modules() if m is layer), type(layer).__name__)
-    if seen.runs[layer] != 1: raise ValueError(f"layer {name!r} ran {seen.runs[layer]} times in a forward pass; Grad-CAM needs the maps of a layer that runs once: pass another layer=.")
-    if len(seen.shapes[layer]) != ndim: raise ValueError(f"layer {name!r} gave shape {seen.shapes[layer]} for one image; expected maps with {ndim} axes like the images: pass a convolution as layer=.")
+    if seen.runs[layer] != 1:
+        raise ValueError(
+            f"layer {name!r} ran {seen.runs[layer]} times in a forward pass; Grad-CAM needs the "
+            "maps of a layer that runs once: pass another layer=."
+        )
+    if len(seen.shapes[layer]) != ndim:
+        raise ValueError(
+            f"layer {name!r} gave shape {seen.shapes[layer]} for one image; expected maps with "
+            f"{ndim} axes like the images: pass a convolution as layer=."
+        )
     return layer
 
 def _refuse_unguided(calls):
     table = _coverage_table(calls)
-    if table.empty: raise ValueError("the model ran 0 ReLUs; guided back-propagation needs nn.ReLU: use an encoder that has it, or another map: saliency_maps(methods=['gradcam']).")
+    if table.empty:
+        raise ValueError(
+            "the model ran 0 ReLUs; guided back-propagation needs nn.ReLU: use an encoder that "
+            "has it, or another map: saliency_maps(methods=['gradcam'])."
+        )
     if missed := [f"{r.operation} in {r.module}" for r in table.itertuples() if not r.guided]:
-        raise ValueError(f"{len(missed)} activations would not be guided ({', '.join(missed[:4])}); guided back-propagation is defined for ReLU and hooks nn.ReLU modules: write them so, or explain this network otherwise: "
-                         "saliency_maps(methods=['gradcam']). coverage(model, images) lists all.")
+        raise ValueError(
+            f"{len(missed)} activations would not be guided ({', '.join(missed[:4])}); guided "
+            "back-propagation is defined for ReLU and hooks nn.ReLU modules: write them so, or "
+            "explain this network otherwise: "
+            "saliency_maps(methods=['gradcam']). coverage(model, images) lists all."
+        )
 
 # %% ../../nbs/explain/saliency.ipynb #d2e68a45
 METHODS = ("guided_gradcam", "gradcam", "guided_backprop", "gradient")
@@ -113,10 +176,14 @@ def _maps_of(scored, layer, x, methods):
     found = {}
     if {"gradcam", "guided_gradcam"} & {*methods}:
         cam = LayerGradCam(scored, layer).attribute(x, relu_attributions=True)
-        found["gradcam"] = LayerAttribution.interpolate(cam, tuple(x.shape[2:]), interpolate_mode="trilinear" if x.ndim == 5 else "bilinear").detach()
-    if {"guided_backprop", "guided_gradcam"} & {*methods}: found["guided_backprop"] = GuidedBackprop(scored).attribute(x).detach()
+        found["gradcam"] = LayerAttribution.interpolate(
+            cam, tuple(x.shape[2:]), interpolate_mode="trilinear" if x.ndim == 5 else "bilinear"
+        ).detach()
+    if {"guided_backprop", "guided_gradcam"} & {*methods}:
+        found["guided_backprop"] = GuidedBackprop(scored).attribute(x).detach()
     if "gradient" in methods: found["gradient"] = Saliency(scored).attribute(x, abs=False).detach()
-    if "guided_gradcam" in methods: found["guided_gradcam"] = found["guided_backprop"]*found["gradcam"]
+    if "guided_gradcam" in methods:
+        found["guided_gradcam"] = found["guided_backprop"] * found["gradcam"]
     return found
 
 def saliency_maps(
@@ -125,49 +192,102 @@ def saliency_maps(
     target=None, # As for `guided_gradcam`
     layer:nn.Module|str|None=None, # As for `guided_gradcam`
     batch_size:int=32, # Images per pass
-    methods:Sequence[str]=METHODS, # Any of guided_gradcam, gradcam (not negative, one channel), guided_backprop and gradient; only the guided ones need ReLUs
+    # Any of guided_gradcam, gradcam (not negative, one channel), guided_backprop and gradient; only
+    # the guided ones need ReLUs
+    methods:Sequence[str]=METHODS,
 )->dict[str, Tensor]: # Method to its maps, as many as there are images
-    "Several maps of the same score. The model is left as it was found, and memory does not grow with the number of images."
-    if images.ndim not in (4, 5) or not images.is_floating_point(): raise ValueError(f"images of shape {tuple(images.shape)} and type {images.dtype} arrived; expected floats (B, C, H, W), or volumes (B, C, X, Y, Z).")
-    if not methods or (odd := {*methods} - {*METHODS}): raise ValueError(f"methods {sorted(odd) if methods else '()'} arrived; expected some of {', '.join(METHODS)}.")
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size} arrived; expected 1 image at a time or more.")
-    if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"): raise ValueError(f"a {type(model).__name__} arrived, whose modules cannot be hooked reliably; pass the model that it wraps.")
+    """Several maps of the same score. The model is left as it was found, and memory does not grow
+    with the number of images."""
+    if images.ndim not in (4, 5) or not images.is_floating_point():
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} and type {images.dtype} arrived; expected "
+            "floats (B, C, H, W), or volumes (B, C, X, Y, Z)."
+        )
+    if not methods or (odd := {*methods} - {*METHODS}):
+        raise ValueError(
+            f"methods {sorted(odd) if methods else '()'} arrived; expected some of "
+            f"{', '.join(METHODS)}."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} arrived; expected 1 image at a time or more.")
+    if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        raise ValueError(
+            f"a {type(model).__name__} arrived, whose modules cannot be hooked reliably; pass the "
+            "model that it wraps."
+        )
     device = next((p.device for p in model.parameters()), images.device)
     with _as_found(model), warnings.catch_warnings():
-        maps = {name: torch.empty((len(images), 1 if name == "gradcam" else images.shape[1], *images.shape[2:]), dtype=images.dtype, device=images.device) for name in methods}
+        maps = {
+            name: torch.empty(
+                (len(images), 1 if name == "gradcam" else images.shape[1], *images.shape[2:]),
+                dtype=images.dtype,
+                device=images.device,
+            )
+            for name in methods
+        }
         if not len(images): return maps
         warnings.simplefilter("ignore")                             # captum announces its hooks
         seen = _watch(model, images[:1].to(device))
         if any(name.startswith("guided") for name in methods): _refuse_unguided(seen.calls)
         scored = _Scored(model, _scorer(target, seen.out, len(images)))
-        layer = _cam_layer(model, layer, seen, images.ndim) if any("cam" in name for name in methods) else None
+        layer = (
+            _cam_layer(model, layer, seen, images.ndim)
+            if any("cam" in name for name in methods)
+            else None
+        )
         del seen
         for i in range(0, len(images), batch_size):
             scored.rows = slice(i, i + batch_size)
-            found = _maps_of(scored, layer, images[scored.rows].detach().to(device, copy=True).requires_grad_(), methods)
+            found = _maps_of(
+                scored,
+                layer,
+                images[scored.rows].detach().to(device, copy=True).requires_grad_(),
+                methods,
+            )
             for name in methods: maps[name][scored.rows] = found[name].to(images.device)
     return maps
 
 def guided_gradcam(
-    model:nn.Module, # `(B, C, H, W)` or `(B, C, X, Y, Z)` to logits or embeddings `(B, n)`, for example `nn.Sequential(encoder, probe)`
+    # `(B, C, H, W)` or `(B, C, X, Y, Z)` to logits or embeddings `(B, n)`, for example
+    # `nn.Sequential(encoder, probe)`
+    model:nn.Module,
     images:Tensor, # `(B, C, H, W)` or `(B, C, X, Y, Z)`, as the model takes them
-    target:int|Tensor|Similarity|Dimension|Callable|None=None, # Class number, one for all or one per image; or what else to explain, at last any function from `(B, n)` to `(B,)`; the largest output (predicted class) if None
-    layer:nn.Module|str|None=None, # Convolution for Grad-CAM, or its name; if None, the last one with a map and a kernel larger than one pixel
+    # Class number, one for all or one per image; or what else to explain, at last any function from
+    # `(B, n)` to `(B,)`; the largest output (predicted class) if None
+    target:int|Tensor|Similarity|Dimension|Callable|None=None,
+    # Convolution for Grad-CAM, or its name; if None, the last one with a map and a kernel larger
+    # than one pixel
+    layer:nn.Module|str|None=None,
     batch_size:int=32, # Images per pass
 )->Tensor: # As `images`, signed
-    "Gradient of the score with guided ReLUs, times the upsampled Grad-CAM. The model is left as it was found."
-    return saliency_maps(model, images, target, layer, batch_size, ["guided_gradcam"])["guided_gradcam"]
+    """Gradient of the score with guided ReLUs, times the upsampled Grad-CAM. The model is left as
+    it was found."""
+    return saliency_maps(model, images, target, layer, batch_size, ["guided_gradcam"])[
+        "guided_gradcam"
+    ]
 
 # %% ../../nbs/explain/saliency.ipynb #4e4b4d58
 def saliency_display(
     map:Tensor|np.ndarray, # One map, `(3, H, W)`, `(1, H, W)` or `(H, W)`
 )->np.ndarray: # `(H, W, 3)` or `(H, W)`, `uint8`; 128 is zero
-    "A signed map as a picture: divided by the 99th percentile of its absolute value, zero at mid-gray."
-    m = map.detach().cpu().float().numpy() if isinstance(map, Tensor) else np.asarray(map, np.float32)
+    """A signed map as a picture: divided by the 99th percentile of its absolute value, zero at
+    mid-gray."""
+    m = (
+        map.detach().cpu().float().numpy()
+        if isinstance(map, Tensor)
+        else np.asarray(map, np.float32)
+    )
     if m.ndim == 3 and m.shape[0] == 1: m = m[0]
     if m.ndim != 2 and (m.ndim != 3 or m.shape[0] != 3):
-        raise ValueError(f"a map of shape {m.shape} arrived; expected (3, H, W) or (H, W): show one at a time, and one of a volume by saliency_volume.")
-    if not np.isfinite(m).all(): raise ValueError("the map holds values that are not finite: look at the model's gradients before drawing it.")
+        raise ValueError(
+            f"a map of shape {m.shape} arrived; expected (3, H, W) or (H, W): show one at a time, "
+            "and one of a volume by saliency_volume."
+        )
+    if not np.isfinite(m).all():
+        raise ValueError(
+            "the map holds values that are not finite: look at the model's gradients before "
+            "drawing it."
+        )
     scale = np.percentile(np.abs(m), 99) or np.abs(m).max() or 1.
     out = np.round(128 + 127*np.clip(m/scale, -1, 1)).astype(np.uint8)
     return out.transpose(1, 2, 0) if m.ndim == 3 else out
@@ -181,22 +301,46 @@ def saliency_grid(
     classes:list[str], # Class names
     size:float=1.15, # Width of one picture, inches
 )->Figure: # The figure, not shown
-    "One row per class with its first image: the input, then each arm's map with *predicted / true* below it."
+    """One row per class with its first image: the input, then each arm's map with *predicted /
+    true* below it."""
     true = np.asarray(true)
-    rows = [(c, int(np.flatnonzero(true == c)[0])) for c in range(len(classes)) if (true == c).any()]
-    if not rows: raise ValueError(f"0 of {len(true)} images carry one of the {len(classes)} classes: pass labelled images.")
-    between = "\n/ " if max(len(name) for name in classes) > 6 else " / "         # long names need a line each
-    fig, axes = plt.subplots(len(rows), 1 + len(maps), figsize=(size*(1 + len(maps)) + .3, (size + .22 + .13*("\n" in between))*len(rows) + .3), squeeze=False)
-    for ax in axes.flat: ax.set_xticks([]); ax.set_yticks([])
+    rows = [
+        (c, int(np.flatnonzero(true == c)[0])) for c in range(len(classes)) if (true == c).any()
+    ]
+    if not rows:
+        raise ValueError(
+            f"0 of {len(true)} images carry one of the {len(classes)} classes: pass labelled "
+            "images."
+        )
+    # long names need a line each
+    between = "\n/ " if max(len(name) for name in classes) > 6 else " / "
+    fig, axes = plt.subplots(
+        len(rows),
+        1 + len(maps),
+        figsize=(
+            size * (1 + len(maps)) + 0.3,
+            (size + 0.22 + 0.13 * ("\n" in between)) * len(rows) + 0.3,
+        ),
+        squeeze=False,
+    )
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
     for row, (c, i) in zip(axes, rows):
         row[0].imshow(to_rgb(images[i].detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()))
         row[0].set_ylabel(classes[c], fontsize=9, parse_math=False)
         for ax, arm in zip(row[1:], maps):
             p = int(pred[arm][i])
             ax.imshow(saliency_display(maps[arm][i]))
-            ax.set_xlabel(f"{'✓' if p == c else '✗'} {classes[p]}{between}{classes[c]}", fontsize=8, labelpad=2, parse_math=False,
-                          fontweight="normal" if p == c else "bold")
-    for ax, name in zip(axes[0], ["input", *maps]): ax.set_title(name.replace("_", "\n", 1), fontsize=8, parse_math=False)
+            ax.set_xlabel(
+                f"{'✓' if p == c else '✗'} {classes[p]}{between}{classes[c]}",
+                fontsize=8,
+                labelpad=2,
+                parse_math=False,
+                fontweight="normal" if p == c else "bold",
+            )
+    for ax, name in zip(axes[0], ["input", *maps]):
+        ax.set_title(name.replace("_", "\n", 1), fontsize=8, parse_math=False)
     fig.tight_layout(pad=.4, h_pad=.5, w_pad=.3)
     plt.close(fig)
     return fig
@@ -207,7 +351,11 @@ def strongest_voxel(
 )->tuple[int, int, int]: # On each axis, the plane with the largest sum of absolute values
     "Where to cut a map of a volume."
     m = np.abs(np.asarray(map.detach().cpu() if isinstance(map, Tensor) else map, np.float64))
-    if m.ndim not in (3, 4) or not m.size or not np.isfinite(m).all(): raise ValueError(f"a map of shape {m.shape} arrived, {int((~np.isfinite(m)).sum())} of its values not finite; expected (C, X, Y, Z) or (X, Y, Z).")
+    if m.ndim not in (3, 4) or not m.size or not np.isfinite(m).all():
+        raise ValueError(
+            f"a map of shape {m.shape} arrived, {int((~np.isfinite(m)).sum())} of its values not "
+            "finite; expected (C, X, Y, Z) or (X, Y, Z)."
+        )
     m = m.sum(0) if m.ndim == 4 else m
     return tuple(int(m.sum(tuple(b for b in range(3) if b != a)).argmax()) for a in range(3))
 
@@ -216,15 +364,35 @@ def saliency_volume(
     map:Tensor|np.ndarray, # Its map, of the same shape
     at:str|Sequence[int]="strongest", # "strongest", "centre", or a voxel
     spacing_mm:Sequence[float]=(1., 1., 1.), # Edges of a voxel
-    names:Sequence[str]=("left-right", "posterior-anterior", "inferior-superior"), # Of the axes, from low to high
+    # Of the axes, from low to high
+    names:Sequence[str]=("left-right", "posterior-anterior", "inferior-superior"),
     size:float=2.2, # Width of a plane, inches
 )->Figure: # The figure, not shown
-    "Three planes of a volume in gray, with the map in colour where it is more than a tenth of its 99th percentile."
-    v, m = (np.asarray(a.detach().cpu() if isinstance(a, Tensor) else a, np.float32) for a in (volume, map))
+    """Three planes of a volume in gray, with the map in colour where it is more than a tenth of its
+    99th percentile."""
+    v, m = (
+        np.asarray(a.detach().cpu() if isinstance(a, Tensor) else a, np.float32)
+        for a in (volume, map)
+    )
     v, m = (a[0] if a.ndim == 4 and len(a) == 1 else a for a in (v, m))
-    if v.ndim != 3 or v.shape != m.shape: raise ValueError(f"a volume of shape {v.shape} and a map of shape {m.shape} arrived; expected two of (X, Y, Z), or (1, X, Y, Z): show one at a time.")
-    point = strongest_voxel(m) if isinstance(at, str) and at == "strongest" else tuple(n//2 for n in m.shape) if isinstance(at, str) and at == "centre" else tuple(int(i) for i in at) if not isinstance(at, str) else None
-    if point is None or len(point) != 3 or not all(0 <= i < n for i, n in zip(point, m.shape)): raise ValueError(f"at={at!r} arrived; expected 'strongest', 'centre', or a voxel within {m.shape}.")
+    if v.ndim != 3 or v.shape != m.shape:
+        raise ValueError(
+            f"a volume of shape {v.shape} and a map of shape {m.shape} arrived; expected two of "
+            "(X, Y, Z), or (1, X, Y, Z): show one at a time."
+        )
+    point = (
+        strongest_voxel(m)
+        if isinstance(at, str) and at == "strongest"
+        else tuple(n // 2 for n in m.shape)
+        if isinstance(at, str) and at == "centre"
+        else tuple(int(i) for i in at)
+        if not isinstance(at, str)
+        else None
+    )
+    if point is None or len(point) != 3 or not all(0 <= i < n for i, n in zip(point, m.shape)):
+        raise ValueError(
+            f"at={at!r} arrived; expected 'strongest', 'centre', or a voxel within {m.shape}."
+        )
     scale = np.percentile(np.abs(m), 99) or np.abs(m).max() or 1.
     seen = np.zeros(m.shape, bool)
     fig, axes = plt.subplots(1, 3, figsize=(3*size + .6, size + .75), layout="constrained")
@@ -232,15 +400,36 @@ def saliency_volume(
         p, q = (b for b in range(3) if b != a)
         cut = tuple(point[a] if b == a else slice(None) for b in range(3))
         seen[cut] = True
-        plane = np.clip(m[cut]/scale, -1, 1).T
-        shown = dict(origin="lower", aspect=spacing_mm[q]/spacing_mm[p], interpolation="nearest")
+        plane = np.clip(m[cut] / scale, -1, 1).T
+        shown = dict(origin="lower", aspect=spacing_mm[q] / spacing_mm[p], interpolation="nearest")
         ax.imshow(v[cut].T, cmap="gray", vmin=v.min(), vmax=v.max(), **shown)
-        drawn = ax.imshow(plane, cmap="PuOr_r", vmin=-1, vmax=1, alpha=np.where(np.abs(plane) > .1, .35 + .55*np.abs(plane), 0), **shown)
-        ax.axvline(point[p], color="#888888", linewidth=.6); ax.axhline(point[q], color="#888888", linewidth=.6)
-        ax.set_xticks([]); ax.set_yticks([])
-        ax.set_title(f"{names[a]}: voxel {point[a]}", fontsize=8); ax.set_xlabel(names[p], fontsize=8); ax.set_ylabel(names[q], fontsize=8)
-    fig.colorbar(plt.cm.ScalarMappable(drawn.norm, "PuOr_r"), ax=axes, shrink=.8, aspect=18).set_label("map, in units of its\n99th percentile", fontsize=8)
+        drawn = ax.imshow(
+            plane,
+            cmap="PuOr_r",
+            vmin=-1,
+            vmax=1,
+            alpha=np.where(np.abs(plane) > 0.1, 0.35 + 0.55 * np.abs(plane), 0),
+            **shown,
+        )
+        ax.axvline(point[p], color="#888888", linewidth=0.6)
+        ax.axhline(point[q], color="#888888", linewidth=0.6)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.set_title(f"{names[a]}: voxel {point[a]}", fontsize=8)
+        ax.set_xlabel(names[p], fontsize=8)
+        ax.set_ylabel(names[q], fontsize=8)
+    fig.colorbar(
+        plt.cm.ScalarMappable(drawn.norm, "PuOr_r"), ax=axes, shrink=0.8, aspect=18
+    ).set_label("map, in units of its\n99th percentile", fontsize=8)
     energy = float((m.astype(np.float64)**2).sum())
-    fig.suptitle(f"{1 - float((m[seen].astype(np.float64)**2).sum())/energy:.0%} of the map's energy is in other planes" if energy else "the map is zero everywhere", fontsize=8, x=.01, ha="left")
+    fig.suptitle(
+        f"{1 - float((m[seen].astype(np.float64) ** 2).sum()) / energy:.0%} of the map's energy "
+        "is in other planes"
+        if energy
+        else "the map is zero everywhere",
+        fontsize=8,
+        x=0.01,
+        ha="left",
+    )
     plt.close(fig)
     return fig

@@ -34,7 +34,11 @@ def _layers(model, images):
     "Modules with parameters of their own, in the order in which they first ran, with their names."
     with _as_found(model): ran = _watch(model, images[:1]).runs
     names = {m: k for k, m in model.named_modules()}
-    return [(names[m] or "(model)", m) for m in ran if m.__dict__["_parameters"] and any(p is not None for p in m._parameters.values())]
+    return [
+        (names[m] or "(model)", m)
+        for m in ran
+        if m.__dict__["_parameters"] and any(p is not None for p in m._parameters.values())
+    ]
 
 @torch.no_grad()
 def shuffle_weights(
@@ -44,7 +48,9 @@ def shuffle_weights(
     "Permute the entries of each of a module's own parameters."
     for key, p in module._parameters.items():
         if p is None: continue
-        order = torch.randperm(p.numel(), generator=torch.Generator().manual_seed(seed_for(seed, key)))
+        order = torch.randperm(
+            p.numel(), generator=torch.Generator().manual_seed(seed_for(seed, key))
+        )
         p.copy_(p.flatten()[order.to(p.device)].view_as(p))
 
 # %% ../../nbs/explain/sanity.ipynb #14c7fd2b
@@ -54,32 +60,57 @@ def map_similarity(
 )->tuple[float, float]: # Spearman, SSIM; NaN where a map is the same everywhere, as one of zeros is
     "Rank correlation and structural similarity of the absolute values of two maps."
     a, b = (np.abs(np.asarray(m, np.float64)) for m in (a, b))
-    if a.shape != b.shape or a.ndim not in (3, 4): raise ValueError(f"maps of shapes {a.shape} and {b.shape} arrived; expected two of the same (C, H, W) or (C, X, Y, Z).")
+    if a.shape != b.shape or a.ndim not in (3, 4):
+        raise ValueError(
+            f"maps of shapes {a.shape} and {b.shape} arrived; expected two of the same (C, H, W) "
+            "or (C, X, Y, Z)."
+        )
     if np.ptp(a) == 0 or np.ptp(b) == 0: return np.nan, np.nan
     ranks = [rankdata(m, axis=None) for m in (a, b)]
-    shown = [np.clip(m.mean(0)/(np.percentile(m.mean(0), 99) or m.mean(0).max()), 0, 1) for m in (a, b)]
+    shown = [
+        np.clip(m.mean(0) / (np.percentile(m.mean(0), 99) or m.mean(0).max()), 0, 1) for m in (a, b)
+    ]
     window = min(7, *(n - (n + 1) % 2 for n in shown[0].shape))
-    return float(np.corrcoef(*ranks)[0, 1]), float(structural_similarity(*shown, win_size=window, data_range=1.))
+    return float(np.corrcoef(*ranks)[0, 1]), float(
+        structural_similarity(*shown, win_size=window, data_range=1.0)
+    )
 
 # %% ../../nbs/explain/sanity.ipynb #ee912c1f
 @dataclass(frozen=True)
 class SanityCheck:
     "What `sanity_check` found."
-    table:pd.DataFrame # A row for each method and stage: `method`, `stage` (layers randomised), `layer` (the last of them), `spearman`, `spearman_low`, `spearman_high` (95 % over images), `ssim`, `zero` (share of maps that are zero everywhere), `n` (images compared: those whose map is constant neither at first nor at this stage)
+    # A row for each method and stage: `method`, `stage` (layers randomised), `layer` (the last of
+    # them), `spearman`, `spearman_low`, `spearman_high` (95 % over images), `ssim`, `zero` (share
+    # of maps that are zero everywhere), `n` (images compared: those whose map is constant neither
+    # at first nor at this stage)
+    table:pd.DataFrame
     other:pd.DataFrame # By method: `spearman` and `ssim` of the original maps of different images
     maps:dict # Method to stage to maps of the first images, (n, C, *spatial)
     images:Tensor # These images
     layers:list # Names, from the output to the input
     limit:float # Which part of the likeness may be left
 
-    def left(self)->pd.Series: # By method: 1 for unchanged maps, 0 for such as resemble the original no more than another image's map does; NaN where fewer than 2 images can be compared
-        "Which part of the rank correlation, beyond that of different images, is left with every layer random."
+    # By method: 1 for unchanged maps, 0 for such as resemble the original no more than another
+    # image's map does; NaN where fewer than 2 images can be compared
+    def left(self)->pd.Series:
+        """Which part of the rank correlation, beyond that of different images, is left with every
+        layer random."""
         last = self.table[self.table.stage == self.table.stage.max()].set_index("method")
-        return ((last.spearman - self.other.spearman)/(1 - self.other.spearman)).where(~(self.other.spearman > 1 - 1e-9), 1.).where(last.n >= 2)
+        return (
+            ((last.spearman - self.other.spearman) / (1 - self.other.spearman))
+            .where(~(self.other.spearman > 1 - 1e-9), 1.0)
+            .where(last.n >= 2)
+        )
 
     def passes(self)->pd.Series: # By method: True, False, or None where it cannot be judged
         "Whether no more than `limit` is left."
-        return pd.Series({method: None if np.isnan(left) else bool(left <= self.limit) for method, left in self.left().items()}, dtype=object)
+        return pd.Series(
+            {
+                method: None if np.isnan(left) else bool(left <= self.limit)
+                for method, left in self.left().items()
+            },
+            dtype=object,
+        )
 
     def verdict(self)->str: # A list, marked up for `Report`
         "What the check found, in words."
@@ -88,11 +119,29 @@ class SanityCheck:
             first, last = rows[rows.stage > 0].iloc[0], rows.iloc[-1]
             half = rows.iloc[(rows.stage - len(self.layers)/2).abs().argmin()]
             if passes[method] is None:
-                said.append(f"- **{method} cannot be judged**: " + (f"only {rows.n.iloc[0]} of the maps of the intact network are not zero everywhere." if rows.n.iloc[0] < 2 else
-                            f"with all {len(self.layers)} layers random only {last.n} of {rows.n.iloc[0]} maps are not zero everywhere, so that there is next to nothing to compare."))
+                said.append(
+                    f"- **{method} cannot be judged**: "
+                    + (
+                        f"only {rows.n.iloc[0]} of the maps of the intact network are not zero "
+                        "everywhere."
+                        if rows.n.iloc[0] < 2
+                        else f"with all {len(self.layers)} layers random only {last.n} of "
+                             f"{rows.n.iloc[0]} maps are not zero everywhere, so that there is "
+                             "next to nothing to compare."
+                    )
+                )
                 continue
-            said.append(f"- **{method} {'passes' if passes[method] else 'does not pass'}**: rank correlation with the original {first.spearman:.2f} after the output layer, {half.spearman:.2f} after {half.stage}, {last.spearman:.2f} [{last.spearman_low:.2f}, {last.spearman_high:.2f}] after all "
-                        f"{len(self.layers)} layers became random; maps of different images: {self.other.spearman[method]:.2f}, so that {max(left[method], 0):.0%} of the likeness is left." + f" {last.zero:.0%} of its last maps are zero everywhere."*bool(last.zero > 0))
+            said.append(
+                f"- **{method} {'passes' if passes[method] else 'does not pass'}**: rank "
+                f"correlation with the original {first.spearman:.2f} after the output layer, "
+                f"{half.spearman:.2f} after {half.stage}, {last.spearman:.2f} "
+                f"[{last.spearman_low:.2f}, {last.spearman_high:.2f}] after all "
+                f"{len(self.layers)} layers became random; maps of different images: "
+                f"{self.other.spearman[method]:.2f}, so that {max(left[method], 0):.0%} of the "
+                "likeness is left."
+                + f" {last.zero:.0%} of its last maps are zero everywhere."
+                * bool(last.zero > 0)
+            )
         return "\n".join(said)
 
 def sanity_check(
@@ -100,75 +149,178 @@ def sanity_check(
     images:Tensor, # `(B, C, H, W)` or `(B, C, X, Y, Z)`; 8 to 30 are enough
     target=None, # As for `guided_gradcam`; None: what the intact network predicts for each image
     layer:str|None=None, # Name of the convolution for Grad-CAM
-    methods:Sequence[str]=("guided_gradcam", "gradcam", "guided_backprop", "gradient"), # See `saliency_maps`
-    stages:int=6, # Steps from the intact network to the random one, at most: one after the output layer, the others evenly spread
+    # See `saliency_maps`
+    methods:Sequence[str]=("guided_gradcam", "gradcam", "guided_backprop", "gradient"),
+    # Steps from the intact network to the random one, at most: one after the output layer, the
+    # others evenly spread
+    stages:int=6,
     seed:int=0, # Of the random weights
     limit:float=.2, # See `SanityCheck.passes`
     keep:int=3, # Images whose maps are kept for the figure
     batch_size:int=32, # Images per pass
 )->SanityCheck: # The table, and maps to look at
-    "Randomise layers from the output to the input and compare the maps with the original ones (Adebayo et al., 2018)."
-    if len(images) < 2 or stages < 2: raise ValueError(f"{len(images)} images and stages={stages} arrived; expected at least 2 of each: maps of different images are the reference, and the output layer alone is the first stage.")
+    """Randomise layers from the output to the input and compare the maps with the original ones
+    (Adebayo et al., 2018)."""
+    if len(images) < 2 or stages < 2:
+        raise ValueError(
+            f"{len(images)} images and stages={stages} arrived; expected at least 2 of each: maps "
+            "of different images are the reference, and the output layer alone is the first "
+            "stage."
+        )
     home = next((p.device for p in model.parameters()), images.device)
     if target is None:
-        with _as_found(model), torch.no_grad(): target = torch.cat([model(x.to(home)).argmax(1).cpu() for x in images.split(batch_size)])
+        with _as_found(model), torch.no_grad():
+            target = torch.cat(
+                [model(x.to(home)).argmax(1).cpu() for x in images.split(batch_size)]
+            )
     net = copy.deepcopy(model)
     layers = _layers(net, images.to(home))[::-1]
-    if len(layers) < 2: raise ValueError(f"{len(layers)} layers with weights ran; expected at least 2 to randomise one after the other.")
-    cuts = [0, *np.unique(np.linspace(1, len(layers), min(stages, len(layers))).round().astype(int)).tolist()]
-    make = lambda: {k: m.cpu().numpy() for k, m in saliency_maps(net, images, target, layer, batch_size, methods).items()}
+    if len(layers) < 2:
+        raise ValueError(
+            f"{len(layers)} layers with weights ran; expected at least 2 to randomise one after "
+            "the other."
+        )
+    cuts = [
+        0,
+        *np.unique(
+            np.linspace(1, len(layers), min(stages, len(layers))).round().astype(int)
+        ).tolist(),
+    ]
+    def make():
+        return {
+            k: m.cpu().numpy()
+            for k, m in saliency_maps(net, images, target, layer, batch_size, methods).items()
+        }
     first, rows, kept = make(), [], {k: {} for k in methods}
     for begin, cut in zip([0, *cuts], cuts):
         for k in range(begin, cut): shuffle_weights(layers[k][1], seed_for(seed, layers[k][0]))
         found = first if cut == 0 else make()
         for method in methods:
-            pairs = [pair for pair in map(map_similarity, first[method], found[method]) if not np.isnan(pair[0])]
+            pairs = [
+                pair
+                for pair in map(map_similarity, first[method], found[method])
+                if not np.isnan(pair[0])
+            ]
             rho, ssim = np.array(pairs or [[np.nan]*2]).T
             draws = np.random.default_rng(0).choice(rho, (1000, len(rho))).mean(1)
-            rows.append({"method": method, "stage": cut, "layer": layers[cut - 1][0] if cut else "(intact)", "spearman": rho.mean(), "spearman_low": np.percentile(draws, 2.5), "spearman_high": np.percentile(draws, 97.5), "ssim": ssim.mean(),
-                         "zero": float(np.mean([not m.any() for m in found[method]])), "n": len(pairs)})
+            rows.append(
+                {
+                    "method": method,
+                    "stage": cut,
+                    "layer": layers[cut - 1][0] if cut else "(intact)",
+                    "spearman": rho.mean(),
+                    "spearman_low": np.percentile(draws, 2.5),
+                    "spearman_high": np.percentile(draws, 97.5),
+                    "ssim": ssim.mean(),
+                    "zero": float(np.mean([not m.any() for m in found[method]])),
+                    "n": len(pairs),
+                }
+            )
             kept[method][cut] = found[method][:keep].copy()
     shown = {method: [m for m in first[method] if np.ptp(np.abs(m)) > 0] for method in methods}
-    other = {method: np.mean([map_similarity(m, n) for m, n in zip(ms, ms[1:] + ms[:1])], axis=0) if len(ms) > 1 else [np.nan]*2 for method, ms in shown.items()}
-    table = pd.DataFrame(rows).sort_values("method", key=lambda c: c.map(list(methods).index), kind="stable").reset_index(drop=True)
-    return SanityCheck(table, pd.DataFrame(other, index=["spearman", "ssim"]).T.rename_axis("method"), kept, images[:keep].detach().cpu(), [name for name, _ in layers], limit)
+    other = {
+        method: np.mean([map_similarity(m, n) for m, n in zip(ms, ms[1:] + ms[:1])], axis=0)
+        if len(ms) > 1
+        else [np.nan] * 2
+        for method, ms in shown.items()
+    }
+    table = (
+        pd.DataFrame(rows)
+        .sort_values("method", key=lambda c: c.map(list(methods).index), kind="stable")
+        .reset_index(drop=True)
+    )
+    return SanityCheck(
+        table,
+        pd.DataFrame(other, index=["spearman", "ssim"]).T.rename_axis("method"),
+        kept,
+        images[:keep].detach().cpu(),
+        [name for name, _ in layers],
+        limit,
+    )
 
 # %% ../../nbs/explain/sanity.ipynb #1a200863
-_LOOK = {"guided_gradcam": ("#0072B2", "o", "Guided-GradCAM"), "gradcam": ("#E69F00", "D", "Grad-CAM"), "guided_backprop": ("#D55E00", "s", "guided backprop."), "gradient": ("#009E73", "^", "gradient")}
+_LOOK = {
+    "guided_gradcam": ("#0072B2", "o", "Guided-GradCAM"),
+    "gradcam": ("#E69F00", "D", "Grad-CAM"),
+    "guided_backprop": ("#D55E00", "s", "guided backprop."),
+    "gradient": ("#009E73", "^", "gradient"),
+}
 
 def plot_sanity(
     check:SanityCheck, # What was found
     image:int=0, # Which of the kept images to show
     size:float=1.1, # Width of a map, inches
 )->Figure: # The figure, not shown
-    "Above, one image's maps as the layers become random; below, the similarity to the original maps over all images."
+    """Above, one image's maps as the layers become random; below, the similarity to the original
+    maps over all images."""
     methods, stages = list(check.maps), sorted(next(iter(check.maps.values())))
-    if not 0 <= image < len(check.images): raise ValueError(f"image {image} arrived; {len(check.images)} were kept: 0 to {len(check.images) - 1}.")
+    if not 0 <= image < len(check.images):
+        raise ValueError(
+            f"image {image} arrived; {len(check.images)} were kept: 0 to {len(check.images) - 1}."
+        )
     volume = check.images.ndim == 5
     cut = strongest_voxel(check.maps[methods[0]][0][image])[2] if volume else None
-    plane = lambda x: x[..., cut] if volume else x
-    fig = plt.figure(figsize=(max(size*(1 + len(stages)) + .3, 6.4), size*1.04*len(methods) + 3.2), layout="constrained")
+    def plane(x): return x[..., cut] if volume else x
+    fig = plt.figure(
+        figsize=(max(size * (1 + len(stages)) + 0.3, 6.4), size * 1.04 * len(methods) + 3.2),
+        layout="constrained",
+    )
     upper, lower = fig.subfigures(2, 1, height_ratios=[size*1.04*len(methods) + .4, 2.8])
     axes = upper.subplots(len(methods), 1 + len(stages), squeeze=False)
     for ax in axes.flat: ax.set_axis_off()
     shown = plane(check.images[image].float().numpy())
-    axes[0, 0].imshow(np.clip(shown.transpose(1, 2, 0) if len(shown) == 3 else shown[0], 0, 1), cmap="gray")
+    axes[0, 0].imshow(
+        np.clip(shown.transpose(1, 2, 0) if len(shown) == 3 else shown[0], 0, 1), cmap="gray"
+    )
     axes[0, 0].set_title(f"plane {cut}" if volume else "input", fontsize=8)
     for line, method in zip(axes, methods):
-        line[1].text(-.08, .5, _LOOK[method][2], fontsize=8, rotation=90, transform=line[1].transAxes, ha="right", va="center")
+        line[1].text(
+            -0.08,
+            0.5,
+            _LOOK[method][2],
+            fontsize=8,
+            rotation=90,
+            transform=line[1].transAxes,
+            ha="right",
+            va="center",
+        )
         for ax, stage in zip(line[1:], stages):
             m = plane(check.maps[method][stage][image])
-            ax.imshow(saliency_display(m if len(m) in (1, 3) else m.sum(0)), cmap="gray", vmin=0, vmax=255)
-    for ax, stage in zip(axes[0, 1:], stages): ax.set_title("intact" if stage == 0 else f"{stage} of {len(check.layers)}", fontsize=8)
+            ax.imshow(
+                saliency_display(m if len(m) in (1, 3) else m.sum(0)), cmap="gray", vmin=0, vmax=255
+            )
+    for ax, stage in zip(axes[0, 1:], stages):
+        ax.set_title("intact" if stage == 0 else f"{stage} of {len(check.layers)}", fontsize=8)
     pair = lower.subplots(1, 2, sharex=True)
     for ax, measure, label in zip(pair, ("spearman", "ssim"), ("rank correlation", "SSIM")):
         for method in methods:
             rows, (colour, marker, name) = check.table[check.table.method == method], _LOOK[method]
-            ax.plot(rows.stage, rows[measure], color=colour, marker=marker, markersize=4, label=name)
-            if measure == "spearman": ax.fill_between(rows.stage, rows.spearman_low, rows.spearman_high, color=colour, alpha=.15, linewidth=0)
+            ax.plot(
+                rows.stage, rows[measure], color=colour, marker=marker, markersize=4, label=name
+            )
+            if measure == "spearman":
+                ax.fill_between(
+                    rows.stage,
+                    rows.spearman_low,
+                    rows.spearman_high,
+                    color=colour,
+                    alpha=0.15,
+                    linewidth=0,
+                )
             ax.axhline(check.other.loc[method, measure], color=colour, linestyle=":", linewidth=1)
-        ax.set_xlabel("layers randomised, from the output", fontsize=8); ax.set_ylabel(label + " with the intact map", fontsize=8)
-        ax.tick_params(labelsize=8); ax.spines[["top", "right"]].set_visible(False); ax.set_ylim(min(0, ax.get_ylim()[0]), 1.03)
-    lower.legend(*pair[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False, title="dotted: maps of different images", title_fontsize=8)
+        ax.set_xlabel("layers randomised, from the output", fontsize=8)
+        ax.set_ylabel(label + " with the intact map", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_ylim(min(0, ax.get_ylim()[0]), 1.03)
+    lower.legend(
+        *pair[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+        title="dotted: maps of different images",
+        title_fontsize=8,
+    )
     plt.close(fig)
     return fig

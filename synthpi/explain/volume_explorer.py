@@ -43,12 +43,25 @@ def nearest_crop(
 )->int: # Its row
     "The crop of a volume whose centre is nearest to a voxel."
     rows = np.flatnonzero(np.asarray(volume_id) == volume)
-    if not len(rows): raise ValueError(f"no crop is of volume {volume}; there are crops of {np.unique(np.asarray(volume_id)).tolist()}.")
-    return int(rows[np.linalg.norm(np.asarray(center_mm)[rows] - store.position(volume, voxel), axis=1).argmin()])
+    if not len(rows):
+        raise ValueError(
+            f"no crop is of volume {volume}; there are crops of "
+            f"{np.unique(np.asarray(volume_id)).tolist()}."
+        )
+    return int(
+        rows[
+            np.linalg.norm(
+                np.asarray(center_mm)[rows] - store.position(volume, voxel), axis=1
+            ).argmin()
+        ]
+    )
 
 def _voxel(store, volume, point):
     "The voxel at a point of the world, or the one nearest to it in the array"
-    return np.clip(np.floor(store.voxel(volume, point) + .5 + 1e-4), 0, store.items[volume]["shape"] - 1).astype(int)      # a crop with an even side has its centre between voxels
+    # a crop with an even side has its centre between voxels
+    return np.clip(
+        np.floor(store.voxel(volume, point) + 0.5 + 1e-4), 0, store.items[volume]["shape"] - 1
+    ).astype(int)
 
 def neighbour_table(
     store, # `VolumeStore`
@@ -56,20 +69,44 @@ def neighbour_table(
     center_mm, # Their centres in the world, (N, 3)
     volume_id, # Number of each crop's volume, (N,)
     query:int, # Row of the crop whose neighbours are sought
-    frame:str="world_mm", # What `distance_mm` is counted in: "world_mm", "mm_centered" or "mm_local"
+    # What `distance_mm` is counted in: "world_mm", "mm_centered" or "mm_local"
+    frame:str="world_mm",
     label_names:Mapping[int, str]|None=None, # Names of labels; None shows their numbers
     **options, # For `nearest_in_others`: `k`, `per_subject`, `metric`
 )->pd.DataFrame: # Rows: the query, then its neighbours, nearest first. Columns: row, volume, subject, embedding_distance, distance_mm, and label where the store has labels
     "The query and its nearest crops in other subjects, with what is known of each."
-    if frame not in ("world_mm", "mm_centered", "mm_local"): raise ValueError(f"frame={frame!r} arrived; expected 'world_mm', 'mm_centered' or 'mm_local', which count in mm.")
+    if frame not in ("world_mm", "mm_centered", "mm_local"):
+        raise ValueError(
+            f"frame={frame!r} arrived; expected 'world_mm', 'mm_centered' or 'mm_local', which "
+            "count in mm."
+        )
     center, volume_id = np.asarray(center_mm, float), np.asarray(volume_id)
-    rows, distance = nearest_in_others(embeddings, np.asarray(store.subjects)[volume_id], query, **options)
+    rows, distance = nearest_in_others(
+        embeddings, np.asarray(store.subjects)[volume_id], query, **options
+    )
     rows, distance = np.r_[query, rows], np.r_[0., distance]
-    place = np.concatenate([store.position(v, store.voxel(v, center[[r]]), frame) for r, v in zip(rows, volume_id[rows])])
-    table = pd.DataFrame({"row": rows, "volume": [store.names[v] for v in volume_id[rows]], "subject": [store.subjects[v] for v in volume_id[rows]],
-                          "embedding_distance": distance, "distance_mm": np.linalg.norm(place - place[0], axis=1)})
+    place = np.concatenate(
+        [
+            store.position(v, store.voxel(v, center[[r]]), frame)
+            for r, v in zip(rows, volume_id[rows])
+        ]
+    )
+    table = pd.DataFrame(
+        {
+            "row": rows,
+            "volume": [store.names[v] for v in volume_id[rows]],
+            "subject": [store.subjects[v] for v in volume_id[rows]],
+            "embedding_distance": distance,
+            "distance_mm": np.linalg.norm(place - place[0], axis=1),
+        }
+    )
     if any(store.items[v]["labels"] for v in volume_id[rows]):
-        number = [int(store.array(v, "label")[tuple(_voxel(store, v, center[r]))]) if store.items[v]["labels"] else None for r, v in zip(rows, volume_id[rows])]
+        number = [
+            int(store.array(v, "label")[tuple(_voxel(store, v, center[r]))])
+            if store.items[v]["labels"]
+            else None
+            for r, v in zip(rows, volume_id[rows])
+        ]
         table["label"] = ["–" if n is None else (label_names or {}).get(n, str(n)) for n in number]
     return table
 
@@ -78,8 +115,10 @@ PLANES = {"axial": 2, "coronal": 1, "sagittal": 0} # The axis of the array that 
 _MARK = (255, 212, 0)
 
 def _across(store, volume, plane):
-    "Axis through the slice, the axes to the right and up, their numbers of voxels and their lengths in mm"
-    if plane not in PLANES: raise ValueError(f"plane={plane!r} arrived; expected one of {', '.join(PLANES)}.")
+    """Axis through the slice, the axes to the right and up, their numbers of voxels and their
+    lengths in mm"""
+    if plane not in PLANES:
+        raise ValueError(f"plane={plane!r} arrived; expected one of {', '.join(PLANES)}.")
     u, v = (k for k in range(3) if k != PLANES[plane])
     n = store.items[volume]["shape"][[u, v]]
     return PLANES[plane], u, v, n, n*store.spacing_mm(volume)[[u, v]]
@@ -95,24 +134,48 @@ def render_slice(
     "A slice of a volume with a cross and a frame."
     axis, u, v, n, mm = _across(store, volume, plane)
     voxel = np.asarray(voxel, int)
-    if voxel.shape != (3,) or (voxel < 0).any() or (voxel >= store.items[volume]["shape"]).any(): raise ValueError(f"voxel {voxel.tolist()} arrived; expected one of the array of shape {tuple(store.items[volume]['shape'])}.")
+    if voxel.shape != (3,) or (voxel < 0).any() or (voxel >= store.items[volume]["shape"]).any():
+        raise ValueError(
+            f"voxel {voxel.tolist()} arrived; expected one of the array of shape "
+            f"{tuple(store.items[volume]['shape'])}."
+        )
     size = np.maximum(1, np.round(side*mm/mm.max())).astype(int)
     gray = np.take(store.array(volume), voxel[axis], axis)*store.scale
-    picture = Image.fromarray(to_rgb(np.clip(gray, 0, 1).astype(np.float32).T[::-1])).resize(tuple(size.tolist()), Image.Resampling.BILINEAR)
-    draw, font = ImageDraw.Draw(picture), ImageFont.truetype(str(Path(matplotlib.get_data_path())/"fonts/ttf/DejaVuSans-Bold.ttf"), 14)
-    at = lambda p: tuple(((np.array([p[u] + .5, n[1] - p[v] - .5])/n)*size).tolist())                     # the middle of a voxel
-    def both(line, xy, width=2): getattr(draw, line)(xy, **{"fill" if line == "line" else "outline": (0, 0, 0)}, width=width + 2); getattr(draw, line)(xy, **{"fill" if line == "line" else "outline": _MARK}, width=width)
+    picture = Image.fromarray(to_rgb(np.clip(gray, 0, 1).astype(np.float32).T[::-1])).resize(
+        tuple(size.tolist()), Image.Resampling.BILINEAR
+    )
+    draw, font = (
+        ImageDraw.Draw(picture),
+        ImageFont.truetype(
+            str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans-Bold.ttf"), 14
+        ),
+    )
+    # the middle of a voxel
+    def at(p): return tuple(((np.array([p[u] + .5, n[1] - p[v] - .5])/n)*size).tolist())
+    def both(line, xy, width=2):
+        getattr(draw, line)(
+            xy, **{"fill" if line == "line" else "outline": (0, 0, 0)}, width=width + 2
+        )
+        getattr(draw, line)(xy, **{"fill" if line == "line" else "outline": _MARK}, width=width)
     if crop is not None:
         center, sides = np.asarray(crop[0], float), np.asarray(crop[1], float)
         if abs(voxel[axis] - center[axis]) <= sides[axis]/2:
             (left, bottom), (right, top) = at(center - sides/2), at(center + sides/2)
             both("rectangle", [left, top, right, bottom])
     x, y = at(voxel)
-    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)): both("line", [x + 3*dx, y + 3*dy, x + 10*dx, y + 10*dy], 1)
+    for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+        both("line", [x + 3 * dx, y + 3 * dy, x + 10 * dx, y + 10 * dy], 1)
     w, h = size.tolist()
     letters = ("LR", "PA", "IS")
-    for letter, xy, anchor in ((letters[u][0], (4, h//2), "lm"), (letters[u][1], (w - 4, h//2), "rm"), (letters[v][1], (w//2, 3), "ma"), (letters[v][0], (w//2, h - 3), "md")):
-        draw.text(xy, letter, fill="white", font=font, anchor=anchor, stroke_width=2, stroke_fill="black")
+    for letter, xy, anchor in (
+        (letters[u][0], (4, h // 2), "lm"),
+        (letters[u][1], (w - 4, h // 2), "rm"),
+        (letters[v][1], (w // 2, 3), "ma"),
+        (letters[v][0], (w // 2, h - 3), "md"),
+    ):
+        draw.text(
+            xy, letter, fill="white", font=font, anchor=anchor, stroke_width=2, stroke_fill="black"
+        )
     return np.array(picture)
 
 def voxel_at(
@@ -138,18 +201,41 @@ def plot_neighbours(
     crop_size:int|Sequence[int], # Sides of a crop, voxels
     size:float=1.15, # Width of a crop, inches
 )->Figure: # The figure, not shown
-    "The query and its neighbours as axial, coronal and sagittal slices through their middle, with distances."
-    fig, axes = plt.subplots(3, len(table), figsize=(size*len(table) + .3, 3*size + .75), squeeze=False, layout="constrained")
+    """The query and its neighbours as axial, coronal and sagittal slices through their middle, with
+    distances."""
+    fig, axes = plt.subplots(
+        3,
+        len(table),
+        figsize=(size * len(table) + 0.3, 3 * size + 0.75),
+        squeeze=False,
+        layout="constrained",
+    )
     for column, (k, found) in zip(axes.T, enumerate(table.to_dict("records"))):
         v = int(volume_id[found["row"]])
-        crop = crops_at(store, v, np.asarray(center_mm, float)[[found["row"]]], crop_size)["crop"][0, 0].numpy()
+        crop = crops_at(store, v, np.asarray(center_mm, float)[[found["row"]]], crop_size)["crop"][
+            0, 0
+        ].numpy()
         spacing = store.spacing_mm(v)
         for ax, axis in zip(column, PLANES.values()):
             a, b = (j for j in range(3) if j != axis)
-            ax.imshow(np.take(crop, crop.shape[axis]//2, axis).T[::-1], cmap="gray", vmin=0, vmax=1, aspect=spacing[b]/spacing[a])
-            ax.set_xticks([]); ax.set_yticks([])
-            for spine in ax.spines.values(): spine.set(linewidth=2 if k == 0 else .5, edgecolor="#B8860B" if k == 0 else "#888888")
-        title = ["asked about" if k == 0 else f"{k}. {found['distance_mm']:.0f} mm away", str(found["subject"])[:16], *([str(found["label"])[:16]] if "label" in found else [])]
+            ax.imshow(
+                np.take(crop, crop.shape[axis] // 2, axis).T[::-1],
+                cmap="gray",
+                vmin=0,
+                vmax=1,
+                aspect=spacing[b] / spacing[a],
+            )
+            ax.set_xticks([])
+            ax.set_yticks([])
+            for spine in ax.spines.values():
+                spine.set(
+                    linewidth=2 if k == 0 else 0.5, edgecolor="#B8860B" if k == 0 else "#888888"
+                )
+        title = [
+            "asked about" if k == 0 else f"{k}. {found['distance_mm']:.0f} mm away",
+            str(found["subject"])[:16],
+            *([str(found["label"])[:16]] if "label" in found else []),
+        ]
         column[0].set_title("\n".join(title), fontsize=8, parse_math=False)
     for ax, plane in zip(axes[:, 0], PLANES): ax.set_ylabel(plane, fontsize=8)
     plt.close(fig)
@@ -158,25 +244,72 @@ def plot_neighbours(
 # %% ../../nbs/explain/volume_explorer.ipynb #5dec2897
 def _check_crops(store, embeddings, center_mm, volume_id):
     z, c, v = np.asarray(embeddings), np.asarray(center_mm, float), np.asarray(volume_id)
-    if z.ndim != 2 or c.shape != (len(z), 3) or v.shape != (len(z),) or not len(z) or v.dtype.kind not in "iu":
-        raise ValueError(f"embeddings {z.shape}, centres {c.shape} and volume numbers {v.shape} {v.dtype} arrived; expected (N, R), (N, 3) and (N,) whole numbers of the same crops.")
-    if not (np.isfinite(z).all() and np.isfinite(c).all()): raise ValueError(f"{int((~np.isfinite(z)).any(1).sum())} embeddings and {int((~np.isfinite(c)).any(1).sum())} centres are not finite; expected none: leave these crops out.")
-    if v.min() < 0 or v.max() >= len(store): raise ValueError(f"volume numbers {v.min()} to {v.max()} arrived for a store of {len(store)}; expected numbers of this store's volumes.")
+    if (
+        z.ndim != 2
+        or c.shape != (len(z), 3)
+        or v.shape != (len(z),)
+        or not len(z)
+        or v.dtype.kind not in "iu"
+    ):
+        raise ValueError(
+            f"embeddings {z.shape}, centres {c.shape} and volume numbers {v.shape} {v.dtype} "
+            "arrived; expected (N, R), (N, 3) and (N,) whole numbers of the same crops."
+        )
+    if not (np.isfinite(z).all() and np.isfinite(c).all()):
+        raise ValueError(
+            f"{int((~np.isfinite(z)).any(1).sum())} embeddings and "
+            f"{int((~np.isfinite(c)).any(1).sum())} centres are not finite; expected none: leave "
+            "these crops out."
+        )
+    if v.min() < 0 or v.max() >= len(store):
+        raise ValueError(
+            f"volume numbers {v.min()} to {v.max()} arrived for a store of {len(store)}; expected "
+            "numbers of this store's volumes."
+        )
     return z, c, v
 
 class VolumeExplorer(Explorer):
-    "What `explore_volume` gives: `volume`, `plane` and `sliders` (three) can be read and set, `table` holds the neighbours."
+    """What `explore_volume` gives: `volume`, `plane` and `sliders` (three) can be read and set,
+    `table` holds the neighbours."""
     def __init__(self, store, embeddings, center_mm, volume_id, volume, crop_size, options):
         self.store, self.z, (self.c, self.v) = store, embeddings, (center_mm, volume_id)
-        self.crop_size, self.options, self.query, self.table, self._quiet = np.broadcast_to(crop_size, 3), options, None, None, False
+        self.crop_size, self.options, self.query, self.table, self._quiet = (
+            np.broadcast_to(crop_size, 3),
+            options,
+            None,
+            None,
+            False,
+        )
         held = np.unique(volume_id).tolist()
-        self.volume = widgets.Dropdown(options=[(store.names[i], i) for i in held], value=volume, description="volume")
-        self.plane = widgets.ToggleButtons(options=list(PLANES), tooltips=[f"{p} slices" for p in PLANES], style={"button_width": "6em"})
-        self.sliders = [widgets.IntSlider(0, 0, 10**4, description=d, style={"description_width": "7.5em"}, layout={"width": "24em", "max_width": "100%"}) for d in ("left – right", "back – front", "feet – head")]
+        self.volume = widgets.Dropdown(
+            options=[(store.names[i], i) for i in held], value=volume, description="volume"
+        )
+        self.plane = widgets.ToggleButtons(
+            options=list(PLANES),
+            tooltips=[f"{p} slices" for p in PLANES],
+            style={"button_width": "6em"},
+        )
+        self.sliders = [
+            widgets.IntSlider(
+                0,
+                0,
+                10**4,
+                description=d,
+                style={"description_width": "7.5em"},
+                layout={"width": "24em", "max_width": "100%"},
+            )
+            for d in ("left – right", "back – front", "feet – head")
+        ]
         self.found, self.list = ClickablePicture(), widgets.HTML()
         wrap = widgets.Layout(flex_flow="row wrap")
         picture = ClickablePicture()
-        box = widgets.VBox([widgets.HBox([self.volume, self.plane], layout=wrap), widgets.HBox([picture, widgets.VBox([*self.sliders, self.list])], layout=wrap), self.found])
+        box = widgets.VBox(
+            [
+                widgets.HBox([self.volume, self.plane], layout=wrap),
+                widgets.HBox([picture, widgets.VBox([*self.sliders, self.list])], layout=wrap),
+                self.found,
+            ]
+        )
         self._place()
         super().__init__(box, picture, lambda: side_by_side(self.picture.png, self.found.png), "")
         picture.on_click(self.click)
@@ -216,30 +349,75 @@ class VolumeExplorer(Explorer):
         i = self.volume.value
         query = nearest_crop(self.store, i, self.voxel, self.c, self.v)
         if query != self.query:
-            self.query, self.table = query, neighbour_table(self.store, self.z, self.c, self.v, query, **self.options)
-            self.found.png = picture_png(plot_neighbours(self.store, self.table, self.c, self.v, self.crop_size))
-            near = "; ".join(f"{n['subject']}, {n['distance_mm']:.0f} mm away" + (f", {n['label']}" if "label" in n else "") for n in self.table[1:].to_dict("records"))
-            self.found.alt = f"The crop that is asked about, and the nearest in other subjects: {near}."
-            shown = self.table.drop(columns=["row"] + ["volume"]*self.table.volume.equals(self.table.subject)).rename(columns={"embedding_distance": "embedding", "distance_mm": "mm away"})
+            self.query, self.table = (
+                query,
+                neighbour_table(self.store, self.z, self.c, self.v, query, **self.options),
+            )
+            self.found.png = picture_png(
+                plot_neighbours(self.store, self.table, self.c, self.v, self.crop_size)
+            )
+            near = "; ".join(
+                f"{n['subject']}, {n['distance_mm']:.0f} mm away"
+                + (f", {n['label']}" if "label" in n else "")
+                for n in self.table[1:].to_dict("records")
+            )
+            self.found.alt = (
+                f"The crop that is asked about, and the nearest in other subjects: {near}."
+            )
+            shown = self.table.drop(
+                columns=["row"] + ["volume"] * self.table.volume.equals(self.table.subject)
+            ).rename(columns={"embedding_distance": "embedding", "distance_mm": "mm away"})
             self.list.value = shown.to_html(index=False, float_format="{:.2f}".format, border=0)
-        self.picture.png = picture_png(render_slice(self.store, i, self.voxel, self.plane.value, (self.store.voxel(i, self.c[[query]])[0], self.crop_size)))
-        self.picture.alt = f"{self.plane.value} slice of {self.store.names[i]} through the voxel {self.voxel}; the sliders choose the same as a click."
+        self.picture.png = picture_png(
+            render_slice(
+                self.store,
+                i,
+                self.voxel,
+                self.plane.value,
+                (self.store.voxel(i, self.c[[query]])[0], self.crop_size),
+            )
+        )
+        self.picture.alt = (
+            f"{self.plane.value} slice of {self.store.names[i]} through the voxel {self.voxel}; "
+            "the sliders choose the same as a click."
+        )
 
 def explore_volume(
     store, # `VolumeStore`
     embeddings, # Of crops of the store, (N, R): a grid of each volume, or any list
     center_mm, # Their centres in the world, (N, 3)
     volume_id, # Number of each crop's volume, (N,)
-    volume:int|None=None, # Number of the volume that is shown first; None is the first that has crops
+    # Number of the volume that is shown first; None is the first that has crops
+    volume:int|None=None,
     k:int=5, # Neighbours shown
     crop_size:int|Sequence[int]=32, # Sides of the crops, voxels
     per_subject:int|None=1, # Most neighbours in one subject; None: any number
     metric:str="euclidean", # Or "cosine"
-    frame:str="world_mm", # What distances between places are counted in: "world_mm", for scans that are not registered "mm_centered", or "mm_local"
+    # What distances between places are counted in: "world_mm", for scans that are not registered
+    # "mm_centered", or "mm_local"
+    frame:str="world_mm",
     label_names:Mapping[int, str]|None=None, # Names of the labels
 )->VolumeExplorer: # Shows itself as the last value of a cell; a still picture without a kernel
     "Slide through a volume, click a voxel, and see the nearest crops in other subjects."
     z, c, v = _check_crops(store, embeddings, center_mm, volume_id)
     volume = int(v.min()) if volume is None else volume
-    if volume not in v: raise ValueError(f"volume={volume} arrived, of which there is no crop; expected one of {np.unique(v).tolist()}.")
-    return VolumeExplorer(store, z, c, v, volume, crop_size, {"k": k, "per_subject": per_subject, "metric": metric, "frame": frame, "label_names": label_names})
+    if volume not in v:
+        raise ValueError(
+            f"volume={volume} arrived, of which there is no crop; expected one of "
+            f"{np.unique(v).tolist()}."
+        )
+    return VolumeExplorer(
+        store,
+        z,
+        c,
+        v,
+        volume,
+        crop_size,
+        {
+            "k": k,
+            "per_subject": per_subject,
+            "metric": metric,
+            "frame": frame,
+            "label_names": label_names,
+        },
+    )

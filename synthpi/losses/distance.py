@@ -6,7 +6,11 @@ terms; `DistanceBarlow` and `TwoHeadLoss` join it with Barlow Twins, `PositionRe
 them all on crops not seen. Where several processes train together, every loss is that of their joined batch:
 
 ```python
-z, center_mm, volume_id = torch.randn(32, 16, requires_grad=True), 100*torch.rand(32, 3), torch.arange(32)//8
+z, center_mm, volume_id = (
+    torch.randn(32, 16, requires_grad=True),
+    100 * torch.rand(32, 3),
+    torch.arange(32) // 8,
+)
 criterion = DistanceLoss(scale=mean_pair_distance(center_mm))
 loss, terms = criterion(z, center_mm, volume_id)
 loss.backward()
@@ -38,12 +42,14 @@ def gaussian_kl(
     z:Tensor, # Embeddings, shape (B, D)
     eps:float=1e-6, # Added to the variances
 )->Tensor: # Scalar
-    "Kullback-Leibler divergence of the batch's Gaussian from the standard normal, mean over dimensions."
+    """Kullback-Leibler divergence of the batch's Gaussian from the standard normal, mean over
+    dimensions."""
     var = z.var(dim=0, correction=0) + eps
     return (var + z.mean(dim=0).square() - 1 - var.log()).mean()/2
 
 class GaussianKL(nn.Module):
-    "`gaussian_kl` as a loss of its own: `loss(z) -> (scalar, terms)`; positions, if given, are of no account."
+    """`gaussian_kl` as a loss of its own: `loss(z) -> (scalar, terms)`; positions, if given, are of
+    no account."""
     def __init__(self,
         eps:float=1e-6, # Added to the variances
     ):
@@ -64,21 +70,50 @@ class GaussianKL(nn.Module):
 
 # %% ../../nbs/losses/distance.ipynb #852da5fe
 class DistanceLoss(nn.Module):
-    "ISImed: distances of embeddings follow distances in the body; `loss(z, center_mm, volume_id=None) -> (scalar, terms)`."
+    """ISImed: distances of embeddings follow distances in the body; `loss(z, center_mm,
+    volume_id=None) -> (scalar, terms)`."""
     def __init__(self,
-        scale:float=1., # Physical distances are divided by it, mm; 1, or `mean_pair_distance(...)` of the training set
-        pairs:str="off-diagonal", # `off-diagonal`, `within` a volume, `cross` volumes, or `all` (each crop with itself too)
-        relative:float|None=None, # delta of relative stress, in units of scale squared; None: absolute
-        huber:float|None=None, # Residual from which the cost is linear, in units of scale (with `relative`, a ratio); None: quadratic
-        kl:float=0., # Weight of `gaussian_kl`; with it, the scale is the mean pair distance over the root of 2D
-        partners:int|None=None, # Random partners for each row; 0: every pair, however many; None: every pair up to 2047 rows, then 64
+        # Physical distances are divided by it, mm; 1, or `mean_pair_distance(...)` of the training
+        # set
+        scale:float=1.,
+        # `off-diagonal`, `within` a volume, `cross` volumes, or `all` (each crop with itself too)
+        pairs:str="off-diagonal",
+        # delta of relative stress, in units of scale squared; None: absolute
+        relative:float|None=None,
+        # Residual from which the cost is linear, in units of scale (with `relative`, a ratio);
+        # None: quadratic
+        huber:float|None=None,
+        # Weight of `gaussian_kl`; with it, the scale is the mean pair distance over the root of 2D
+        kl:float=0.,
+        # Random partners for each row; 0: every pair, however many; None: every pair up to 2047
+        # rows, then 64
+        partners:int|None=None,
     ):
         super().__init__()
         _check_pairs(pairs)
-        for name, x, least in (("scale", scale, 1e-30), ("relative", relative, 1e-30), ("huber", huber, 1e-30), ("kl", kl, 0)):
-            if x is not None and not least <= x < float("inf"): raise ValueError(f"{name}={x} arrived; expected a finite number {'above zero' if least else 'of zero or more'}.")
-        if partners is not None and (partners < 0 or int(partners) != partners): raise ValueError(f"partners={partners} arrived; expected a whole number of zero or more, or None.")
-        self.scale, self.pairs, self.relative, self.huber, self.kl, self.partners = scale, pairs, relative, huber, kl, partners
+        for name, x, least in (
+            ("scale", scale, 1e-30),
+            ("relative", relative, 1e-30),
+            ("huber", huber, 1e-30),
+            ("kl", kl, 0),
+        ):
+            if x is not None and not least <= x < float("inf"):
+                raise ValueError(
+                    f"{name}={x} arrived; expected a finite number "
+                    f"{'above zero' if least else 'of zero or more'}."
+                )
+        if partners is not None and (partners < 0 or int(partners) != partners):
+            raise ValueError(
+                f"partners={partners} arrived; expected a whole number of zero or more, or None."
+            )
+        self.scale, self.pairs, self.relative, self.huber, self.kl, self.partners = (
+            scale,
+            pairs,
+            relative,
+            huber,
+            kl,
+            partners,
+        )
 
     def _pairs(self, own, n, volume, like):
         "Partners (None: all), and the weights of these pairs"
@@ -86,45 +121,72 @@ class DistanceLoss(nn.Module):
         count, draw = _choices(n, self.pairs, volume, like.device)
         total = count.sum()
         if not total: raise _none_left(self.pairs, n, volume)
-        if not 0 < p < n: return None, _mask(n, self.pairs, volume, like.device)/total.to(like.dtype)
-        uniform, = gather(torch.rand(own, p, device=like.device))           # a process draws for its own rows, so that all processes see the same partners
-        return draw(torch.arange(n, device=like.device), uniform), (count/(p*total.to(like.dtype)))[:, None].to(like.dtype)
+        if not 0 < p < n:
+            return None, _mask(n, self.pairs, volume, like.device) / total.to(like.dtype)
+        # a process draws for its own rows, so that all processes see the same partners
+        uniform, = gather(torch.rand(own, p, device=like.device))
+        return draw(torch.arange(n, device=like.device), uniform), (
+            count / (p * total.to(like.dtype))
+        )[:, None].to(like.dtype)
 
     def forward(self,
         z:Tensor, # Embeddings, shape (B, D)
-        center_mm:Tensor, # Centres of the crops, shape (B, 3) or (B, 2), mm (or any unit, which is then that of `scale`)
-        volume_id:Tensor|None=None, # Which volume each crop is of, whole numbers, shape (B,); `within` and `cross` need it, the others do not look at it
+        # Centres of the crops, shape (B, 3) or (B, 2), mm (or any unit, which is then that of
+        # `scale`)
+        center_mm:Tensor,
+        # Which volume each crop is of, whole numbers, shape (B,); `within` and `cross` need it, the
+        # others do not look at it
+        volume_id:Tensor|None=None,
     )->tuple[Tensor, dict[str, Tensor]]: # The scalar; terms `distance`, `abs_error` (unit of the centres), `pearson` and, if asked for, `kl`, all detached
         own = len(z) if isinstance(z, Tensor) and z.ndim else 0
         with torch.autocast(z.device.type if isinstance(z, Tensor) else "cpu", enabled=False):
-            z, c, volume = _joined(z, center_mm, volume_id if self.pairs in ("within", "cross") else None, self.pairs)
+            z, c, volume = _joined(
+                z, center_mm, volume_id if self.pairs in ("within", "cross") else None, self.pairs
+            )
             partner, weight = self._pairs(own, len(z), volume, z)
             latent, physical = pair_distances(z, partner), pair_distances(c/self.scale, partner)
             loss = stress(latent, physical, weight, self.relative, self.huber)
             with torch.no_grad():
-                terms = {"distance": loss.detach(), "abs_error": self.scale*(weight*(latent - physical).abs()).sum(), "pearson": _pearson(latent, physical, weight)}
+                terms = {
+                    "distance": loss.detach(),
+                    "abs_error": self.scale * (weight * (latent - physical).abs()).sum(),
+                    "pearson": _pearson(latent, physical, weight),
+                }
             if self.kl:
                 terms["kl"] = (kl := gaussian_kl(z)).detach()
                 loss = loss + self.kl*kl
         return loss, terms
 
     def extra_repr(self)->str:
-        return f"scale={self.scale:g}, pairs={self.pairs!r}, relative={self.relative}, huber={self.huber}, kl={self.kl}, partners={self.partners}"
+        return (
+            f"scale={self.scale:g}, pairs={self.pairs!r}, relative={self.relative}, "
+            f"huber={self.huber}, kl={self.kl}, partners={self.partners}"
+        )
 
 # %% ../../nbs/losses/distance.ipynb #799ee9e5
 def _check_parts(distance, barlow, weight):
-    if not isinstance(distance, nn.Module) or not isinstance(barlow, nn.Module): raise TypeError(f"distance is a {type(distance).__name__} and barlow a {type(barlow).__name__}; expected two losses, such as DistanceLoss() and BarlowTwins().")
-    if not 0 <= weight < float("inf"): raise ValueError(f"weight={weight} arrived; expected a finite number of zero or more.")
+    if not isinstance(distance, nn.Module) or not isinstance(barlow, nn.Module):
+        raise TypeError(
+            f"distance is a {type(distance).__name__} and barlow a {type(barlow).__name__}; "
+            "expected two losses, such as DistanceLoss() and BarlowTwins()."
+        )
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"weight={weight} arrived; expected a finite number of zero or more.")
 
 class DistanceBarlow(nn.Module):
-    "Distance loss of the views' mean embedding plus a paired loss of the views: `loss(z1, z2, center_mm=..., volume_id=None) -> (scalar, terms)`."
+    """Distance loss of the views' mean embedding plus a paired loss of the views: `loss(z1, z2,
+    center_mm=..., volume_id=None) -> (scalar, terms)`."""
     def __init__(self,
         distance:nn.Module|None=None, # `DistanceLoss`; None: in mm, off-diagonal
         barlow:nn.Module|None=None, # `BarlowTwins`, or another paired loss; None: `BarlowTwins()`
         weight:float=1e4, # w, of the paired loss
     ):
         super().__init__()
-        self.distance, self.barlow, self.weight = distance if distance is not None else DistanceLoss(), barlow if barlow is not None else BarlowTwins(), weight
+        self.distance, self.barlow, self.weight = (
+            distance if distance is not None else DistanceLoss(),
+            barlow if barlow is not None else BarlowTwins(),
+            weight,
+        )
         _check_parts(self.distance, self.barlow, weight)
 
     def forward(self,
@@ -140,15 +202,23 @@ class DistanceBarlow(nn.Module):
 
 # %% ../../nbs/losses/distance.ipynb #eb036856
 class TwoHead(nn.Module):
-    "Two linear heads on one representation: `(B, R)` to `(B, distance + barlow)`, in place of a projector."
+    """Two linear heads on one representation: `(B, R)` to `(B, distance + barlow)`, in place of a
+    projector."""
     def __init__(self,
         in_features:int, # Width R of the representation
         distance:int=512, # Width of the embedding whose distances are compared; it comes first
         barlow:int=2048, # Width of the embedding for the paired loss
     ):
         super().__init__()
-        if min(in_features, distance, barlow) < 1: raise ValueError(f"widths {in_features}, {distance} and {barlow} arrived; expected whole numbers above zero.")
-        self.distance, self.barlow = nn.Linear(in_features, distance), nn.Linear(in_features, barlow)
+        if min(in_features, distance, barlow) < 1:
+            raise ValueError(
+                f"widths {in_features}, {distance} and {barlow} arrived; expected whole numbers "
+                "above zero."
+            )
+        self.distance, self.barlow = (
+            nn.Linear(in_features, distance),
+            nn.Linear(in_features, barlow),
+        )
 
     def forward(self, h:Tensor)->Tensor: return torch.cat([self.distance(h), self.barlow(h)], dim=1)
 
@@ -161,32 +231,51 @@ class TwoHeadLoss(nn.Module):
         weight:float=1e4, # w, of the paired loss
     ):
         super().__init__()
-        self.width, self.distance, self.barlow, self.weight = width, distance if distance is not None else DistanceLoss(), barlow if barlow is not None else BarlowTwins(), weight
+        self.width, self.distance, self.barlow, self.weight = (
+            width,
+            distance if distance is not None else DistanceLoss(),
+            barlow if barlow is not None else BarlowTwins(),
+            weight,
+        )
         _check_parts(self.distance, self.barlow, weight)
 
     def forward(self,
-        *zs:Tensor, # What `TwoHead` gave for each view, each (B, distance + barlow), rows in the same order; two or more
+        # What `TwoHead` gave for each view, each (B, distance + barlow), rows in the same order;
+        # two or more
+        *zs:Tensor,
         center_mm:Tensor, # Centres of the crops, shape (B, 3) or (B, 2), mm
         volume_id:Tensor|None=None, # Which volume each crop is of, shape (B,)
     )->tuple[Tensor, dict[str, Tensor]]: # The scalar; the terms of both losses, those of the distance as means over views, unweighted and detached
         for z in zs:
             _check_embedding(z)
-            if not 0 < self.width < z.shape[1]: raise ValueError(f"{z.shape[1]} columns arrived, of which the first {self.width} would be for the distance: none is left for the paired loss; give TwoHead and TwoHeadLoss the same width.")
+            if not 0 < self.width < z.shape[1]:
+                raise ValueError(
+                    f"{z.shape[1]} columns arrived, of which the first {self.width} would be for "
+                    "the distance: none is left for the paired loss; give TwoHead and "
+                    "TwoHeadLoss the same width."
+                )
         paired, seen = self.barlow(*(z[:, self.width:] for z in zs))
         losses, terms = zip(*(self.distance(z[:, :self.width], center_mm, volume_id) for z in zs))
-        return sum(losses)/len(zs) + self.weight*paired, {**{k: sum(t[k] for t in terms)/len(zs) for k in terms[0]}, **seen}
+        return sum(losses) / len(zs) + self.weight * paired, {
+            **{k: sum(t[k] for t in terms) / len(zs) for k in terms[0]},
+            **seen,
+        }
 
     def extra_repr(self)->str: return f"width={self.width}, weight={self.weight:g}"
 
 # %% ../../nbs/losses/distance.ipynb #f02690e2
 class RelativePosition(_Standardised):
-    "Predict shifts between crops of one volume, along each axis: `loss(z, center_mm, volume_id=None) -> (scalar, terms)` (after APE, Goncharov et al., 2024)."
+    """Predict shifts between crops of one volume, along each axis: `loss(z, center_mm,
+    volume_id=None) -> (scalar, terms)` (after APE, Goncharov et al., 2024)."""
     def __init__(self,
-        std_mm:Sequence[float], # Standard deviation of each axis over the training set, from `axis_scale`
-        bound:float=3., # Outputs stay within it, in standard deviations: above half the extent of the body
+        # Standard deviation of each axis over the training set, from `axis_scale`
+        std_mm:Sequence[float],
+        # Outputs stay within it, in standard deviations: above half the extent of the body
+        bound:float=3.,
     ):
         super().__init__([0.]*len(std_mm), std_mm)
-        if not 0 < bound < float("inf"): raise ValueError(f"bound={bound} arrived; expected a finite number above zero.")
+        if not 0 < bound < float("inf"):
+            raise ValueError(f"bound={bound} arrived; expected a finite number above zero.")
         self.bound = bound
 
     def bounded(self,
@@ -198,17 +287,31 @@ class RelativePosition(_Standardised):
     def forward(self,
         z:Tensor, # Output of the network, shape (B, axes)
         center_mm:Tensor, # Centres of the crops, shape (B, axes), mm
-        volume_id:Tensor|None=None, # Which volume each crop is of, whole numbers, shape (B,); None: all of one
+        # Which volume each crop is of, whole numbers, shape (B,); None: all of one
+        volume_id:Tensor|None=None,
     )->tuple[Tensor, dict[str, Tensor]]: # Mean squared error of shifts in squared standard deviations; terms `mse` and `mae_mm` (positions, each volume's shift removed), detached
-        with torch.autocast(center_mm.device.type if isinstance(center_mm, Tensor) else "cpu", enabled=False):
+        with torch.autocast(
+            center_mm.device.type if isinstance(center_mm, Tensor) else "cpu", enabled=False
+        ):
             z, c, volume = _joined(z, center_mm, volume_id)
             r = self.bounded(z) - self._standardised(z, c)
-            group, size = (torch.zeros(len(z), dtype=torch.long, device=z.device) if volume is None else volume).unique(return_inverse=True, return_counts=True)[1:]
-            pairs = (size*(size - 1)).sum()
-            if not pairs: raise _none_left("within", len(z), volume)
+            group, size = (
+                torch.zeros(len(z), dtype=torch.long, device=z.device) if volume is None else volume
+            ).unique(return_inverse=True, return_counts=True)[1:]
+            pairs = (size * (size - 1)).sum()
+            if not pairs:
+                raise _none_left("within", len(z), volume)
             size = size.to(z.dtype)[:, None]
-            error = r - (torch.zeros(len(size), r.shape[1], dtype=r.dtype, device=r.device).index_add(0, group, r)/size)[group]
-            mse = (2*size[group]*error.square()).sum()/(pairs*r.shape[1])
+            error = (
+                r
+                - (
+                    torch.zeros(len(size), r.shape[1], dtype=r.dtype, device=r.device).index_add(
+                        0, group, r
+                    )
+                    / size
+                )[group]
+            )
+            mse = (2 * size[group] * error.square()).sum() / (pairs * r.shape[1])
         return mse, {"mse": mse.detach(), "mae_mm": (error.detach().abs()*self.std_mm.to(z)).mean()}
 
     def extra_repr(self)->str: return f"bound={self.bound}"

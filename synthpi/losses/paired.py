@@ -75,11 +75,13 @@ def covariance_loss(
 
 # %% ../../nbs/losses/paired.ipynb #abe433c7
 class _Gather(torch.autograd.Function):
-    "The rows of all processes, in the order of processes; backward, the sum of all processes' gradients of one's own rows."
+    """The rows of all processes, in the order of processes; backward, the sum of all processes'
+    gradients of one's own rows."""
     @staticmethod
     def forward(ctx, z, rows):
         ctx.rows = rows
-        padded = z.new_zeros(max(rows), z.shape[1])                        # a collective moves equal shapes
+        # a collective moves equal shapes
+        padded = z.new_zeros(max(rows), z.shape[1])
         padded[:len(z)] = z
         blocks = [torch.empty_like(padded) for _ in rows]
         dist.all_gather(blocks, padded)
@@ -88,58 +90,101 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)           # all_reduce works in place
+        # all_reduce works in place
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.split(ctx.rows)[dist.get_rank()], None
 
 def gather(
-    *zs:Tensor, # One embedding batch per branch, each (B, D), all of one dtype; B and D may differ between processes and branches respectively
+    # One embedding batch per branch, each (B, D), all of one dtype; B and D may differ between
+    # processes and branches respectively
+    *zs:Tensor,
 )->tuple[Tensor, ...]: # The same of the joined batch, each (sum of B, D), rows in the order of processes
-    "Each branch's rows from all processes, with gradient; `zs` themselves where there is one process."
+    """Each branch's rows from all processes, with gradient; `zs` themselves where there is one
+    process."""
     if any(z.ndim != 2 or len(z) != len(zs[0]) or z.dtype != zs[0].dtype for z in zs):
-        raise ValueError(f"tensors {', '.join(f'{tuple(z.shape)} {str(z.dtype)[6:]}' for z in zs)} arrived; expected (B, D) with one B and one dtype, "
-                         "since they travel as one: gather what differs by a call of its own.")
+        raise ValueError(
+            f"tensors {', '.join(f'{tuple(z.shape)} {str(z.dtype)[6:]}' for z in zs)} arrived; "
+            "expected (B, D) with one B and one dtype, "
+            "since they travel as one: gather what differs by a call of its own."
+        )
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return zs
-    joined = torch.cat(zs, dim=1)                                          # one collective for all branches
-    shapes = [torch.empty(2, dtype=torch.long, device=joined.device) for _ in range(dist.get_world_size())]
+    # one collective for all branches
+    joined = torch.cat(zs, dim=1)
+    shapes = [
+        torch.empty(2, dtype=torch.long, device=joined.device) for _ in range(dist.get_world_size())
+    ]
     dist.all_gather(shapes, torch.tensor(joined.shape, device=joined.device))
     rows, columns = zip(*torch.stack(shapes).tolist())
     if len(set(columns)) > 1:
-        raise ValueError(f"the processes hold {', '.join(map(str, columns))} embedding columns; expected as many in each: build one model in all processes.")
+        raise ValueError(
+            f"the processes hold {', '.join(map(str, columns))} embedding columns; expected as "
+            "many in each: build one model in all processes."
+        )
     return _Gather.apply(joined, rows).split([z.shape[1] for z in zs], dim=1)
 
 # %% ../../nbs/losses/paired.ipynb #9e323330
 class _PairedLoss(nn.Module):
-    "A loss over the pairs of two or more branches: checks, precision and processes here, the equation in `_loss`."
+    """A loss over the pairs of two or more branches: checks, precision and processes here, the
+    equation in `_loss`."""
     def __init__(self,
         mode:str, # How the sums over pairs and branches are scaled
         modes:Sequence[str], # The modes there are
         two_only:str, # The mode that is defined for two branches only
-        pair_weights:Sequence[float]|None, # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
+        # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
+        pair_weights:Sequence[float]|None,
         stop_gradient:Sequence[int], # Indices of the branches that get no gradient
     ):
         super().__init__()
-        if mode not in modes: raise ValueError(f"mode {mode!r} arrived; expected {', '.join(map(repr, modes[:-1]))} or {modes[-1]!r}.")
-        self.mode, self.two_only, self.pair_weights, self.stop_gradient = mode, two_only, pair_weights, tuple(stop_gradient)
+        if mode not in modes:
+            raise ValueError(
+                f"mode {mode!r} arrived; expected {', '.join(map(repr, modes[:-1]))} or "
+                f"{modes[-1]!r}."
+            )
+        self.mode, self.two_only, self.pair_weights, self.stop_gradient = (
+            mode,
+            two_only,
+            pair_weights,
+            tuple(stop_gradient),
+        )
 
     def _check(self, zs):
         k = len(zs)
         if k < 2:
-            raise ValueError(f"{k} view arrived; a paired loss compares two or more: call loss(z1, z2, ...) with one batch per branch.")
+            raise ValueError(
+                f"{k} view arrived; a paired loss compares two or more: call loss(z1, z2, ...) "
+                "with one batch per branch."
+            )
         if self.mode == self.two_only and k != 2:
-            raise ValueError(f"{k} views arrived, but mode {self.mode!r} is defined for two: use mode='mean', which equals it at two.")
+            raise ValueError(
+                f"{k} views arrived, but mode {self.mode!r} is defined for two: use mode='mean', "
+                "which equals it at two."
+            )
         if zs[0].ndim != 2 or zs[0].shape[1] < 1:
-            raise ValueError(f"view 0 has shape {tuple(zs[0].shape)}; expected (B, D): one row per sample and at least one column.")
+            raise ValueError(
+                f"view 0 has shape {tuple(zs[0].shape)}; expected (B, D): one row per sample and "
+                "at least one column."
+            )
         for i, z in enumerate(zs):
             if z.shape != zs[0].shape:
-                raise ValueError(f"view {i} has shape {tuple(z.shape)} but view 0 has {tuple(zs[0].shape)}: views are compared row by row, so give "
-                                 "every branch the same projector width and build all views from the same batch.")
+                raise ValueError(
+                    f"view {i} has shape {tuple(z.shape)} but view 0 has {tuple(zs[0].shape)}: "
+                    "views are compared row by row, so give "
+                    "every branch the same projector width and build all views from the same batch."
+                )
         pairs = list(combinations(range(k), 2))
         if self.pair_weights is not None and len(self.pair_weights) != len(pairs):
-            raise ValueError(f"{len(self.pair_weights)} pair weights arrived for {k} views; expected {len(pairs)}, in the order "
-                             + ", ".join(f"{a + 1}{b + 1}" for a, b in pairs) + ".")
+            raise ValueError(
+                f"{len(self.pair_weights)} pair weights arrived for {k} views; expected "
+                f"{len(pairs)}, in the order "
+                + ", ".join(f"{a + 1}{b + 1}" for a, b in pairs)
+                + "."
+            )
         if not set(self.stop_gradient) < set(range(k)):
-            raise ValueError(f"stop_gradient={self.stop_gradient} arrived for {k} views; expected branches from 0 to {k - 1}, and one or more left to train.")
+            raise ValueError(
+                f"stop_gradient={self.stop_gradient} arrived for {k} views; expected branches "
+                f"from 0 to {k - 1}, and one or more left to train."
+            )
         return pairs
 
     def forward(self,
@@ -149,41 +194,72 @@ class _PairedLoss(nn.Module):
         weights = [1.]*len(pairs) if self.pair_weights is None else list(self.pair_weights)
         dtype = torch.float64 if any(z.dtype == torch.float64 for z in zs) else torch.float32
         with torch.autocast(zs[0].device.type, enabled=False):
-            zs = gather(*((z.detach() if i in self.stop_gradient else z).to(dtype) for i, z in enumerate(zs)))
+            zs = gather(
+                *(
+                    (z.detach() if i in self.stop_gradient else z).to(dtype)
+                    for i, z in enumerate(zs)
+                )
+            )
             if len(zs[0]) < 2:
-                raise ValueError(f"view 0 has shape {tuple(zs[0].shape)}; expected (B, D) with at least two rows: samples are compared with each other.")
+                raise ValueError(
+                    f"view 0 has shape {tuple(zs[0].shape)}; expected (B, D) with at least two "
+                    "rows: samples are compared with each other."
+                )
             loss, terms = self._loss(zs, pairs, weights)
         return loss, {name: term.detach() for name, term in terms.items()}
 
 # %% ../../nbs/losses/paired.ipynb #e3a6ac87
 class VICReg(_PairedLoss):
-    "VICReg for two or more branches: `loss(*zs) -> (scalar, terms)`, with the terms scaled as in `mode`, unweighted and detached."
+    """VICReg for two or more branches: `loss(*zs) -> (scalar, terms)`, with the terms scaled as in
+    `mode`, unweighted and detached."""
     def __init__(self,
-        mode:str="mean", # `mean`, `official` (two branches only) or `reference`: how the sums over pairs and branches are scaled
+        # `mean`, `official` (two branches only) or `reference`: how the sums over pairs and
+        # branches are scaled
+        mode:str="mean",
         invariance:float=25., # Weight of the squared distance between branches
         variance:float=25., # Weight of the hinge on standard deviations
         covariance:float=1., # Weight of the squared covariances
         gamma:float=1., # Standard deviation below which a dimension is penalised
         eps:float|None=None, # Added to variances; None takes the mode's own
-        pair_weights:Sequence[float]|None=None, # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
+        # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
+        pair_weights:Sequence[float]|None=None,
         stop_gradient:Sequence[int]=(), # Branches whose embeddings get no gradient, counted from 0
     ):
-        super().__init__(mode, ("mean", "official", "reference"), "official", pair_weights, stop_gradient)
-        self.invariance, self.variance, self.covariance, self.gamma = invariance, variance, covariance, gamma
+        super().__init__(
+            mode, ("mean", "official", "reference"), "official", pair_weights, stop_gradient
+        )
+        self.invariance, self.variance, self.covariance, self.gamma = (
+            invariance,
+            variance,
+            covariance,
+            gamma,
+        )
         self.ddof = 0 if mode == "reference" else 1
         self.eps = eps if eps is not None else 1e-5 if mode == "reference" else 1e-4
 
     def _loss(self, zs, pairs, weights):
         k = len(zs)
-        k_s, k_v, k_c = {"mean": (1/len(pairs), 1/k, 2/k), "official": (1, 1/2, 1), "reference": (2, 1, 1)}[self.mode]
-        terms = dict(invariance=k_s*sum(w*invariance_loss(zs[a], zs[b]) for w, (a, b) in zip(weights, pairs)),
-                     variance=k_v*sum(variance_loss(z, self.gamma, self.eps, self.ddof) for z in zs),
-                     covariance=k_c*sum(covariance_loss(z, self.ddof) for z in zs))
-        return self.invariance*terms["invariance"] + self.variance*terms["variance"] + self.covariance*terms["covariance"], terms
+        k_s, k_v, k_c = {
+            "mean": (1 / len(pairs), 1 / k, 2 / k),
+            "official": (1, 1 / 2, 1),
+            "reference": (2, 1, 1),
+        }[self.mode]
+        terms = dict(
+            invariance=k_s
+            * sum(w * invariance_loss(zs[a], zs[b]) for w, (a, b) in zip(weights, pairs)),
+            variance=k_v * sum(variance_loss(z, self.gamma, self.eps, self.ddof) for z in zs),
+            covariance=k_c * sum(covariance_loss(z, self.ddof) for z in zs),
+        )
+        return self.invariance * terms["invariance"] + self.variance * terms[
+            "variance"
+        ] + self.covariance * terms["covariance"], terms
 
     def extra_repr(self)->str:
-        return (f"mode={self.mode!r}, invariance={self.invariance}, variance={self.variance}, covariance={self.covariance}, gamma={self.gamma}, "
-                f"eps={self.eps}")
+        return (
+            f"mode={self.mode!r}, invariance={self.invariance}, variance={self.variance}, "
+            f"covariance={self.covariance}, gamma={self.gamma}, "
+            f"eps={self.eps}"
+        )
 
 # %% ../../nbs/losses/paired.ipynb #41f58a6c
 def standardise(
@@ -198,12 +274,15 @@ def standardise(
 def cross_correlation_loss(
     *zs:Tensor, # Standardised embeddings, one batch per branch, each (B, D)
 )->tuple[Tensor, Tensor]: # On-diagonal and off-diagonal sums, each of shape (pairs,), in the order 12, 13, ..., 23, ...
-    "Squared distance of each pair's cross-correlation matrix from the identity, on and off the diagonal."
+    """Squared distance of each pair's cross-correlation matrix from the identity, on and off the
+    diagonal."""
     (n, d), pairs = zs[0].shape, list(combinations(range(len(zs)), 2))
     diagonals = torch.stack([(zs[a]*zs[b]).mean(dim=0) for a, b in pairs])
     if len(zs)*n < len(pairs)*d:
         grams = [_Gram.apply(z)/n for z in zs]
-        off = torch.stack([(grams[a]*grams[b]).sum() for a, b in pairs]) - diagonals.square().sum(dim=1)
+        off = torch.stack([(grams[a] * grams[b]).sum() for a, b in pairs]) - diagonals.square().sum(
+            dim=1
+        )
     else:
         others = ~torch.eye(d, dtype=torch.bool, device=zs[0].device)
         off = torch.stack([((zs[a].T @ zs[b]/n)*others).square().sum() for a, b in pairs])
@@ -211,13 +290,16 @@ def cross_correlation_loss(
 
 # %% ../../nbs/losses/paired.ipynb #232e5851
 class BarlowTwins(_PairedLoss):
-    "Barlow Twins for two or more branches: `loss(*zs) -> (scalar, terms)`, with `scalar = on_diagonal + weight*off_diagonal`."
+    """Barlow Twins for two or more branches: `loss(*zs) -> (scalar, terms)`, with `scalar =
+    on_diagonal + weight*off_diagonal`."""
     def __init__(self,
         mode:str="mean", # `mean` over pairs, or `reference` (two branches only)
         off_diagonal:float=.0051, # Weight of the squared off-diagonal correlations
-        divide_by_d:bool=True, # Divide loss and terms by D; False gives the scale of the original paper
+        # Divide loss and terms by D; False gives the scale of the original paper
+        divide_by_d:bool=True,
         eps:float=1e-5, # Added to variances
-        pair_weights:Sequence[float]|None=None, # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
+        # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
+        pair_weights:Sequence[float]|None=None,
         stop_gradient:Sequence[int]=(), # Branches whose embeddings get no gradient, counted from 0
     ):
         super().__init__(mode, ("mean", "reference"), "reference", pair_weights, stop_gradient)
@@ -229,7 +311,11 @@ class BarlowTwins(_PairedLoss):
         terms = dict(on_diagonal=(share*on).sum(), off_diagonal=(share*off).sum())
         return terms["on_diagonal"] + self.off_diagonal*terms["off_diagonal"], terms
 
-    def extra_repr(self)->str: return f"mode={self.mode!r}, off_diagonal={self.off_diagonal}, divide_by_d={self.divide_by_d}, eps={self.eps}"
+    def extra_repr(self) -> str:
+        return (
+            f"mode={self.mode!r}, off_diagonal={self.off_diagonal}, "
+            f"divide_by_d={self.divide_by_d}, eps={self.eps}"
+        )
 
 # %% ../../nbs/losses/paired.ipynb #973cfecd
 def unit_rows(
@@ -256,28 +342,43 @@ def contrast_logits(
 
 # %% ../../nbs/losses/paired.ipynb #4cfa1444
 class SimCLR(_PairedLoss):
-    "NT-Xent or cross-view InfoNCE for two or more branches: `loss(*zs) -> (scalar, terms)`, where the scalar is the term `contrast`."
+    """NT-Xent or cross-view InfoNCE for two or more branches: `loss(*zs) -> (scalar, terms)`, where
+    the scalar is the term `contrast`."""
     def __init__(self,
         temperature:float=.5, # Of the softmax over candidates
-        variant:str="nt-xent", # `nt-xent`: candidates from both views; `infonce`: from the other view only
+        # `nt-xent`: candidates from both views; `infonce`: from the other view only
+        variant:str="nt-xent",
         mode:str="mean", # `mean` over pairs, or their sum (`reference`)
-        pair_weights:Sequence[float]|None=None, # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
+        # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
+        pair_weights:Sequence[float]|None=None,
         stop_gradient:Sequence[int]=(), # Branches whose embeddings get no gradient, counted from 0
     ):
         super().__init__(mode, ("mean", "reference"), "", pair_weights, stop_gradient)
-        if not temperature > 0: raise ValueError(f"temperature={temperature} arrived; expected a number above zero, such as 0.5 or 0.1.")
-        if variant not in ("nt-xent", "infonce"): raise ValueError(f"variant {variant!r} arrived; expected 'nt-xent' or 'infonce'.")
+        if not temperature > 0:
+            raise ValueError(
+                f"temperature={temperature} arrived; expected a number above zero, such as 0.5 or "
+                "0.1."
+            )
+        if variant not in ("nt-xent", "infonce"):
+            raise ValueError(f"variant {variant!r} arrived; expected 'nt-xent' or 'infonce'.")
         self.temperature, self.variant = temperature, variant
 
     def _loss(self, zs, pairs, weights):
         us, partner = [unit_rows(z) for z in zs], torch.arange(len(zs[0]), device=zs[0].device)
         losses, hits, cosines = [], [], []
         for a, b in pairs:
-            logits = contrast_logits(us[a], us[b], self.temperature, own_view=self.variant == "nt-xent")
+            logits = contrast_logits(
+                us[a], us[b], self.temperature, own_view=self.variant == "nt-xent"
+            )
             losses.append(sum(F.cross_entropy(l, partner) for l in logits)/2)
             hits += [(l.argmax(dim=1) == partner).to(l.dtype).mean() for l in logits]
             cosines.append((us[a]*us[b]).sum(dim=1).mean())
-        contrast = sum(w*l for w, l in zip(weights, losses))/(len(pairs) if self.mode == "mean" else 1)
-        return contrast, dict(contrast=contrast, top1=torch.stack(hits).mean(), alignment=torch.stack(cosines).mean())
+        contrast = sum(w * l for w, l in zip(weights, losses)) / (
+            len(pairs) if self.mode == "mean" else 1
+        )
+        return contrast, dict(
+            contrast=contrast, top1=torch.stack(hits).mean(), alignment=torch.stack(cosines).mean()
+        )
 
-    def extra_repr(self)->str: return f"temperature={self.temperature}, variant={self.variant!r}, mode={self.mode!r}"
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, variant={self.variant!r}, mode={self.mode!r}"

@@ -18,38 +18,57 @@ from .geometry import _centers, _joined, _wide
 
 # %% ../../nbs/losses/position.ipynb #1873ef84
 def axis_scale(
-    center_mm:Tensor|np.ndarray, # Centres of the crops of the training set, shape (N, 2) or (N, 3), mm
+    # Centres of the crops of the training set, shape (N, 2) or (N, 3), mm
+    center_mm:Tensor|np.ndarray,
 )->tuple[list[float], list[float]]: # Mean and standard deviation of each axis, mm
     "What standardises positions; `ValueError` where an axis does not vary."
     c, _ = _centers(center_mm)
     mean, std = c.mean(dim=0), c.std(dim=0, correction=0)
-    if len(c) < 2 or not (std > 1e-6*(1 + mean.abs())).all(): raise ValueError(f"standard deviations {std.tolist()} of {len(c)} centres arrived; expected two or more rows and every axis to vary: leave out an axis that is constant.")
+    if len(c) < 2 or not (std > 1e-6 * (1 + mean.abs())).all():
+        raise ValueError(
+            f"standard deviations {std.tolist()} of {len(c)} centres arrived; expected two or "
+            "more rows and every axis to vary: leave out an axis that is constant."
+        )
     return mean.tolist(), std.tolist()
 
 class PositionHead(nn.Sequential):
     "Dropout, a hidden layer with ReLU, and a linear layer: `(B, R)` to one number for each axis."
-    def __init__(self,
-        in_features:int, # Width R of the representation
-        axes:int=3, # 3 in a volume, 2 on a slide
-        hidden:int=2048, # Width of the hidden layer
-        dropout:float=.25, # Share of the representation that is hidden in training
-    ): super().__init__(nn.Dropout(dropout), nn.Linear(in_features, hidden), nn.ReLU(), nn.Linear(hidden, axes))
+    def __init__(
+        self,
+        in_features: int,  # Width R of the representation
+        axes: int = 3,  # 3 in a volume, 2 on a slide
+        hidden: int = 2048,  # Width of the hidden layer
+        dropout: float = 0.25,  # Share of the representation that is hidden in training
+    ):
+        super().__init__(
+            nn.Dropout(dropout), nn.Linear(in_features, hidden), nn.ReLU(), nn.Linear(hidden, axes)
+        )
 
 class _Standardised(nn.Module):
     def __init__(self, mean_mm, std_mm):
         super().__init__()
         mean, std = (torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in (mean_mm, std_mm))
-        if mean.shape != std.shape or not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-            raise ValueError(f"means {mean.tolist()} and standard deviations {std.tolist()} arrived; expected one of each for every axis, the latter above zero: axis_scale(centres).")
-        self.register_buffer("mean_mm", mean.float()); self.register_buffer("std_mm", std.float())
+        if mean.shape != std.shape or not (
+            mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
+        ):
+            raise ValueError(
+                f"means {mean.tolist()} and standard deviations {std.tolist()} arrived; expected "
+                "one of each for every axis, the latter above zero: axis_scale(centres)."
+            )
+        self.register_buffer("mean_mm", mean.float())
+        self.register_buffer("std_mm", std.float())
 
     def _standardised(self, z, c):
         if not z.shape[1] == c.shape[1] == len(self.std_mm):
-            raise ValueError(f"{z.shape[1]} outputs, {c.shape[1]} axes of centres and {len(self.std_mm)} of the standardisation arrived; expected as many of each.")
+            raise ValueError(
+                f"{z.shape[1]} outputs, {c.shape[1]} axes of centres and {len(self.std_mm)} of "
+                "the standardisation arrived; expected as many of each."
+            )
         return (c - self.mean_mm.to(c))/self.std_mm.to(c)
 
 class PositionRegression(_Standardised):
-    "Predict the standardised position: `loss(z, center_mm, volume_id=None) -> (scalar, terms)`, with z from a `PositionHead`."
+    """Predict the standardised position: `loss(z, center_mm, volume_id=None) -> (scalar, terms)`,
+    with z from a `PositionHead`."""
     def __init__(self,
         mean_mm:Sequence[float], # Of each axis over the training set, from `axis_scale`
         std_mm:Sequence[float], # The same, standard deviation
@@ -60,7 +79,9 @@ class PositionRegression(_Standardised):
         center_mm:Tensor, # Centres of the crops, shape (B, axes), mm
         volume_id:Tensor|None=None, # Not used
     )->tuple[Tensor, dict[str, Tensor]]: # Mean squared error in squared standard deviations; terms `mse` and `mae_mm` (mean over axes), detached
-        with torch.autocast(center_mm.device.type if isinstance(center_mm, Tensor) else "cpu", enabled=False):
+        with torch.autocast(
+            center_mm.device.type if isinstance(center_mm, Tensor) else "cpu", enabled=False
+        ):
             z, c, _ = _joined(z, center_mm, None)
             error = z - self._standardised(z, c)
             mse = error.square().mean()

@@ -23,16 +23,28 @@ class Projector(nn.Sequential):
     "Linear, norm and ReLU per hidden layer, then a linear layer: `(B, R)` to `(B, widths[-1])`."
     def __init__(self,
         in_features:int, # Width R of the representation
-        widths:Sequence[int]=(2048, 2048, 2048), # Output width of every layer; the last is the embedding size D
+        # Output width of every layer; the last is the embedding size D
+        widths:Sequence[int]=(2048, 2048, 2048),
         norm:str="batch", # Of the hidden layers: "batch", "layer" or "none"
     ):
         norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": None}
-        if norm not in norms: raise ValueError(f"projector norm {norm!r} arrived; expected one of {', '.join(norms)}.")
+        if norm not in norms:
+            raise ValueError(
+                f"projector norm {norm!r} arrived; expected one of {', '.join(norms)}."
+            )
         if not len(widths) or min(widths) < 1:
-            raise ValueError(f"projector widths {tuple(widths)} arrived; expected one positive width for each layer, for example (2048, 2048, 2048).")
+            raise ValueError(
+                f"projector widths {tuple(widths)} arrived; expected one positive width for each "
+                "layer, for example (2048, 2048, 2048)."
+            )
         layers = []
         for a, b in zip([in_features, *widths[:-2]], widths[:-1]):
-            layers += [nn.Linear(a, b, bias=norm == "none"), *([norms[norm](b)] if norms[norm] else []), nn.ReLU()]     # a norm subtracts the bias again
+            # a norm subtracts the bias again
+            layers += [
+                nn.Linear(a, b, bias=norm == "none"),
+                *([norms[norm](b)] if norms[norm] else []),
+                nn.ReLU(),
+            ]
         super().__init__(*layers, nn.Linear([in_features, *widths][-2], widths[-1]))
 
 # %% ../../nbs/models/branches.ipynb #8702b8f4
@@ -44,19 +56,38 @@ class Branches(nn.Module):
         layout:Sequence[int], # Index of the encoder for each view
     ):
         super().__init__()
-        if not len(layout) or len(encoders) != len(projectors) or sorted(set(layout)) != list(range(len(encoders))):
-            raise ValueError(f"{len(encoders)} encoders, {len(projectors)} projectors and layout {tuple(layout)} arrived; expected as many projectors as "
-                             "encoders, and a layout that uses each of them, for example (0, 0, 1) with two.")
-        self.encoders, self.projectors, self.layout = nn.ModuleList(encoders), nn.ModuleList(projectors), tuple(layout)
+        if (
+            not len(layout)
+            or len(encoders) != len(projectors)
+            or sorted(set(layout)) != list(range(len(encoders)))
+        ):
+            raise ValueError(
+                f"{len(encoders)} encoders, {len(projectors)} projectors and layout "
+                f"{tuple(layout)} arrived; expected as many projectors as "
+                "encoders, and a layout that uses each of them, for example (0, 0, 1) with two."
+            )
+        self.encoders, self.projectors, self.layout = (
+            nn.ModuleList(encoders),
+            nn.ModuleList(projectors),
+            tuple(layout),
+        )
 
     def forward(self, *views:Tensor)->tuple[Tensor, ...]:
-        if len(views) != len(self.layout): raise ValueError(f"{len(views)} views arrived for the {len(self.layout)} branches of layout {self.layout}: give one per branch.")
-        return tuple(self.projectors[k](self.encoders[k](view)) for k, view in zip(self.layout, views))
+        if len(views) != len(self.layout):
+            raise ValueError(
+                f"{len(views)} views arrived for the {len(self.layout)} branches of layout "
+                f"{self.layout}: give one per branch."
+            )
+        return tuple(
+            self.projectors[k](self.encoders[k](view)) for k, view in zip(self.layout, views)
+        )
 
 # %% ../../nbs/models/branches.ipynb #3c875e10
 def make_branches(
     layout:Sequence[int]=(0, 0, 1), # Index of the encoder for each view
-    encoder:str|Callable|Sequence="resnet18", # Name for `make_encoder`, or a function without arguments that returns a module; or one of these for each encoder
+    # Name for `make_encoder`, or a function without arguments that returns a module; or one of
+    # these for each encoder
+    encoder:str|Callable|Sequence="resnet18",
     widths:Sequence[int]=(2048, 2048, 2048), # Projector layers
     in_channels:int|Sequence[int]=3, # Channels of the images; or one number for each encoder
     norm:str="batch", # For `make_encoder`
@@ -68,27 +99,42 @@ def make_branches(
     def each(value, name):
         values = [value]*n if isinstance(value, (str, int)) or callable(value) else list(value)
         if len(values) != n:
-            raise ValueError(f"{len(values)} values of {name} arrived for the {n} encoders of layout {tuple(layout)}: give one for all, or one for each encoder.")
+            raise ValueError(
+                f"{len(values)} values of {name} arrived for the {n} encoders of layout "
+                f"{tuple(layout)}: give one for all, or one for each encoder."
+            )
         return values
     def build(encoder, channels):
         if isinstance(encoder, str): return make_encoder(encoder, channels, spatial_dims, norm)
         if isinstance(encoder, nn.Module) or not callable(encoder):
-            raise TypeError(f"a {type(encoder).__name__} arrived as encoder; expected a name, or a function without arguments "
-                            "that returns a new module each time, because every encoder has weights of its own.")
+            raise TypeError(
+                f"a {type(encoder).__name__} arrived as encoder; expected a name, or a function "
+                "without arguments "
+                "that returns a new module each time, because every encoder has weights of its own."
+            )
         return encoder()
     channels = each(in_channels, "in_channels")
     encoders = [build(e, c) for e, c in zip(each(encoder, "encoder"), channels)]
     if len(set(map(id, encoders))) < len(encoders):
-        raise ValueError("the function given as encoder returned the same module twice; expected a new one each time. "
-                         "Views that shall share an encoder have the same index in the layout.")
-    projectors = [Projector(encoder_width(e, c, spatial_dims=spatial_dims), widths, projector_norm) for e, c in zip(encoders, channels)]
+        raise ValueError(
+            "the function given as encoder returned the same module twice; expected a new one "
+            "each time. "
+            "Views that shall share an encoder have the same index in the layout."
+        )
+    projectors = [
+        Projector(encoder_width(e, c, spatial_dims=spatial_dims), widths, projector_norm)
+        for e, c in zip(encoders, channels)
+    ]
     return Branches(encoders, projectors, layout)
 
 def siamese(
     encoder:str|Callable|Sequence="resnet18", # As for `make_branches`
     widths:Sequence[int]=(2048, 2048, 2048), # Projector layers
-    privileged:bool=False, # True: second view through an encoder of its own, layout (0, 1); False: both through one, (0, 0)
-    **options, # Other arguments of `make_branches`: `in_channels`, `norm`, `projector_norm`, `spatial_dims`
+    # True: second view through an encoder of its own, layout (0, 1); False: both through one, (0,
+    # 0)
+    privileged:bool=False,
+    # Other arguments of `make_branches`: `in_channels`, `norm`, `projector_norm`, `spatial_dims`
+    **options,
 )->Branches: # Takes two views
     "A two-branch network: Siamese-unprivileged or Siamese-privileged (Farndale et al., 2024)."
     return make_branches((0, 1) if privileged else (0, 0), encoder, widths, **options)
@@ -96,7 +142,8 @@ def siamese(
 def trident(
     encoder:str|Callable|Sequence="resnet18", # As for `make_branches`
     widths:Sequence[int]=(2048, 2048, 2048), # Projector layers
-    **options, # Other arguments of `make_branches`: `in_channels`, `norm`, `projector_norm`, `spatial_dims`
+    # Other arguments of `make_branches`: `in_channels`, `norm`, `projector_norm`, `spatial_dims`
+    **options,
 )->Branches: # Takes three views: primary, primary, privileged
     "The three-branch network of TriDeNT (Farndale et al., 2023), layout (0, 0, 1)."
     return make_branches((0, 0, 1), encoder, widths, **options)

@@ -26,7 +26,8 @@ from ..core.files import atomic_path, read_safetensors
 def _escape(value):
     if isinstance(value, _Markup): return value
     text = " ".join(str(value).split())
-    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")): text = text.replace(character, entity)
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        text = text.replace(character, entity)
     return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text)
 
 class _Markup(str): "Text of the template's own, which is Markdown already"
@@ -45,21 +46,59 @@ def _shown(value):
 def _rows(facts, before=""):
     "Names and texts of the facts in a dictionary, those of inner dictionaries under `outer.inner`"
     for name, value in facts.items():
-        if isinstance(value, dict) and value and "mean" not in value: yield from _rows(value, f"{before}{name}.")
-        else: yield f"{before}{name}", _shown(value)
+        if isinstance(value, dict) and value and "mean" not in value:
+            yield from _rows(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", _shown(value)
 
 # %% ../../nbs/models/cards.ipynb #8d0e7792
-_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0")
+_LICENCES = (
+    "apache-2.0",
+    "mit",
+    "bsd-3-clause",
+    "gpl-3.0",
+    "lgpl-3.0",
+    "mpl-2.0",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nd-4.0",
+    "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-4.0",
+)
 
 def _front_matter(licence, tags, task):
     slug = re.sub(r"\s+", "-", (licence or "unknown").strip().lower())
-    lines = {"license": slug if slug in (*_LICENCES, "unknown") else "other"} | ({"license_name": licence} if slug not in (*_LICENCES, "unknown") else {})
+    lines = {"license": slug if slug in (*_LICENCES, "unknown") else "other"} | (
+        {"license_name": licence} if slug not in (*_LICENCES, "unknown") else {}
+    )
     lines |= {"library_name": "synthpi", "tags": tags} | ({"pipeline_tag": task} if task else {})
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in lines.items()), "---"])     # JSON is YAML
+    # JSON is YAML
+    return "\n".join(
+        ["---", *(f"{key}: {json.dumps(value)}" for key, value in lines.items()), "---"]
+    )
 
 # %% ../../nbs/models/cards.ipynb #09b1677e
-_ALONE = ("unprivileged", "siamese_unprivileged", "supervised", "random_encoder", "trident_third_view", "trident_blank", "isimed", "simclr", "barlow", "barlow_isimed", "two_head", "regression")
-_BESIDE = {"trident_real_pairs": "authentic pairs", "trident_shuffled": "synthetic images of other tiles, as a control", "trident_haematoxylin": "the haematoxylin of the tile itself, by stain separation"}
+_ALONE = (
+    "unprivileged",
+    "siamese_unprivileged",
+    "supervised",
+    "random_encoder",
+    "trident_third_view",
+    "trident_blank",
+    "isimed",
+    "simclr",
+    "barlow",
+    "barlow_isimed",
+    "two_head",
+    "regression",
+)
+_BESIDE = {
+    "trident_real_pairs": "authentic pairs",
+    "trident_shuffled": "synthetic images of other tiles, as a control",
+    "trident_haematoxylin": "the haematoxylin of the tile itself, by stain separation",
+}
 
 def _second_images(about):
     "What the privileged images were; empty: there were none; None: the header does not say"
@@ -67,10 +106,23 @@ def _second_images(about):
     name = about.get("arm") or about.get("method")
     if name in _ALONE: return ""
     if name in _BESIDE: return _BESIDE[name]
-    return "synthetic images" if isinstance(name, str) and (name.startswith("trident") or "privileged" in name) else None
+    return (
+        "synthetic images"
+        if isinstance(name, str) and (name.startswith("trident") or "privileged" in name)
+        else None
+    )
 
 # %% ../../nbs/models/cards.ipynb #b2f00690
-_DATA = {"data": "fingerprint of the images", "tiles": "fingerprint of the tiles", "data_name": "name", "n_tiles": "number of tiles", "classes": "classes", "frame": "frame of positions", "spacing_mm": "spacing, mm", "data_licence": "licence of the data"}
+_DATA = {
+    "data": "fingerprint of the images",
+    "tiles": "fingerprint of the tiles",
+    "data_name": "name",
+    "n_tiles": "number of tiles",
+    "classes": "classes",
+    "frame": "frame of positions",
+    "spacing_mm": "spacing, mm",
+    "data_licence": "licence of the data",
+}
 _CARD = """{{ front }}
 
 # {{ title }}
@@ -124,10 +176,32 @@ def _table(facts):
 def _code(file, spec, size):
     "Lines that load the file and give features of two random images"
     dims, custom = int(spec.get("spatial_dims", 2)), re.sub(r"\W", "", spec.get("custom", ""))
-    side = size if isinstance(size, int) and size > 0 else spec.get("config", {}).get("image_size") or (64 if dims == 2 else 32)
-    shape = ", ".join(str(int(n)) for n in (2, spec.get("in_channels", 3), *(side if isinstance(side, list) else [side]*dims)))
-    load = f"encoder = load_encoder({file!r}" + (f", encoder=module)     # module: a {custom} of your own, built as it was in training" if custom else ")")
-    lines = ["import torch", "from synthpi.models import load_encoder", "", load, f"h = encoder(torch.rand({shape}))     # images in [0, 1], to one row of features for each", "print(h.shape)"]
+    side = (
+        size
+        if isinstance(size, int) and size > 0
+        else spec.get("config", {}).get("image_size") or (64 if dims == 2 else 32)
+    )
+    shape = ", ".join(
+        str(int(n))
+        for n in (
+            2,
+            spec.get("in_channels", 3),
+            *(side if isinstance(side, list) else [side] * dims),
+        )
+    )
+    load = f"encoder = load_encoder({file!r}" + (
+        f", encoder=module)     # module: a {custom} of your own, built as it was in training"
+        if custom
+        else ")"
+    )
+    lines = [
+        "import torch",
+        "from synthpi.models import load_encoder",
+        "",
+        load,
+        f"h = encoder(torch.rand({shape}))     # images in [0, 1], to one row of features for each",
+        "print(h.shape)",
+    ]
     return "\n".join(["```python", *lines, "```"])
 
 # %% ../../nbs/models/cards.ipynb #9bf6177e
@@ -136,53 +210,122 @@ _OURS = "This card was filled in from the header of "
 
 def _check_facts(about):
     for key in (*_TEXTS, "environment"):
-        kind, example = (dict, 'a dictionary, for example {"python": "3.12"}') if key == "environment" else (str, "a text" + ", for example 'apache-2.0'"*key.endswith("licence"))
-        if not isinstance(about.get(key), (kind, type(None))): raise ValueError(f"{key} is {about[key]!r}, of type {type(about[key]).__name__}; a model card needs {example}, or nothing where it is not known.")
+        kind, example = (
+            (dict, 'a dictionary, for example {"python": "3.12"}')
+            if key == "environment"
+            else (str, "a text" + ", for example 'apache-2.0'" * key.endswith("licence"))
+        )
+        if not isinstance(about.get(key), (kind, type(None))):
+            raise ValueError(
+                f"{key} is {about[key]!r}, of type {type(about[key]).__name__}; a model card "
+                f"needs {example}, or nothing where it is not known."
+            )
 
 def check_card(
     path:str|Path, # The encoder's file, there or not
     about:dict, # The facts of its header
 )->Path: # Where `write_card` will put the card
-    "`ValueError` when no card could be written: a fact of the wrong type, or another's file at its place. Nothing is written."
+    """`ValueError` when no card could be written: a fact of the wrong type, or another's file at
+    its place. Nothing is written."""
     _check_facts(about)
     path, card = Path(path), Path(path).with_suffix(".md")
-    if path.suffix.lower() == ".md": raise ValueError(f"the encoder's file is {path}, and the card would replace it; give the encoder another ending, usually .safetensors.")
+    if path.suffix.lower() == ".md":
+        raise ValueError(
+            f"the encoder's file is {path}, and the card would replace it; give the encoder "
+            "another ending, usually .safetensors."
+        )
     if card.exists() and not (card.is_file() and _OURS.encode() in card.read_bytes()):
-        raise ValueError(f"{card} is there already and is no model card of synthpi, so it is not replaced: move it or give it another name, or give the encoder's file another name.")
+        raise ValueError(
+            f"{card} is there already and is no model card of synthpi, so it is not replaced: "
+            "move it or give it another name, or give the encoder's file another name."
+        )
     return card
 
 def model_card(
     path:str|Path, # A file of `save_encoder`
 )->str: # Markdown, with the front matter that the Hugging Face hub reads
-    "The card of an encoder, from the facts in its header; `FileNotFoundError`, or `ValueError` with the reason when the file cannot be used."
+    """The card of an encoder, from the facts in its header; `FileNotFoundError`, or `ValueError`
+    with the reason when the file cannot be used."""
     path = Path(path)
     facts, state = read_safetensors(path, "synthpi-encoder-1", needs=("encoder", "about"))
     spec, about = facts["encoder"], facts["about"]
     _check_facts(about)
     second, dims = _second_images(about), spec.get("spatial_dims")
-    told = lambda key: about.get(key) or "unknown"
+    def told(key): return about.get(key) or "unknown"
     name = about.get("arm") or told("method")
     used = {*_DATA, "licence", "environment", "evaluation", "synthpi", "privileged"}
-    environment = ({"synthpi": about["synthpi"]} if about.get("synthpi") else {}) | (about.get("environment") or {})
-    caveat = {"": "None: the encoder was trained on one image of each tissue or volume.", None: "Unknown: the header does not say whether there were any."}.get(second)
+    environment = ({"synthpi": about["synthpi"]} if about.get("synthpi") else {}) | (
+        about.get("environment") or {}
+    )
+    caveat = {
+        "": "None: the encoder was trained on one image of each tissue or volume.",
+        None: "Unknown: the header does not say whether there were any.",
+    }.get(second)
     evaluation = about.get("evaluation") or {}
     values = {
         "ours": _Markup(_OURS),
-        "front": _Markup(_front_matter(about.get("licence"), ["medical-imaging", "self-supervised-learning", *(["privileged-information"] if second else [])], "image-feature-extraction" if dims == 2 else None)),
-        "title": about.get("title") or ", ".join([spec.get("custom") or spec["name"], *([name] if name != "unknown" else [])]), "file": path.name, "sha": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "kind": {2: "An encoder of images", 3: "An encoder of volumes"}.get(dims, "An encoder"), "spec": "; ".join(f"{k} {v}" for k, v in _rows({k: v for k, v in spec.items() if k != "config"})), "parameters": f"{sum(t.numel() for t in state.values()):,}",
-        "link": _Markup("[synthpi](https://github.com/synthpi/synthpi)"), "method": f", arm or method: {name}",
-        "data": _table({text: about[key] for key, text in _DATA.items() if key in about and key != "data_licence"}), "data_licence": told("data_licence"), "licence": told("licence"),
-        "arguments": _table({k: v for k, v in about.items() if k not in used}), "environment": _table(environment), "evaluation": _table(evaluation if isinstance(evaluation, dict) else {"result": evaluation}),
-        "second": caveat or _Markup(f"{_escape(second)}. **Synthetic images are training aids, not findings**: where these were generated, each is a function of the image from which it was made. It adds what its generator was trained on, with its errors, and no observation of the patient. "
-                                    "Second images are not needed, and not used, when features are computed."),
-        "code": _Markup(_code(path.name, spec, about.get("size")))}
-    return Environment(autoescape=False, finalize=_escape, undefined=StrictUndefined, keep_trailing_newline=True).from_string(_CARD).render(values)
+        "front": _Markup(
+            _front_matter(
+                about.get("licence"),
+                [
+                    "medical-imaging",
+                    "self-supervised-learning",
+                    *(["privileged-information"] if second else []),
+                ],
+                "image-feature-extraction" if dims == 2 else None,
+            )
+        ),
+        "title": about.get("title")
+        or ", ".join([spec.get("custom") or spec["name"], *([name] if name != "unknown" else [])]),
+        "file": path.name,
+        "sha": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "kind": {2: "An encoder of images", 3: "An encoder of volumes"}.get(dims, "An encoder"),
+        "spec": "; ".join(
+            f"{k} {v}" for k, v in _rows({k: v for k, v in spec.items() if k != "config"})
+        ),
+        "parameters": f"{sum(t.numel() for t in state.values()):,}",
+        "link": _Markup("[synthpi](https://github.com/synthpi/synthpi)"),
+        "method": f", arm or method: {name}",
+        "data": _table(
+            {
+                text: about[key]
+                for key, text in _DATA.items()
+                if key in about and key != "data_licence"
+            }
+        ),
+        "data_licence": told("data_licence"),
+        "licence": told("licence"),
+        "arguments": _table({k: v for k, v in about.items() if k not in used}),
+        "environment": _table(environment),
+        "evaluation": _table(
+            evaluation if isinstance(evaluation, dict) else {"result": evaluation}
+        ),
+        "second": caveat
+        or _Markup(
+            f"{_escape(second)}. **Synthetic images are training aids, not findings**: where "
+            "these were generated, each is a function of the image from which it was made. It "
+            "adds what its generator was trained on, with its errors, and no observation of the "
+            "patient. "
+            "Second images are not needed, and not used, when features are computed."
+        ),
+        "code": _Markup(_code(path.name, spec, about.get("size"))),
+    }
+    return (
+        Environment(
+            autoescape=False,
+            finalize=_escape,
+            undefined=StrictUndefined,
+            keep_trailing_newline=True,
+        )
+        .from_string(_CARD)
+        .render(values)
+    )
 
 def write_card(
     path:str|Path, # A file of `save_encoder`, for example `encoder.safetensors`
 )->Path: # The card, with the same name and the ending .md; on a hub it is called README.md
-    "Write the card of an encoder beside its file; atomic. It replaces an older card, and no other file (`ValueError`)."
+    """Write the card of an encoder beside its file; atomic. It replaces an older card, and no other
+    file (`ValueError`)."""
     text = model_card(path)
     place = check_card(path, {})
     with atomic_path(place) as tmp: tmp.write_text(text, encoding="utf-8")

@@ -17,7 +17,8 @@ from .files import load_encoder
 
 # %% ../../nbs/models/distances.ipynb #253fc14a
 class DistanceEmbedding(nn.Module):
-    "Crops `(B, 1, X, Y, Z)` to embeddings `(B, D)` whose Euclidean distances estimate distances in the body, mm."
+    """Crops `(B, 1, X, Y, Z)` to embeddings `(B, D)` whose Euclidean distances estimate distances
+    in the body, mm."""
     def __init__(self,
         encoder:nn.Module, # Crops to representations (B, R)
         head:nn.Module, # Representations to embeddings (B, D)
@@ -33,20 +34,53 @@ class DistanceEmbedding(nn.Module):
         **about, # Facts for the header
     )->None:
         "Write the head; the encoder has a file of its own."
-        write_safetensors(path, self.head.state_dict(), "synthpi-distances-1", head=_head_spec(self.head), scale=self.scale, about=about)
+        write_safetensors(
+            path,
+            self.head.state_dict(),
+            "synthpi-distances-1",
+            head=_head_spec(self.head),
+            scale=self.scale,
+            about=about,
+        )
 
-def _head_spec(head): return [] if isinstance(head, nn.Identity) else [[m.in_features, m.out_features, m.bias is not None] if isinstance(m, nn.Linear) else [m.num_features] if isinstance(m, nn.BatchNorm1d) else [] for m in (head if isinstance(head, nn.Sequential) else [head])]
+def _head_spec(head):
+    return (
+        []
+        if isinstance(head, nn.Identity)
+        else [
+            [m.in_features, m.out_features, m.bias is not None]
+            if isinstance(m, nn.Linear)
+            else [m.num_features]
+            if isinstance(m, nn.BatchNorm1d)
+            else []
+            for m in (head if isinstance(head, nn.Sequential) else [head])
+        ]
+    )
 
 def _head_from(spec):
-    layers = [nn.Linear(*s) if len(s) == 3 else nn.BatchNorm1d(*s) if s else nn.ReLU() for s in spec]
-    return nn.Identity() if not layers else layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    layers = [
+        nn.Linear(*s) if len(s) == 3 else nn.BatchNorm1d(*s) if s else nn.ReLU() for s in spec
+    ]
+    return (
+        nn.Identity() if not layers else layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    )
 
 def load_distances(
     folder:str|Path, # A run of the study, with encoder.safetensors and distances.safetensors
     device:str="cpu", # Where the weights go
 )->DistanceEmbedding: # In eval mode, no parameter wants a gradient
-    "Encoder and head of a run; `FileNotFoundError` or `ValueError` when a file is not there or not whole."
-    facts, state = read_safetensors(Path(folder)/"distances.safetensors", "synthpi-distances-1", needs=("head", "scale", "about"))
+    """Encoder and head of a run; `FileNotFoundError` or `ValueError` when a file is not there or
+    not whole."""
+    facts, state = read_safetensors(
+        Path(folder) / "distances.safetensors",
+        "synthpi-distances-1",
+        needs=("head", "scale", "about"),
+    )
     head = _head_from(facts["head"])
     head.load_state_dict(state)
-    return DistanceEmbedding(load_encoder(Path(folder)/"encoder.safetensors"), head, facts["scale"]).eval().requires_grad_(False).to(device)
+    return (
+        DistanceEmbedding(load_encoder(Path(folder) / "encoder.safetensors"), head, facts["scale"])
+        .eval()
+        .requires_grad_(False)
+        .to(device)
+    )

@@ -19,58 +19,116 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/models/encoders.ipynb #59e27e8a
-_RESNETS = {"resnet10_narrow": ("basic", [1, 1, 1, 1], [16, 32, 64, 128]), "resnet18": ("basic", [2, 2, 2, 2], [64, 128, 256, 512]),
-            "resnet34": ("basic", [3, 4, 6, 3], [64, 128, 256, 512]), "resnet50": ("bottleneck", [3, 4, 6, 3], [64, 128, 256, 512])}
+_RESNETS = {
+    "resnet10_narrow": ("basic", [1, 1, 1, 1], [16, 32, 64, 128]),
+    "resnet18": ("basic", [2, 2, 2, 2], [64, 128, 256, 512]),
+    "resnet34": ("basic", [3, 4, 6, 3], [64, 128, 256, 512]),
+    "resnet50": ("bottleneck", [3, 4, 6, 3], [64, 128, 256, 512]),
+}
 ENCODERS = (*_RESNETS, "densenet121")
 
 def make_encoder(
-    name:str="resnet18", # One of `ENCODERS`; or `timm:NAME`, or `hf:FOLDER` or `hf:ID`, where timm or transformers is installed
+    # One of `ENCODERS`; or `timm:NAME`, or `hf:FOLDER` or `hf:ID`, where timm or transformers is
+    # installed
+    name:str="resnet18",
     in_channels:int=3, # Channels of the image or volume
     spatial_dims:int=2, # 2 for images, 3 for volumes
     norm:str="batch", # Of the encoders in `ENCODERS`: "batch", "group" or "instance"
     pretrained:bool=False, # Of timm and Hugging Face encoders: start from their published weights
-    config:dict|None=None, # Of Hugging Face encoders: the configuration itself, in place of the one at FOLDER or ID
+    # Of Hugging Face encoders: the configuration itself, in place of the one at FOLDER or ID
+    config:dict|None=None,
 )->nn.Module: # `(B, C, *spatial)` to `(B, R)`; `R` is its attribute `width`, how to build it again its attribute `spec`
-    "An encoder with global average pooling, or the pooling of its library. `ValueError` on an unknown name, `ImportError` names a missing package."
-    if spatial_dims not in (2, 3): raise ValueError(f"spatial_dims {spatial_dims!r} arrived; expected 2 for images or 3 for volumes.")
+    """An encoder with global average pooling, or the pooling of its library. `ValueError` on an
+    unknown name, `ImportError` names a missing package."""
+    if spatial_dims not in (2, 3):
+        raise ValueError(
+            f"spatial_dims {spatial_dims!r} arrived; expected 2 for images or 3 for volumes."
+        )
     library, _, rest = name.partition(":")
     if library in _LIBRARIES and rest:
         if spatial_dims != 2 or norm != "batch":
-            raise ValueError(f"encoder {name!r} with spatial_dims {spatial_dims} and norm {norm!r} arrived: an encoder of another library takes images and "
-                             f"has its own norm; for volumes or another norm choose one of {', '.join(ENCODERS)}.")
+            raise ValueError(
+                f"encoder {name!r} with spatial_dims {spatial_dims} and norm {norm!r} arrived: an "
+                "encoder of another library takes images and "
+                "has its own norm; for volumes or another norm choose one of "
+                f"{', '.join(ENCODERS)}."
+            )
         encoder = _LIBRARIES[library](rest, in_channels, pretrained, config)
-        encoder.spec = {"name": name, "in_channels": in_channels, "spatial_dims": 2, **getattr(encoder, "spec", {})}
+        encoder.spec = {
+            "name": name,
+            "in_channels": in_channels,
+            "spatial_dims": 2,
+            **getattr(encoder, "spec", {}),
+        }
         return encoder
     if pretrained or config:
-        raise ValueError(f"encoder {name!r} with pretrained or config arrived; both belong to timm: and hf: encoders, this one starts from random weights.")
-    if norm not in ("batch", "group", "instance"): raise ValueError(f"norm {norm!r} arrived; expected batch, group or instance.")
+        raise ValueError(
+            f"encoder {name!r} with pretrained or config arrived; both belong to timm: and hf: "
+            "encoders, this one starts from random weights."
+        )
+    if norm not in ("batch", "group", "instance"):
+        raise ValueError(f"norm {norm!r} arrived; expected batch, group or instance.")
     if name in _RESNETS:
         block, layers, planes = _RESNETS[name]
-        encoder = nets.ResNet(block, layers, planes, spatial_dims=spatial_dims, n_input_channels=in_channels, feed_forward=False,
-                              conv1_t_size=7, conv1_t_stride=2 if spatial_dims == 2 else 1)
+        encoder = nets.ResNet(
+            block,
+            layers,
+            planes,
+            spatial_dims=spatial_dims,
+            n_input_channels=in_channels,
+            feed_forward=False,
+            conv1_t_size=7,
+            conv1_t_stride=2 if spatial_dims == 2 else 1,
+        )
         encoder.width = planes[-1]*(4 if block == "bottleneck" else 1)
     elif name == "densenet121":
-        encoder = nets.DenseNet121(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=1)
+        encoder = nets.DenseNet121(
+            spatial_dims=spatial_dims, in_channels=in_channels, out_channels=1
+        )
         encoder.width = encoder.class_layers.out.in_features
         encoder.class_layers.out = nn.Identity()
-    else: raise ValueError(f"encoder {name!r} arrived; expected one of {', '.join(ENCODERS)}, timm:NAME, hf:FOLDER, "
+    else: raise ValueError(f"encoder {name!r} arrived; expected one of {', '.join(ENCODERS)}, "
+                           "timm:NAME, hf:FOLDER, "
                            "or pass any module that gives (B, R) where an encoder is taken.")
     if norm != "batch": _replace_batchnorm(encoder, norm)
-    encoder.spec = {"name": name, "in_channels": in_channels, "spatial_dims": spatial_dims, **({} if norm == "batch" else {"norm": norm})}
+    encoder.spec = {
+        "name": name,
+        "in_channels": in_channels,
+        "spatial_dims": spatial_dims,
+        **({} if norm == "batch" else {"norm": norm}),
+    }
     return encoder
 
 def _replace_batchnorm(encoder, norm):
-    layers = [(parent, key, m) for parent in encoder.modules() for key, m in parent.named_children() if isinstance(m, _BatchNorm)]
-    groups = layers[0][2].num_features//2          # MONAI's own norm argument stops at the first layer of a ResNet
-    for parent, key, m in layers: setattr(parent, key, nn.GroupNorm(groups if norm == "group" else m.num_features, m.num_features, eps=m.eps))
+    layers = [
+        (parent, key, m)
+        for parent in encoder.modules()
+        for key, m in parent.named_children()
+        if isinstance(m, _BatchNorm)
+    ]
+    # MONAI's own norm argument stops at the first layer of a ResNet
+    groups = layers[0][2].num_features//2
+    for parent, key, m in layers:
+        setattr(
+            parent,
+            key,
+            nn.GroupNorm(groups if norm == "group" else m.num_features, m.num_features, eps=m.eps),
+        )
 
 # %% ../../nbs/models/encoders.ipynb #385bae38
 def _module(package, name):
-    try: return importlib.import_module(package)
-    except ImportError as e: raise ImportError(f"encoder {name!r} needs the package {package}, which is not installed: pip install {package}.") from e
+    try:
+        return importlib.import_module(package)
+    except ImportError as e:
+        raise ImportError(
+            f"encoder {name!r} needs the package {package}, which is not installed: pip install "
+            f"{package}."
+        ) from e
 
 def _timm(name, in_channels, pretrained, config):
-    encoder = _module("timm", f"timm:{name}").create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_channels)
+    encoder = _module("timm", f"timm:{name}").create_model(
+        name, pretrained=pretrained, num_classes=0, in_chans=in_channels
+    )
     encoder.width = getattr(encoder, "head_hidden_size", None) or encoder.num_features
     return encoder
 
@@ -80,28 +138,54 @@ class _HuggingFace(nn.Module):
         super().__init__()
         hf, folder = _module("transformers", f"hf:{name}"), Path(name).expanduser()
         where = str(folder) if folder.is_dir() else name
-        try: config = hf.AutoConfig.for_model(**config) if config else hf.AutoConfig.from_pretrained(where)
+        try:
+            config = (
+                hf.AutoConfig.for_model(**config)
+                if config
+                else hf.AutoConfig.from_pretrained(where)
+            )
         except OSError as e:
-            raise ValueError(f"encoder 'hf:{name}': neither a folder with a config.json, nor a model that the hub gives ({str(e).splitlines()[0]})") from e
+            raise ValueError(
+                f"encoder 'hf:{name}': neither a folder with a config.json, nor a model that the "
+                f"hub gives ({str(e).splitlines()[0]})"
+            ) from e
         if not hasattr(config, "hidden_size") and not hasattr(config, "hidden_sizes"):
-            raise ValueError(f"encoder 'hf:{name}' is of type {config.model_type!r}, whose configuration has no hidden_size: "
-                             "give a module of your own with that model inside.")
+            raise ValueError(
+                f"encoder 'hf:{name}' is of type {config.model_type!r}, whose configuration has "
+                "no hidden_size: "
+                "give a module of your own with that model inside."
+            )
         config.num_channels = in_channels
-        self.model = hf.AutoModel.from_pretrained(where, config=config) if pretrained else hf.AutoModel.from_config(config)
+        self.model = (
+            hf.AutoModel.from_pretrained(where, config=config)
+            if pretrained
+            else hf.AutoModel.from_config(config)
+        )
         self.class_token = hasattr(getattr(self.model, "embeddings", None), "cls_token")
-        if self.class_token and getattr(self.model, "pooler", None) is not None: self.model.pooler = None
-        for key, p in self.model.named_parameters(): p.requires_grad_(not key.endswith("mask_token"))
-        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters else {}
+        if self.class_token and getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None
+        for key, p in self.model.named_parameters():
+            p.requires_grad_(not key.endswith("mask_token"))
+        self.options = (
+            {"interpolate_pos_encoding": True}
+            if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+            else {}
+        )
         self.width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
         facts = json.loads(config.to_json_string(use_diff=False))
         facts.pop("_name_or_path", None)
-        self.spec = {"name": f"hf:{folder.name if folder.is_dir() else name}", "config": facts}       # a folder need not exist when it is built again
+        # a folder need not exist when it is built again
+        self.spec = {"name": f"hf:{folder.name if folder.is_dir() else name}", "config": facts}
 
     def forward(self, x):
         out = self.model(pixel_values=x, **self.options)
         if self.class_token: return out.last_hidden_state[:, 0]
         if getattr(out, "pooler_output", None) is not None: return out.pooler_output.flatten(1)
-        return out.last_hidden_state.mean(1) if out.last_hidden_state.ndim == 3 else out.last_hidden_state.flatten(2).mean(2)
+        return (
+            out.last_hidden_state.mean(1)
+            if out.last_hidden_state.ndim == 3
+            else out.last_hidden_state.flatten(2).mean(2)
+        )
 
 _LIBRARIES = {"timm": _timm, "hf": _HuggingFace}
 
@@ -112,7 +196,8 @@ def encoder_width(
     size:int=32, # Side of the two images that it is shown, pixels
     spatial_dims:int=2, # 2 for images, 3 for volumes
 )->int: # R
-    "The width of a module's representation; the module is left as it was. `ValueError` when its output is not `(B, R)`."
+    """The width of a module's representation; the module is left as it was. `ValueError` when its
+    output is not `(B, R)`."""
     for name in ("width", "head_hidden_size", "num_features"):
         if isinstance(getattr(module, name, None), int): return getattr(module, name)
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
@@ -121,11 +206,17 @@ def encoder_width(
     try:
         with torch.no_grad(): h = module.eval()(x)
     except Exception as e:
-        raise ValueError(f"{type(module).__name__} failed on images of shape {tuple(x.shape)} ({type(e).__name__}: {e}): "
-                         "give it an attribute `width`, or check in_channels.") from e
+        raise ValueError(
+            f"{type(module).__name__} failed on images of shape {tuple(x.shape)} "
+            f"({type(e).__name__}: {e}): "
+            "give it an attribute `width`, or check in_channels."
+        ) from e
     finally:
         for m, mode in modes.items(): m.training = mode
     if not isinstance(h, Tensor) or h.ndim != 2 or len(h) != 2:
         got = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"a {type(h).__name__}"
-        raise ValueError(f"{type(module).__name__} gave {got} for images of shape {tuple(x.shape)}; expected one vector an image, (B, R): add pooling and nn.Flatten.")
+        raise ValueError(
+            f"{type(module).__name__} gave {got} for images of shape {tuple(x.shape)}; expected "
+            "one vector an image, (B, R): add pooling and nn.Flatten."
+        )
     return h.shape[1]

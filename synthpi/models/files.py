@@ -21,9 +21,12 @@ def save_encoder(
     encoder:nn.Module, # From `make_encoder`, or any module
     path:str|Path, # File to write, usually `encoder.safetensors`
     card:bool=False, # Write a model card beside it, with the ending .md, see `synthpi.models.cards`
-    **about, # JSON-ready facts for the header: training arguments, `data` (its fingerprint), `privileged`, `licence`, `data_licence`, `environment`, `evaluation`
+    # JSON-ready facts for the header: training arguments, `data` (its fingerprint), `privileged`,
+    # `licence`, `data_licence`, `environment`, `evaluation`
+    **about,
 )->None:
-    "Write weights, checksum, and a header that tells how to build the encoder again; atomic. With a card `ValueError`, before anything is written, when the card cannot be."
+    """Write weights, checksum, and a header that tells how to build the encoder again; atomic. With
+    a card `ValueError`, before anything is written, when the card cannot be."""
     spec = getattr(encoder, "spec", None) or {"custom": type(encoder).__name__}
     if card: check_card(path, about)
     write_safetensors(path, encoder.state_dict(), "synthpi-encoder-1", encoder=spec, about=about)
@@ -33,18 +36,27 @@ def save_encoder(
 def load_encoder(
     path:str|Path, # A file written by `save_encoder`
     device:str="cpu", # Where the weights go
-    encoder:nn.Module|None=None, # A module to load the weights into, needed for one that is not from `make_encoder`; None: built from the header
+    # A module to load the weights into, needed for one that is not from `make_encoder`; None: built
+    # from the header
+    encoder:nn.Module|None=None,
 )->nn.Module: # In eval mode, no parameter wants a gradient; its attribute `about` holds the header's facts
-    "A frozen encoder from its file; `FileNotFoundError`, or `ValueError` with the reason when the file is not one of ours, or damaged."
+    """A frozen encoder from its file; `FileNotFoundError`, or `ValueError` with the reason when the
+    file is not one of ours, or damaged."""
     facts, state = read_safetensors(path, "synthpi-encoder-1", needs=("encoder", "about"))
     spec = facts["encoder"]
     if encoder is None and "custom" in spec:
-        raise ValueError(f"{path} holds the weights of a module of the class {spec['custom']}, which its header cannot build: "
-                         f"load_encoder(path, encoder={spec['custom']}(...)).")
+        raise ValueError(
+            f"{path} holds the weights of a module of the class {spec['custom']}, which its "
+            "header cannot build: "
+            f"load_encoder(path, encoder={spec['custom']}(...))."
+        )
     if encoder is None: encoder = make_encoder(**spec)
     try: encoder.load_state_dict(state)
     except RuntimeError as e:
         name = spec.get("custom") or spec["name"]
-        raise ValueError(f"the weights in {path} ({name}) do not fit the {type(encoder).__name__}: {' '.join(str(e).split())[:400]}") from e
+        raise ValueError(
+            f"the weights in {path} ({name}) do not fit the {type(encoder).__name__}: "
+            f"{' '.join(str(e).split())[:400]}"
+        ) from e
     encoder.about = facts["about"]
     return encoder.eval().requires_grad_(False).to(device)

@@ -59,7 +59,10 @@ def encode_item(
 )->bytes: # A PNG file with its checksum
     "An image as it is stored; equal images under one name give equal bytes."
     file = io.BytesIO()
-    Image.fromarray(image[..., 0] if (image[..., :1] == image).all() else image).save(file, "PNG", compress_level=1)      # a third of the time of level 6 for a hundredth more bytes
+    # a third of the time of level 6 for a hundredth more bytes
+    Image.fromarray(image[..., 0] if (image[..., :1] == image).all() else image).save(
+        file, "PNG", compress_level=1
+    )
     png = file.getvalue()
     return png[:-_END] + _chunk(name, png) + png[-_END:]
 
@@ -86,7 +89,8 @@ def writing(
     with _locked(cache):
         folder.mkdir(exist_ok=True)
         for old in folder.iterdir():
-            with contextlib.suppress(Timeout, OSError):             # held: another program is writing
+            # held: another program is writing
+            with contextlib.suppress(Timeout, OSError):
                 with FileLock(old/"lock", timeout=0): pass
                 shutil.rmtree(old)
         own = Path(tempfile.mkdtemp(dir=folder))
@@ -98,7 +102,8 @@ def writing(
             with _locked(cache):
                 lock.release()
                 shutil.rmtree(own, ignore_errors=True)
-                folder.rmdir()                                      # an error, and suppressed, while others are there
+                # an error, and suppressed, while others are there
+                folder.rmdir()
 
 def publish(
     data:bytes, # Of an item
@@ -106,11 +111,13 @@ def publish(
     item:str, # See `item_path`
     own:Path, # Folder of `writing`
 )->str: # SHA-256 of the file that is now there, hexadecimal
-    "Write an item whole or not at all. Of two programs that make the same item at once, the first one's stays."
+    """Write an item whole or not at all. Of two programs that make the same item at once, the first
+    one's stays."""
     path, tmp = Path(cache)/item, own/Path(item).name
     path.parent.mkdir(exist_ok=True)
     try:
-        tmp.write_bytes(data)                       # no fsync: what a power failure cuts short, the checksum tells
+        # no fsync: what a power failure cuts short, the checksum tells
+        tmp.write_bytes(data)
         try:
             os.link(tmp, path)                      # fails where rename would replace
             tmp.unlink()
@@ -144,17 +151,38 @@ def require_room(
     "`OSError`, with both numbers, when the disk has no room for `n` items of such sizes."
     need, free = n*sum(-(-s//4096)*4096 for s in sizes)/len(sizes), shutil.disk_usage(cache).free
     if need > free:
-        raise OSError(28, f"{n} synthetic images need about {need/1e6:,.1f} MB, by the first {len(sizes)} of them, and {free/1e6:,.1f} MB are free in {cache}: "
-                          "make room, or choose a cache on another disk")        # 28: ENOSPC
+        raise OSError(
+            28,
+            f"{n} synthetic images need about {need / 1e6:,.1f} MB, by the first {len(sizes)} of "
+            f"them, and {free / 1e6:,.1f} MB are free in {cache}: "
+            "make room, or choose a cache on another disk",
+        )  # 28: ENOSPC
 
 # %% ../../nbs/pairs/cache.ipynb #41afdf86
-COLUMNS = ("primary", "privileged", "split", "primary_sha256", "sha256", "generator", "generator_key", "um_per_px", "generator_um_per_px", "seed", "generator_licence", "licence", "synthpi") # Of the manifest
-_OLD = {"primary", "privileged", "generator", "generator_key", "um_per_px"}       # version 0.1.0, whose images had no checksum
+# Of the manifest
+COLUMNS = (
+    "primary",
+    "privileged",
+    "split",
+    "primary_sha256",
+    "sha256",
+    "generator",
+    "generator_key",
+    "um_per_px",
+    "generator_um_per_px",
+    "seed",
+    "generator_licence",
+    "licence",
+    "synthpi",
+)
+# version 0.1.0, whose images had no checksum
+_OLD = {"primary", "privileged", "generator", "generator_key", "um_per_px"}
 
 def read_manifest(
     cache:str|Path, # Folder with manifest.csv, or without
 )->dict[tuple[str, str], dict]: # Rows by tile and image; all values are text
-    "The rows of a manifest; none if there is no such file. `ValueError` when it is the manifest of something else."
+    """The rows of a manifest; none if there is no such file. `ValueError` when it is the manifest
+    of something else."""
     path = Path(cache)/"manifest.csv"
     try: text = path.read_bytes()
     except FileNotFoundError: return {}
@@ -162,11 +190,23 @@ def read_manifest(
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     names = list(rows[0] if rows else next(csv.reader([text]), ()))
     if not text or _OLD <= {*names} and "sha256" not in names: return {}
-    if names != [*COLUMNS]: raise ValueError(f"{path} has the columns {', '.join(map(str, names))[:200]} and is no manifest of synthetic images: choose another folder for them, or remove it if it is damaged.")
-    return {(row["primary"], row["privileged"]): row for row in rows if None not in row and None not in row.values()}
+    if names != [*COLUMNS]:
+        raise ValueError(
+            f"{path} has the columns {', '.join(map(str, names))[:200]} and is no manifest of "
+            "synthetic images: choose another folder for them, or remove it if it is damaged."
+        )
+    return {
+        (row["primary"], row["privileged"]): row
+        for row in rows
+        if None not in row and None not in row.values()
+    }
 
 def _text(rows, header=True):
-    return pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, header=header, lineterminator="\n").encode()
+    return (
+        pd.DataFrame(rows, columns=COLUMNS)
+        .to_csv(index=False, header=header, lineterminator="\n")
+        .encode()
+    )
 
 def add_rows(
     cache:str|Path, # Folder
@@ -186,13 +226,15 @@ def add_rows(
 
 def append_rows(
     cache:str|Path, # Folder
-    rows:Sequence[dict], # Values of `COLUMNS`, as text; of several rows for a pair the last one counts
+    # Values of `COLUMNS`, as text; of several rows for a pair the last one counts
+    rows:Sequence[dict],
     own:Path, # Folder of `writing`
 )->None:
     "Put rows at the end of the manifest."
     path = Path(cache)/"manifest.csv"
     with _locked(cache):
-        with open(path, "rb") if path.exists() else io.BytesIO() as f: ours = f.readline() == _text([])
+        with open(path, "rb") if path.exists() else io.BytesIO() as f:
+            ours = f.readline() == _text([])
         if ours:
             with open(path, "r+b") as f:
                 end = f.seek(0, os.SEEK_END)

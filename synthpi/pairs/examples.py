@@ -26,19 +26,33 @@ def hold_out(
     seed:int=0, # Decides which
 )->set: # Their names; at least one
     "Groups that are kept from training."
-    if not 0 < val < 1: raise ValueError(f"val={val} arrived; expected a part of the groups between 0 and 1.")
+    if not 0 < val < 1:
+        raise ValueError(f"val={val} arrived; expected a part of the groups between 0 and 1.")
     names = sorted(set(groups))
-    if len(names) < 2: raise ValueError(f"pairs of {len(names)} group arrived; expected at least 2, because a generator is chosen on patients that it has not seen.")
-    return set(np.random.default_rng(seed_for(seed, "generator split")).permutation(names)[:min(len(names) - 1, max(1, round(val*len(names))))].tolist())
+    if len(names) < 2:
+        raise ValueError(
+            f"pairs of {len(names)} group arrived; expected at least 2, because a generator is "
+            "chosen on patients that it has not seen."
+        )
+    return set(
+        np.random.default_rng(seed_for(seed, "generator split"))
+        .permutation(names)[: min(len(names) - 1, max(1, round(val * len(names))))]
+        .tolist()
+    )
 
-def _tensors(ds, column, read): return [torch.from_numpy(read(image)).permute(2, 0, 1) for image in ds[column]]
+def _tensors(ds, column, read):
+    return [torch.from_numpy(read(image)).permute(2, 0, 1) for image in ds[column]]
 
 def kind_of(
     images, # Privileged images, PIL
 )->str: # "mask" or "image"
     "A mask when all have one channel, an image when none has. `ValueError` when some have."
     gray = {len(image.getbands()) == 1 for image in images}
-    if len(gray) > 1: raise ValueError("some privileged images have one channel and others several: save them alike, or say what they are, kind='mask' or kind='image'.")
+    if len(gray) > 1:
+        raise ValueError(
+            "some privileged images have one channel and others several: save them alike, or say "
+            "what they are, kind='mask' or kind='image'."
+        )
     return "mask" if gray == {True} else "image"
 
 def _read_targets(ds, objective):
@@ -46,20 +60,40 @@ def _read_targets(ds, objective):
     out = _tensors(ds, "privileged", objective.target)
     if objective.kind != "mask": return out
     share = float(np.mean([(t > 0).float().mean() for t in out]))
-    if not 1e-4 < share < .999: raise ValueError(f"{share:.2%} of the pixels of the masks are foreground; expected some of each: anything above 0 is foreground. Give kind='image' if they are no masks.")
-    levels = set().union(*(np.unique(np.asarray(image)).tolist() for image in ds.select(range(min(len(ds), 20)))["privileged"]))
-    if len(levels) > 3: warnings.warn(f"the masks have {len(levels)} or more values: all above 0 are one foreground, objects and classes are not told apart. To learn the values as they are, give kind='image'.", stacklevel=3)
+    if not 1e-4 < share < 0.999:
+        raise ValueError(
+            f"{share:.2%} of the pixels of the masks are foreground; expected some of each: "
+            "anything above 0 is foreground. Give kind='image' if they are no masks."
+        )
+    levels = set().union(
+        *(
+            np.unique(np.asarray(image)).tolist()
+            for image in ds.select(range(min(len(ds), 20)))["privileged"]
+        )
+    )
+    if len(levels) > 3:
+        warnings.warn(
+            f"the masks have {len(levels)} or more values: all above 0 are one foreground, "
+            "objects and classes are not told apart. To learn the values as they are, give "
+            "kind='image'.",
+            stacklevel=3,
+        )
     return out
 
 def _scale_of(ds, um_per_px):
     "The given resolution, or that of the column"
     told = sorted(set(ds["um_per_px"])) if "um_per_px" in ds.column_names else []
-    if um_per_px is None and len(told) > 1: raise ValueError(f"images of {len(told)} resolutions arrived ({', '.join(f'{t:g}' for t in told[:5])} micrometres per pixel); expected one: resample them to a common one.")
+    if um_per_px is None and len(told) > 1:
+        raise ValueError(
+            f"images of {len(told)} resolutions arrived ({', '.join(f'{t:g}' for t in told[:5])} "
+            "micrometres per pixel); expected one: resample them to a common one."
+        )
     return um_per_px if um_per_px is not None else round(told[0], 6) if told else None
 
 # %% ../../nbs/pairs/examples.ipynb #484d3818
 class Examples(NamedTuple):
-    "What a generator learns from and is chosen by, read and checked. `x` are primary images, `y` privileged ones."
+    """What a generator learns from and is chosen by, read and checked. `x` are primary images, `y`
+    privileged ones."""
     images:list # `(3, H, W)` `uint8` tensors
     targets:list # `(1 or 3, H, W)` `uint8` tensors
     groups:dict # "x", "y" to the group of every image
@@ -71,37 +105,83 @@ class Examples(NamedTuple):
 def read_examples(
     pairs:Dataset, # Columns `primary`, `privileged`, `group`; with `other`, `primary` and `group`
     objective:Objective, # What to learn from
-    um_per_px:float|None=None, # Resolution of the images, micrometres per pixel; default: the column of that name
+    # Resolution of the images, micrometres per pixel; default: the column of that name
+    um_per_px:float|None=None,
     val=.2, # Part of the groups that is held out to choose the checkpoint; or their names
     seed:int=0, # Decides the split
-    other:Dataset|None=None, # For objectives without pairs: a second set, with columns `privileged` and `group`
+    # For objectives without pairs: a second set, with columns `privileged` and `group`
+    other:Dataset|None=None,
 )->Examples:
-    "Images, targets and splits. `ValueError` for what a generator cannot learn from or be chosen by."
+    """Images, targets and splits. `ValueError` for what a generator cannot learn from or be chosen
+    by."""
     second = pairs if other is None else other
-    for ds, column in ((pairs, "primary"), (second, "privileged"), (pairs, "group"), (second, "group")):
-        if column not in ds.column_names: raise ValueError(f"images with the columns {', '.join(ds.column_names)} arrived; expected one called {column!r}.")
-        if not len(ds): raise ValueError("0 images arrived; expected some to learn from.")
-    if other is not None and objective.paired: raise ValueError(f"two sets without pairs arrived, and {type(objective).__name__} learns from pairs: use CycleGAN or CUT.")
+    for ds, column in (
+        (pairs, "primary"),
+        (second, "privileged"),
+        (pairs, "group"),
+        (second, "group"),
+    ):
+        if column not in ds.column_names:
+            raise ValueError(
+                f"images with the columns {', '.join(ds.column_names)} arrived; expected one "
+                f"called {column!r}."
+            )
+        if not len(ds):
+            raise ValueError("0 images arrived; expected some to learn from.")
+    if other is not None and objective.paired:
+        raise ValueError(
+            f"two sets without pairs arrived, and {type(objective).__name__} learns from pairs: "
+            "use CycleGAN or CUT."
+        )
     um_per_px = _scale_of(pairs, um_per_px)
-    if other is not None and "um_per_px" in other.column_names and um_per_px is not None and abs(_scale_of(other, None)/um_per_px - 1) > .02:
-        raise ValueError(f"images at {um_per_px:g} and privileged images at {_scale_of(other, None):g} micrometres per pixel arrived; expected one resolution: resample one of the two sets.")
+    if (
+        other is not None
+        and "um_per_px" in other.column_names
+        and um_per_px is not None
+        and abs(_scale_of(other, None) / um_per_px - 1) > 0.02
+    ):
+        raise ValueError(
+            f"images at {um_per_px:g} and privileged images at {_scale_of(other, None):g} "
+            "micrometres per pixel arrived; expected one resolution: resample one of the two "
+            "sets."
+        )
     groups = {"x": list(pairs["group"]), "y": list(second["group"])}
     if not isinstance(val, (int, float)):
-        if other is not None or not set(val) < set(groups["x"]): raise ValueError(f"{len(set(val))} groups to choose by arrived for {len(set(groups['x']))} groups of pairs; expected some of them, and not all; or a part of them.")
+        if other is not None or not set(val) < set(groups["x"]):
+            raise ValueError(
+                f"{len(set(val))} groups to choose by arrived for {len(set(groups['x']))} groups "
+                "of pairs; expected some of them, and not all; or a part of them."
+            )
         held = {"x": set(val)}
     else: held = {"x": hold_out(groups["x"], val, seed)}
     held["y"] = held["x"] if other is None else hold_out(groups["y"], val, seed)
     rows = {k: [i for i, g in enumerate(groups[k]) if g not in held[k]] for k in "xy"}
     if not objective.paired and other is None:
-        names = np.random.default_rng(seed_for(seed, "unpaired halves")).permutation(sorted({groups["x"][i] for i in rows["x"]})).tolist()
-        if len(names) < 2: raise ValueError(f"{len(names)} group is left to train on; expected at least 2: an objective without pairs takes images and privileged images from different ones.")
+        names = (
+            np.random.default_rng(seed_for(seed, "unpaired halves"))
+            .permutation(sorted({groups["x"][i] for i in rows["x"]}))
+            .tolist()
+        )
+        if len(names) < 2:
+            raise ValueError(
+                f"{len(names)} group is left to train on; expected at least 2: an objective "
+                "without pairs takes images and privileged images from different ones."
+            )
         half = {"x": set(names[:-(-len(names)//2)]), "y": set(names[-(-len(names)//2):])}
         rows = {k: [i for i in rows[k] if groups[k][i] in half[k]] for k in "xy"}
     if other is not None and min(sum(g in held[k] for g in groups[k]) for k in "xy") < 2:
-        raise ValueError(f"{', '.join(str(sum(g in held[k] for g in groups[k])) for k in 'xy')} images of the two sets are held out to choose by; expected at least 2 of each: give a larger val, or more images.")
+        raise ValueError(
+            f"{', '.join(str(sum(g in held[k] for g in groups[k])) for k in 'xy')} images of the "
+            "two sets are held out to choose by; expected at least 2 of each: give a larger val, "
+            "or more images."
+        )
     images, targets = _tensors(pairs, "primary", to_rgb), _read_targets(second, objective)
     for i, t in enumerate(images if other is None else ()):
-        if t.shape[1:] != targets[i].shape[1:]: raise ValueError(f"pair {i} has images of {tuple(t.shape[1:])} and {tuple(targets[i].shape[1:])} pixels; expected one size within a pair.")
+        if t.shape[1:] != targets[i].shape[1:]:
+            raise ValueError(
+                f"pair {i} has images of {tuple(t.shape[1:])} and {tuple(targets[i].shape[1:])} "
+                "pixels; expected one size within a pair."
+            )
     return Examples(images, targets, groups, held, rows, other is None, um_per_px)
 
 # %% ../../nbs/pairs/examples.ipynb #e9b452b6
@@ -118,5 +198,11 @@ def cut_pairs(
         for x in starts[0]:
             for y in starts[1]:
                 where = (x, y, min(x + side, a.width), min(y + side, a.height))
-                out.append({"primary": a.crop(where), "privileged": b.crop(where), "group": record["group"]})
+                out.append(
+                    {
+                        "primary": a.crop(where),
+                        "privileged": b.crop(where),
+                        "group": record["group"],
+                    }
+                )
     return out

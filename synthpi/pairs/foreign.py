@@ -25,11 +25,13 @@ from torch import nn, Tensor
 # %% ../../nbs/pairs/foreign.ipynb #1577def7
 def _norm(kind, channels):
     if kind == "batch": return nn.BatchNorm2d(channels)
-    if kind in ("instance", "instance_affine"): return nn.InstanceNorm2d(channels, affine=kind == "instance_affine")
+    if kind in ("instance", "instance_affine"):
+        return nn.InstanceNorm2d(channels, affine=kind == "instance_affine")
     return nn.Identity()
 
 class Level(nn.Module):
-    "One level of the U-Net with all levels below it: halve, `inside`, double, and join to what came in."
+    """One level of the U-Net with all levels below it: halve, `inside`, double, and join to what
+    came in."""
     def __init__(self,
         outer:int, # Channels at this level's resolution
         inner:int, # Channels at half of it
@@ -41,9 +43,13 @@ class Level(nn.Module):
         super().__init__()
         self.top = in_channels is not None
         down = nn.Conv2d(in_channels if self.top else outer, inner, 4, 2, 1, bias=bias)
-        up = nn.ConvTranspose2d(inner if inside is None else 2*inner, outer, 4, 2, 1, bias=bias or self.top)
+        up = nn.ConvTranspose2d(
+            inner if inside is None else 2 * inner, outer, 4, 2, 1, bias=bias or self.top
+        )
         middle = [] if inside is None else [inside] if self.top else [_norm(norm, inner), inside]
-        before, after = ([], [nn.Tanh()]) if self.top else ([nn.LeakyReLU(.2)], [_norm(norm, outer)])
+        before, after = (
+            ([], [nn.Tanh()]) if self.top else ([nn.LeakyReLU(0.2)], [_norm(norm, outer)])
+        )
         self.model = nn.Sequential(*before, down, *middle, nn.ReLU(), up, *after)
 
     def forward(self, x): return self.model(x) if self.top else torch.cat([x, self.model(x)], 1)
@@ -61,7 +67,8 @@ class UNet(nn.Module):
         super().__init__()
         bias = norm == "instance" if bias is None else bias
         inside = None
-        for k in range(levels - 1, 0, -1): inside = Level(width*min(2**(k - 1), 8), width*min(2**k, 8), inside, norm, bias)
+        for k in range(levels - 1, 0, -1):
+            inside = Level(width * min(2 ** (k - 1), 8), width * min(2**k, 8), inside, norm, bias)
         self.model = Level(out_channels, width, inside, norm, bias, in_channels)
 
     def forward(self, x): return self.model(x)
@@ -77,15 +84,23 @@ class Blur(nn.Module):
         super().__init__()
         self.double, side = double, side or 3 + double
         row = torch.ones(1)
-        for _ in range(side - 1): row = F.pad(row, (0, 1)) + F.pad(row, (1, 0))       # binomial: 1 2 1, or 1 3 3 1
+        # binomial: 1 2 1, or 1 3 3 1
+        for _ in range(side - 1): row = F.pad(row, (0, 1)) + F.pad(row, (1, 0))
         kernel = row[:, None]*row
-        self.register_buffer("filt", (kernel/kernel.sum()*(4 if double else 1)).repeat(channels, 1, 1, 1))
+        self.register_buffer(
+            "filt", (kernel / kernel.sum() * (4 if double else 1)).repeat(channels, 1, 1, 1)
+        )
 
     def forward(self, x):
         c, side = x.shape[1], self.filt.shape[-1]
         low, high = (side - 1)//2, side//2
-        if not self.double: return F.conv2d(F.pad(x, (low, high, low, high), mode="reflect"), self.filt, stride=2, groups=c)
-        y = F.conv_transpose2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.filt, stride=2, padding=1 + low, groups=c)
+        if not self.double:
+            return F.conv2d(
+                F.pad(x, (low, high, low, high), mode="reflect"), self.filt, stride=2, groups=c
+            )
+        y = F.conv_transpose2d(
+            F.pad(x, (1, 1, 1, 1), mode="replicate"), self.filt, stride=2, padding=1 + low, groups=c
+        )
         return y[..., 1:2*x.shape[2] + 1, 1:2*x.shape[3] + 1]
 
 class Residual(nn.Module):
@@ -98,9 +113,23 @@ class Residual(nn.Module):
         padding:str, # "reflect", "replicate" or "zero"
     ):
         super().__init__()
-        pad = {"reflect": [nn.ReflectionPad2d(1)], "replicate": [nn.ReplicationPad2d(1)], "zero": []}[padding]
-        conv = lambda: nn.Conv2d(channels, channels, 3, padding=int(padding == "zero"), bias=bias)
-        self.conv_block = nn.Sequential(*pad, conv(), _norm(norm, channels), nn.ReLU(), *[nn.Dropout(.5)]*dropout, *pad, conv(), _norm(norm, channels))
+        pad = {
+            "reflect": [nn.ReflectionPad2d(1)],
+            "replicate": [nn.ReplicationPad2d(1)],
+            "zero": [],
+        }[padding]
+        def conv():
+            return nn.Conv2d(channels, channels, 3, padding=int(padding == "zero"), bias=bias)
+        self.conv_block = nn.Sequential(
+            *pad,
+            conv(),
+            _norm(norm, channels),
+            nn.ReLU(),
+            *[nn.Dropout(0.5)] * dropout,
+            *pad,
+            conv(),
+            _norm(norm, channels),
+        )
 
     def forward(self, x): return x + self.conv_block(x)
 
@@ -114,22 +143,33 @@ class ResNet(nn.Module):
         norm:str="instance", # As for `UNet`
         bias:bool|None=None, # None: as published, with instance normalisation only
         dropout:bool=False, # A dropout layer in every block
-        padding:str="reflect", # "reflect", "replicate" or "zero", in the blocks; the first and the last layer always reflect
+        # "reflect", "replicate" or "zero", in the blocks; the first and the last layer always
+        # reflect
+        padding:str="reflect",
         halvings:int=2, # Of the image's sides
         blur_down:int=0, # Side of the filter before sub-sampling; 0: strided convolutions
         blur_up:int=0, # Side of the filter that doubles the image; 0: transposed convolutions
     ):
         super().__init__()
         bias = norm == "instance" if bias is None else bias
-        then = lambda c: [_norm(norm, c), nn.ReLU()]
+        def then(c): return [_norm(norm, c), nn.ReLU()]
         layers = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, width, 7, bias=bias), *then(width)]
         for c in (width*2**k for k in range(halvings)):
-            layers += [nn.Conv2d(c, 2*c, 3, 1 if blur_down else 2, 1, bias=bias), *then(2*c)] + ([Blur(2*c, False, blur_down)] if blur_down else [])
+            layers += [
+                nn.Conv2d(c, 2 * c, 3, 1 if blur_down else 2, 1, bias=bias),
+                *then(2 * c),
+            ] + ([Blur(2 * c, False, blur_down)] if blur_down else [])
         layers += [Residual(width*2**halvings, norm, bias, dropout, padding) for _ in range(blocks)]
         for c in (width*2**k for k in range(halvings, 0, -1)):
-            layers += [Blur(c, True, blur_up), nn.Conv2d(c, c//2, 3, 1, 1, bias=bias)] if blur_up else [nn.ConvTranspose2d(c, c//2, 3, 2, 1, 1, bias=bias)]
+            layers += (
+                [Blur(c, True, blur_up), nn.Conv2d(c, c // 2, 3, 1, 1, bias=bias)]
+                if blur_up
+                else [nn.ConvTranspose2d(c, c // 2, 3, 2, 1, 1, bias=bias)]
+            )
             layers += then(c//2)
-        self.model = nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(width, out_channels, 7), nn.Tanh())
+        self.model = nn.Sequential(
+            *layers, nn.ReflectionPad2d(3), nn.Conv2d(width, out_channels, 7), nn.Tanh()
+        )
 
     def forward(self, x): return self.model(x)
 
@@ -142,17 +182,32 @@ class Network:
     channels:int=3 # That it takes: 3, or 1 for gray images
     multiple:int=1 # Height and width have to be multiples of this
     least:int=1 # And at least this
-    range:tuple|None=None # Values that it takes and gives, `((low, high), (low, high))`; None: not known
+    # Values that it takes and gives, `((low, high), (low, high))`; None: not known
+    range:tuple|None=None
     assumed:list=field(default_factory=list) # What the source does not show
     settings:dict=field(default_factory=dict) # What decides the output besides weights, JSON-ready
-    content:str|None=None # A hash of the source; None: the weights of `module` and `settings` identify it
+    # A hash of the source; None: the weights of `module` and `settings` identify it
+    content:str|None=None
 
     def __str__(self):
-        lines = [f"  {k}: {', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in self.facts.items() if k != "family"]
-        return "\n".join([f"recognised {self.facts['family']}", *lines, *(f"  assumed: {a}" for a in self.assumed)])
+        lines = [
+            f"  {k}: {', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}"
+            for k, v in self.facts.items()
+            if k != "family"
+        ]
+        return "\n".join(
+            [
+                f"recognised {self.facts['family']}",
+                *lines,
+                *(f"  assumed: {a}" for a in self.assumed),
+            ]
+        )
 
 # %% ../../nbs/pairs/foreign.ipynb #b2cf6120
-_UNET, _RESNET = re.compile(r"^(.*?)model\.model\.0\.weight$"), re.compile(r"^(.*?)model\.\d+\.conv_block\.\d+\.weight$")
+_UNET, _RESNET = (
+    re.compile(r"^(.*?)model\.model\.0\.weight$"),
+    re.compile(r"^(.*?)model\.\d+\.conv_block\.\d+\.weight$"),
+)
 
 def _flat(found, prefix=""):
     "All tensors of nested dictionaries, by dotted names"
@@ -165,43 +220,110 @@ def _flat(found, prefix=""):
 def _generator_in(found, entry):
     "The weights of the one generator in `found`, and the prefix that they were under"
     flat = _flat(found)
-    if not flat: raise ValueError(f"{len(found)} entries without a single tensor arrived ({', '.join(map(str, list(found)[:4]))}); expected the weights of a network (`network.state_dict()`).")
+    if not flat:
+        raise ValueError(
+            f"{len(found)} entries without a single tensor arrived "
+            f"({', '.join(map(str, list(found)[:4]))}); expected the weights of a network "
+            "(`network.state_dict()`)."
+        )
     prefixes = sorted({m[1] for k in flat for m in (_UNET.match(k), _RESNET.match(k)) if m})
     if entry is not None:
-        chosen = [p for p in prefixes if entry in (p, p.rstrip("."))] or [p for p in prefixes if entry in p.split(".")]
-        if len(chosen) != 1: raise ValueError(f"entry={entry!r} arrived; expected one of {', '.join(repr(p.rstrip('.')) for p in prefixes) or 'none, as no generator was recognised'}.")
+        chosen = [p for p in prefixes if entry in (p, p.rstrip("."))] or [
+            p for p in prefixes if entry in p.split(".")
+        ]
+        if len(chosen) != 1:
+            raise ValueError(
+                f"entry={entry!r} arrived; expected one of "
+                f"{', '.join(repr(p.rstrip('.')) for p in prefixes) or 'none, as no generator was recognised'}."
+            )
         prefixes = chosen
-    if len(prefixes) > 1: raise ValueError(f"{len(prefixes)} generators in one file: choose by entry=, one of {', '.join(repr(p.rstrip('.')) for p in prefixes)}.")
-    return ({k.removeprefix(prefixes[0]): v for k, v in flat.items() if k.startswith(prefixes[0])}, prefixes[0]) if prefixes else (_refuse(flat), "")
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"{len(prefixes)} generators in one file: choose by entry=, one of "
+            f"{', '.join(repr(p.rstrip('.')) for p in prefixes)}."
+        )
+    return (
+        (
+            {k.removeprefix(prefixes[0]): v for k, v in flat.items() if k.startswith(prefixes[0])},
+            prefixes[0],
+        )
+        if prefixes
+        else (_refuse(flat), "")
+    )
 
 def _differences(have, expected, n=3):
     "The first names in which two state dicts differ"
-    some = lambda names: ", ".join(sorted(names)[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+    def some(names):
+        return ", ".join(sorted(names)[:n]) + (
+            f" and {len(names) - n} more" if len(names) > n else ""
+        )
     missing, extra = expected.keys() - have.keys(), have.keys() - expected.keys()
-    shapes = [f"{k} has {tuple(have[k].shape)} and not {tuple(expected[k].shape)}" for k in sorted(have.keys() & expected.keys()) if have[k].shape != expected[k].shape]
-    return "; ".join(filter(None, [missing and f"missing {some(missing)}", extra and f"not expected {some(extra)}", *shapes[:n]]))
+    shapes = [
+        f"{k} has {tuple(have[k].shape)} and not {tuple(expected[k].shape)}"
+        for k in sorted(have.keys() & expected.keys())
+        if have[k].shape != expected[k].shape
+    ]
+    return "; ".join(
+        filter(
+            None,
+            [
+                missing and f"missing {some(missing)}",
+                extra and f"not expected {some(extra)}",
+                *shapes[:n],
+            ],
+        )
+    )
 
 def _refuse(state):
     "Say what it is instead of a generator, or which family is nearest"
-    last = max((k for k in state if re.search(r"(^|\.)(model|net)\.\d+\.weight$", k)), key=lambda k: int(k.split(".")[-2]), default=None)
-    if last and state[last].ndim == 4 and len(state[last]) == 1 and state[last].shape[-1] in (1, 4) and not any("conv_block" in k for k in state):
-        raise ValueError(f"this is a discriminator (its last layer {last} gives one channel by a {state[last].shape[-1]} x {state[last].shape[-1]} convolution); "
-                         "expected a generator: give the file of the generator, usually named *_net_G.pth or *_net_G_A.pth.")
-    if any(re.match(r"(.*\.)?mlp_\d+\.", k) for k in state): raise ValueError("these are the feature layers of CUT (netF); expected its generator: give the file *_net_G.pth.")
+    last = max(
+        (k for k in state if re.search(r"(^|\.)(model|net)\.\d+\.weight$", k)),
+        key=lambda k: int(k.split(".")[-2]),
+        default=None,
+    )
+    if (
+        last
+        and state[last].ndim == 4
+        and len(state[last]) == 1
+        and state[last].shape[-1] in (1, 4)
+        and not any("conv_block" in k for k in state)
+    ):
+        raise ValueError(
+            f"this is a discriminator (its last layer {last} gives one channel by a "
+            f"{state[last].shape[-1]} x {state[last].shape[-1]} convolution); "
+            "expected a generator: give the file of the generator, usually named *_net_G.pth or "
+            "*_net_G_A.pth."
+        )
+    if any(re.match(r"(.*\.)?mlp_\d+\.", k) for k in state):
+        raise ValueError(
+            "these are the feature layers of CUT (netF); expected its generator: give the file "
+            "*_net_G.pth."
+        )
     with torch.device("meta"):
-        known = {"pix2pix U-Net (256)": UNet(), "pix2pix U-Net (256, instance)": UNet(norm="instance"), "CycleGAN ResNet (9 blocks)": ResNet(), "DeepLIIF ResNet (9 blocks)":
-                 ResNet(norm="batch", dropout=True, padding="zero"), "CUT ResNet (9 blocks)": ResNet(blur_down=3, blur_up=4)}
-    near = {name: len(state.keys() & (e := net.state_dict()).keys())/len(state.keys() | e.keys()) for name, net in known.items()}
+        known = {
+            "pix2pix U-Net (256)": UNet(),
+            "pix2pix U-Net (256, instance)": UNet(norm="instance"),
+            "CycleGAN ResNet (9 blocks)": ResNet(),
+            "DeepLIIF ResNet (9 blocks)": ResNet(norm="batch", dropout=True, padding="zero"),
+            "CUT ResNet (9 blocks)": ResNet(blur_down=3, blur_up=4),
+        }
+    near = {
+        name: len(state.keys() & (e := net.state_dict()).keys()) / len(state.keys() | e.keys())
+        for name, net in known.items()
+    }
     best = max(near, key=near.get)
-    raise ValueError(f"{len(state)} tensors of no known generator arrived. Nearest is the {best} ({near[best]:.0%} of the names): {_differences(state, known[best].state_dict())}. "
-                     "Build the network yourself and give the module, or export it to TorchScript or ONNX.")
+    raise ValueError(
+        f"{len(state)} tensors of no known generator arrived. Nearest is the {best} "
+        f"({near[best]:.0%} of the names): {_differences(state, known[best].state_dict())}. "
+        "Build the network yourself and give the module, or export it to TorchScript or ONNX."
+    )
 
 # %% ../../nbs/pairs/foreign.ipynb #547b5f37
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 def _norm_of(state, norm_name, conv_name):
     "Normalisation after a convolution, from the entries of both"
-    has = lambda leaf: f"{norm_name}.{leaf}" in state
+    def has(leaf): return f"{norm_name}.{leaf}" in state
     if has("weight"): return "batch" if has("running_mean") else "instance_affine"
     return "instance" if has("running_mean") or f"{conv_name}.bias" in state else "none"
 
@@ -210,63 +332,158 @@ def _unet_settings(state):
     while any(k.startswith(path) for k in state): path, levels = path + "3.model.", levels + 1
     first, last = state["model.model.0.weight"], state.get("model.model.3.weight")
     inner = "model.model.1.model."
-    return {"levels": levels, "in_channels": first.shape[1], "out_channels": last.shape[1] if last is not None and last.ndim == 4 else 3, "width": first.shape[0],
-            "norm": _norm_of(state, f"{inner}2", f"{inner}1"), "bias": "model.model.0.bias" in state}
+    return {
+        "levels": levels,
+        "in_channels": first.shape[1],
+        "out_channels": last.shape[1] if last is not None and last.ndim == 4 else 3,
+        "width": first.shape[0],
+        "norm": _norm_of(state, f"{inner}2", f"{inner}1"),
+        "bias": "model.model.0.bias" in state,
+    }
 
 def _resnet_settings(state):
-    at = lambda pattern: sorted({int(m[1]) for k in state if (m := re.match(pattern, k))})
-    numbered, blocks, blurs = at(r"model\.(\d+)\."), at(r"model\.(\d+)\.conv_block\."), at(r"model\.(\d+)\.filt$")
-    convs = [k for k in range(9) if state.get(f"model.{blocks[0]}.conv_block.{k}.weight", torch.empty(0)).ndim == 4]
+    def at(pattern): return sorted({int(m[1]) for k in state if (m := re.match(pattern, k))})
+    numbered, blocks, blurs = (
+        at(r"model\.(\d+)\."),
+        at(r"model\.(\d+)\.conv_block\."),
+        at(r"model\.(\d+)\.filt$"),
+    )
+    convs = [
+        k
+        for k in range(9)
+        if state.get(f"model.{blocks[0]}.conv_block.{k}.weight", torch.empty(0)).ndim == 4
+    ]
     down, up = [i for i in blurs if i < blocks[0]], [i for i in blurs if i > blocks[-1]]
-    side = lambda found: state[f"model.{found[0]}.filt"].shape[-1] if found else 0
+    def side(found): return state[f"model.{found[0]}.filt"].shape[-1] if found else 0
     first, last = state.get("model.1.weight"), state.get(f"model.{numbered[-1]}.weight")
     if first is None or first.ndim != 4 or last is None or last.ndim != 4: _refuse(state)
     gap, zero = (convs[1] - convs[0] if len(convs) == 2 else 0), convs[:1] == [0]
-    return {"blocks": len(blocks), "in_channels": first.shape[1], "out_channels": last.shape[0], "width": first.shape[0], "norm": _norm_of(state, "model.2", "model.1"), "bias": "model.1.bias" in state,
-            "dropout": gap == (4 if zero else 5), "padding": "zero" if zero else "reflect", "halvings": max(0, (blocks[0] - 4)//(4 if down else 3)), "blur_down": side(down), "blur_up": side(up)}
+    return {
+        "blocks": len(blocks),
+        "in_channels": first.shape[1],
+        "out_channels": last.shape[0],
+        "width": first.shape[0],
+        "norm": _norm_of(state, "model.2", "model.1"),
+        "bias": "model.1.bias" in state,
+        "dropout": gap == (4 if zero else 5),
+        "padding": "zero" if zero else "reflect",
+        "halvings": max(0, (blocks[0] - 4) // (4 if down else 3)),
+        "blur_down": side(down),
+        "blur_up": side(up),
+    }
 
 def recognise(
     state:dict, # What a checkpoint holds: a state dict, or dictionaries around one
     entry:str|None=None, # Which generator, when the file holds several: "netG_A"
     norm:str|None=None, # "batch", "instance", "instance_affine" or "none", where the file misleads
     padding:str|None=None, # "replicate", which leaves the same names as "reflect"
-    batch_statistics:str="stored", # "stored", or "image": every image is normalised by its own statistics, as pix2pix does when it tests
+    # "stored", or "image": every image is normalised by its own statistics, as pix2pix does when it
+    # tests
+    batch_statistics:str="stored",
 )->Network: # With the weights in it, in evaluation mode
-    "The network that the weights belong to. `ValueError` names the nearest family and the first differences."
-    if batch_statistics not in ("stored", "image"): raise ValueError(f"batch_statistics={batch_statistics!r} arrived; expected 'stored' or 'image'.")
-    if norm not in (None, "batch", "instance", "instance_affine", "none"): raise ValueError(f"norm={norm!r} arrived; expected 'batch', 'instance', 'instance_affine' or 'none'.")
+    """The network that the weights belong to. `ValueError` names the nearest family and the first
+    differences."""
+    if batch_statistics not in ("stored", "image"):
+        raise ValueError(
+            f"batch_statistics={batch_statistics!r} arrived; expected 'stored' or 'image'."
+        )
+    if norm not in (None, "batch", "instance", "instance_affine", "none"):
+        raise ValueError(
+            f"norm={norm!r} arrived; expected 'batch', 'instance', 'instance_affine' or 'none'."
+        )
     state, prefix = _generator_in(state, entry)
     unet = "model.model.0.weight" in state
     settings = _unet_settings(state) if unet else _resnet_settings(state)
     if padding is not None:
         if unet or padding not in ("reflect", "replicate") or settings["padding"] == "zero":
-            raise ValueError(f"padding={padding!r} arrived for a network with {'no padding layers' if unet else settings['padding'] + ' padding'}; "
-                             "expected 'reflect' or 'replicate', for a ResNet with padding layers.")
+            raise ValueError(
+                f"padding={padding!r} arrived for a network with "
+                f"{'no padding layers' if unet else settings['padding'] + ' padding'}; "
+                "expected 'reflect' or 'replicate', for a ResNet with padding layers."
+            )
         settings["padding"] = padding
     seen, settings["norm"] = settings["norm"], norm or settings["norm"]
-    if settings["norm"] == "batch" and batch_statistics == "image": settings["norm"] = "instance_affine"
+    if settings["norm"] == "batch" and batch_statistics == "image":
+        settings["norm"] = "instance_affine"
     tracked = any(k.endswith("running_mean") for k in state)
-    if settings["norm"] != "batch": state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in _STATISTICS}
+    if settings["norm"] != "batch":
+        state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in _STATISTICS}
     try:
-        with torch.device("meta"): module = (UNet if unet else ResNet)(**settings)
-    except (RuntimeError, ValueError) as e: raise ValueError(f"names of a {'U-Net' if unet else 'ResNet'} generator with impossible sizes arrived ({settings}): {e}") from e
+        with torch.device("meta"):
+            module = (UNet if unet else ResNet)(**settings)
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(
+            f"names of a {'U-Net' if unet else 'ResNet'} generator with impossible sizes arrived "
+            f"({settings}): {e}"
+        ) from e
     expected = module.state_dict()
-    state |= {k: torch.zeros((), dtype=torch.long) for k in expected.keys() - state.keys() if k.endswith("num_batches_tracked")}      # files before PyTorch 0.4.1 have none
+    # files before PyTorch 0.4.1 have none
+    state |= {
+        k: torch.zeros((), dtype=torch.long)
+        for k in expected.keys() - state.keys()
+        if k.endswith("num_batches_tracked")
+    }
     if differences := _differences(state, expected):
-        raise ValueError(f"the weights look like a {'U-Net' if unet else 'ResNet'} generator with {', '.join(f'{k} {v}' for k, v in settings.items())}, but differ: {differences}. "
-                         "Give norm= if the normalisation was misread; else build the network yourself and give the module.")
-    own = {k: v.detach().to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in state.items()}       # what the giver does to its tensors later has no effect
+        raise ValueError(
+            f"the weights look like a {'U-Net' if unet else 'ResNet'} generator with "
+            f"{', '.join(f'{k} {v}' for k, v in settings.items())}, but differ: {differences}. "
+            "Give norm= if the normalisation was misread; else build the network yourself and "
+            "give the module."
+        )
+    # what the giver does to its tensors later has no effect
+    own = {
+        k: v.detach().to(torch.float32 if v.is_floating_point() else v.dtype, copy=True)
+        for k, v in state.items()
+    }
     module.load_state_dict(own, assign=True)
     blur = not unet and bool(settings["blur_down"] or settings["blur_up"])
-    family = "U-Net generator (pix2pix, DeepLIIF)" if unet else "ResNet generator (CUT, anti-aliased)" if blur else "ResNet generator (CycleGAN, pix2pix, DeepLIIF)"
-    shape = {"levels": f"{settings['levels']} (made for {2**settings['levels']} pixels)"} if unet else {"blocks": settings["blocks"], "halvings": settings["halvings"]}
-    facts = {"family": family, **shape, "channels": f"{settings['in_channels']} to {settings['out_channels']}", "width": settings["width"], "norm": seen if norm is None else f"{norm} (given)"}
-    if settings["norm"] == "instance_affine" != seen and norm in (None, "batch"): facts["batch statistics"] = "of each image"
-    facts |= {"dropout": "not visible, off in use"} if unet else {"padding": settings["padding"], "dropout": "yes, off in use" if settings["dropout"] else "no"}
-    if blur: facts["anti-aliasing"] = " and ".join(n for n, k in (("down", "blur_down"), ("up", "blur_up")) if settings[k])
+    family = (
+        "U-Net generator (pix2pix, DeepLIIF)"
+        if unet
+        else "ResNet generator (CUT, anti-aliased)"
+        if blur
+        else "ResNet generator (CycleGAN, pix2pix, DeepLIIF)"
+    )
+    shape = (
+        {"levels": f"{settings['levels']} (made for {2 ** settings['levels']} pixels)"}
+        if unet
+        else {"blocks": settings["blocks"], "halvings": settings["halvings"]}
+    )
+    facts = {
+        "family": family,
+        **shape,
+        "channels": f"{settings['in_channels']} to {settings['out_channels']}",
+        "width": settings["width"],
+        "norm": seen if norm is None else f"{norm} (given)",
+    }
+    if settings["norm"] == "instance_affine" != seen and norm in (None, "batch"):
+        facts["batch statistics"] = "of each image"
+    facts |= (
+        {"dropout": "not visible, off in use"}
+        if unet
+        else {
+            "padding": settings["padding"],
+            "dropout": "yes, off in use" if settings["dropout"] else "no",
+        }
+    )
+    if blur:
+        facts["anti-aliasing"] = " and ".join(
+            n for n, k in (("down", "blur_down"), ("up", "blur_up")) if settings[k]
+        )
     if prefix: facts["found under"] = prefix.rstrip(".")
     assumed = ["values of [-1, 1] in, as its Tanh gives out"]
-    if not unet and settings["padding"] == "reflect" and padding is None: assumed.append("padding by reflection; replication leaves the same names")
-    if seen == "instance" and norm is None and not tracked: assumed.append("instance normalisation, because the convolutions have a bias")
+    if not unet and settings["padding"] == "reflect" and padding is None:
+        assumed.append("padding by reflection; replication leaves the same names")
+    if seen == "instance" and norm is None and not tracked:
+        assumed.append("instance normalisation, because the convolutions have a bias")
     multiple = 2**(settings["levels"] if unet else settings["halvings"])
-    return Network(module.eval().requires_grad_(False), facts, settings["in_channels"], multiple, multiple if unet else 4*multiple, ((-1., 1.), (-1., 1.)), assumed, settings)
+    return Network(
+        module.eval().requires_grad_(False),
+        facts,
+        settings["in_channels"],
+        multiple,
+        multiple if unet else 4 * multiple,
+        ((-1.0, 1.0), (-1.0, 1.0)),
+        assumed,
+        settings,
+    )

@@ -32,23 +32,48 @@ from .runtimes import Adapted, as_range, file_kind, read_network
 # %% ../../nbs/pairs/generators.ipynb #c1d6ca08
 def check_scale(
     generator, # `.um_per_px`, or `.scale_free` where a pixel's colour decides
-    um_per_px:float|str|None, # Resolution of the images, micrometres per pixel; "same" says that it is the generator's, whatever that is
+    # Resolution of the images, micrometres per pixel; "same" says that it is the generator's,
+    # whatever that is
+    um_per_px:float|str|None,
 )->float|None: # What to give to `translate`
-    "The scale to translate at. `ValueError` when one of the two is not known or no length; warns, with both numbers, beyond a quarter of difference."
+    """The scale to translate at. `ValueError` when one of the two is not known or no length; warns,
+    with both numbers, beyond a quarter of difference."""
     if getattr(generator, "scale_free", False) or um_per_px == "same": return None
     own, name = generator.um_per_px, getattr(generator, "name", type(generator).__name__)
     if um_per_px is None:
-        raise ValueError(f"no resolution of the images arrived, and the generator {name!r} was trained at " + (f"{own:g} micrometres per pixel" if own else "one that is not known") +
-                         ": give the images' own, um_per_px=... (--um-per-px), or um_per_px='same' if a nucleus has as many pixels in both.")
-    if isinstance(um_per_px, str) or not 0 < um_per_px < float("inf"): raise ValueError(f"um_per_px={um_per_px!r} arrived; expected micrometres per pixel, for example 0.5 at 20x, or 'same'.")
+        raise ValueError(
+            f"no resolution of the images arrived, and the generator {name!r} was trained at "
+            + (f"{own:g} micrometres per pixel" if own else "one that is not known")
+            + ": give the images' own, um_per_px=... (--um-per-px), or um_per_px='same' if a "
+              "nucleus has as many pixels in both."
+        )
+    if isinstance(um_per_px, str) or not 0 < um_per_px < float("inf"):
+        raise ValueError(
+            f"um_per_px={um_per_px!r} arrived; expected micrometres per pixel, for example 0.5 at "
+            "20x, or 'same'."
+        )
     if not own:
-        raise ValueError(f"images at {um_per_px:g} micrometres per pixel arrived, but the scale that the generator {name!r} was trained at is not known: "
-                         "give it, load_generator(..., um_per_px=...) (--generator-um-per-px), or translate without a scale if it is the same.")
+        raise ValueError(
+            f"images at {um_per_px:g} micrometres per pixel arrived, but the scale that the "
+            f"generator {name!r} was trained at is not known: "
+            "give it, load_generator(..., um_per_px=...) (--generator-um-per-px), or translate "
+            "without a scale if it is the same."
+        )
     told = getattr(generator, "_told", ())
     if max(um_per_px/own, own/um_per_px) > 1.25 and um_per_px not in told:
-        generator._told = (*told, um_per_px)                                # once for each generator and scale
-        warnings.warn(f"the images have {um_per_px:g} micrometres per pixel and the generator {name!r} was trained at {own:g}: they are resampled by {um_per_px/own:.2f} and the answer is taken back. "
-                      + ("Detail that was not scanned is not there." if um_per_px > own else "Detail finer than the generator's pixel is lost."), stacklevel=2)
+        # once for each generator and scale
+        generator._told = (*told, um_per_px)
+        warnings.warn(
+            f"the images have {um_per_px:g} micrometres per pixel and the generator {name!r} was "
+            f"trained at {own:g}: they are resampled by {um_per_px / own:.2f} and the answer is "
+            "taken back. "
+            + (
+                "Detail that was not scanned is not there."
+                if um_per_px > own
+                else "Detail finer than the generator's pixel is lost."
+            ),
+            stacklevel=2,
+        )
     return um_per_px
 
 # %% ../../nbs/pairs/generators.ipynb #1c7a5f26
@@ -56,18 +81,35 @@ class ModuleGenerator:
     "An image-to-image module under the generators' calling convention."
     def __init__(self,
         module:nn.Module, # `(B, 3, H, W)` in [0, 1] to `(B, 1 or 3, H, W)`
-        um_per_px:float|None=None, # Resolution that the module was trained at, micrometres per pixel; None if not known
+        # Resolution that the module was trained at, micrometres per pixel; None if not known
+        um_per_px:float|None=None,
         training_ids:Sequence[str]=(), # Groups (patients) that it was trained on
         name:str="module", # For reports
         multiple:int=16, # Height and width are padded to a multiple of this
         activation:Callable[[Tensor], Tensor]=torch.sigmoid, # From the module's output to [0, 1]
-        licence:str|None=None, # Of the weights, which often is that of the images that they were trained on
+        # Of the weights, which often is that of the images that they were trained on
+        licence:str|None=None,
     ):
-        self.module, self.um_per_px, self.training_ids, self.name, self.licence = module.eval(), um_per_px, list(training_ids), name, licence
-        self.multiple, self.activation, self.least = multiple, activation, 2*multiple     # a U-Net's lowest level needs more than one pixel
+        self.module, self.um_per_px, self.training_ids, self.name, self.licence = (
+            module.eval(),
+            um_per_px,
+            list(training_ids),
+            name,
+            licence,
+        )
+        # a U-Net's lowest level needs more than one pixel
+        self.multiple, self.activation, self.least = multiple, activation, 2*multiple
 
     @property
-    def key(self)->str: return fingerprint(self.module, [self.um_per_px, self.multiple, getattr(self.activation, "__name__", str(self.activation))])
+    def key(self) -> str:
+        return fingerprint(
+            self.module,
+            [
+                self.um_per_px,
+                self.multiple,
+                getattr(self.activation, "__name__", str(self.activation)),
+            ],
+        )
 
     def to(self, device)->"ModuleGenerator": # Itself
         "Move the module to a device."
@@ -77,16 +119,26 @@ class ModuleGenerator:
     @torch.no_grad()
     def translate(self,
         images:Tensor, # `(B, 3, H, W)` in [0, 1]
-        um_per_px:float|None=None, # Resolution of the images; None says that they have the generator's own, see `check_scale`
+        # Resolution of the images; None says that they have the generator's own, see `check_scale`
+        um_per_px:float|None=None,
     )->Tensor: # `(B, 3, H, W)` in [0, 1]; a single channel is repeated
-        "The synthetic second image of each image. `ValueError` when the images have a scale and the generator has none."
+        """The synthetic second image of each image. `ValueError` when the images have a scale and
+        the generator has none."""
         _check(images)
         if um_per_px is not None: check_scale(self, um_per_px)
-        device = next((t.device for t in (*self.module.parameters(), *self.module.buffers())), images.device)
+        device = next(
+            (t.device for t in (*self.module.parameters(), *self.module.buffers())), images.device
+        )
         h, w = images.shape[-2:]
         x = images.to(device)
         scale = um_per_px/self.um_per_px if um_per_px and self.um_per_px else 1.
-        if abs(scale - 1) > .02: x = F.interpolate(x, size=(max(1, round(h*scale)), max(1, round(w*scale))), mode="bilinear", antialias=True)
+        if abs(scale - 1) > 0.02:
+            x = F.interpolate(
+                x,
+                size=(max(1, round(h * scale)), max(1, round(w * scale))),
+                mode="bilinear",
+                antialias=True,
+            )
         th, tw = x.shape[-2:]
         ph, pw = (max(self.least, -(-n//self.multiple)*self.multiple) - n for n in (th, tw))
         x = F.pad(x, (0, pw, 0, ph), mode="reflect" if ph < th and pw < tw else "replicate")
@@ -98,9 +150,15 @@ class ModuleGenerator:
 
 def _check(images):
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images of shape {tuple(images.shape)} and type {images.dtype} arrived; expected floats (B, 3, H, W) in [0, 1].")
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} and type {images.dtype} arrived; expected "
+            "floats (B, 3, H, W) in [0, 1]."
+        )
     if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
-        raise ValueError(f"images with values {images.min():.3g} to {images.max():.3g} arrived; expected [0, 1]: divide 8-bit images by 255.")
+        raise ValueError(
+            f"images with values {images.min():.3g} to {images.max():.3g} arrived; expected [0, "
+            "1]: divide 8-bit images by 255."
+        )
 
 # %% ../../nbs/pairs/generators.ipynb #c9d4ff48
 def make_unet(
@@ -108,8 +166,13 @@ def make_unet(
     out_channels:int=1, # 1 for a mask, 3 for a stain
 )->nn.Module: # `(B, 3, H, W)` to `(B, out_channels, H, W)` logits; H and W multiples of 16
     "A small U-Net with instance normalisation, so that it behaves the same in training and in use."
-    net = nets.BasicUNet(spatial_dims=2, in_channels=3, out_channels=out_channels, features=(width, width, 2*width, 4*width, 8*width, width),
-                         norm=("instance", {"affine": True}))
+    net = nets.BasicUNet(
+        spatial_dims=2,
+        in_channels=3,
+        out_channels=out_channels,
+        features=(width, width, 2 * width, 4 * width, 8 * width, width),
+        norm=("instance", {"affine": True}),
+    )
     net.spec = {"name": "unet", "width": width, "out_channels": out_channels}
     return net
 
@@ -119,13 +182,21 @@ def make_resnet(
     out_channels:int=3, # 1 for a mask, 3 for a stain
     antialias:bool=False, # Halve and double through a fixed blur, as CUT does
 )->nn.Module: # `(B, 3, H, W)` to `(B, out_channels, H, W)` logits; H and W multiples of 4
-    "The residual generator of CycleGAN (Johnson et al., 2016), without its last Tanh; published width: 64."
+    """The residual generator of CycleGAN (Johnson et al., 2016), without its last Tanh; published
+    width: 64."""
     net = ResNet(blocks, 3, out_channels, width, blur_down=3*antialias, blur_up=4*antialias)
     net.model[-1] = nn.Identity()
-    net.spec = {"name": "resnet", "width": width, "blocks": blocks, "out_channels": out_channels, "antialias": antialias}
+    net.spec = {
+        "name": "resnet",
+        "width": width,
+        "blocks": blocks,
+        "out_channels": out_channels,
+        "antialias": antialias,
+    }
     return net
 
-NETWORKS = {"unet": make_unet, "resnet": make_resnet}     # what `save_generator` can write: builders by the name in a module's `spec`
+# what `save_generator` can write: builders by the name in a module's `spec`
+NETWORKS = {"unet": make_unet, "resnet": make_resnet}
 
 def save_generator(
     generator:ModuleGenerator, # Around a module of `NETWORKS`
@@ -133,13 +204,25 @@ def save_generator(
     **about, # JSON-ready facts for the header: training data, settings, validation figures
 )->None:
     "Write weights and a header that tells how to build the generator again; atomic."
-    if getattr(generator.module, "spec", {}).get("name") not in NETWORKS: raise ValueError(f"a {type(generator.module).__name__} without a known `spec` arrived; expected a module of make_unet or make_resnet.")
+    if getattr(generator.module, "spec", {}).get("name") not in NETWORKS:
+        raise ValueError(
+            f"a {type(generator.module).__name__} without a known `spec` arrived; expected a "
+            "module of make_unet or make_resnet."
+        )
     settings = {k: getattr(generator, k) for k in ("um_per_px", "training_ids", "name", "licence")}
-    write_safetensors(path, generator.module.state_dict(), "synthpi-generator-1", module=generator.module.spec, settings=settings, about=about)
+    write_safetensors(
+        path,
+        generator.module.state_dict(),
+        "synthpi-generator-1",
+        module=generator.module.spec,
+        settings=settings,
+        about=about,
+    )
 
 # %% ../../nbs/pairs/generators.ipynb #0f95abba
 class ForeignGenerator(ModuleGenerator):
-    "A network of others under the generators' calling convention; its attribute `about` says what was recognised."
+    """A network of others under the generators' calling convention; its attribute `about` says what
+    was recognised."""
     def __init__(self,
         network:Network, # With its `range`
         um_per_px:float|None=None, # Resolution that it was trained at, micrometres per pixel
@@ -147,64 +230,137 @@ class ForeignGenerator(ModuleGenerator):
         name:str="foreign", # For reports
         licence:str|None=None, # Of the weights
     ):
-        super().__init__(Adapted(network), um_per_px, training_ids, name, network.multiple, _as_is, licence)
-        self.network, self.least, self.about = network, network.least, {**network.facts, "assumed": list(network.assumed)}
+        super().__init__(
+            Adapted(network), um_per_px, training_ids, name, network.multiple, _as_is, licence
+        )
+        self.network, self.least, self.about = (
+            network,
+            network.least,
+            {**network.facts, "assumed": list(network.assumed)},
+        )
 
     @property
     def key(self)->str:
         n = self.network
-        return fingerprint(n.content or n.module, ["foreign", n.settings, n.channels, n.multiple, n.least, n.range, self.um_per_px])
+        return fingerprint(
+            n.content or n.module,
+            ["foreign", n.settings, n.channels, n.multiple, n.least, n.range, self.um_per_px],
+        )
 
 def _as_is(y): return y
 
 def load_generator(
-    source, # A file of `save_generator`; a file or folder of others; or a module, a pipeline, a function: see `read_network`
+    # A file of `save_generator`; a file or folder of others; or a module, a pipeline, a function:
+    # see `read_network`
+    source,
     device:str="cpu", # Where it runs
     *,
     um_per_px:float|None=None, # Resolution that it was trained at, micrometres per pixel
     training_ids:Sequence[str]=(), # Groups (patients) that it was trained on
-    range=None, # Values of a network of others, `(low, high)` or `((low, high), (low, high) or "logits")`; None: from what it is
-    multiple:int|None=None, # Sides of a network of others are padded to a multiple of this; None: from what it is
-    name:str|None=None, # For reports; default the file's. A function needs one: it is told apart by it
+    # Values of a network of others, `(low, high)` or `((low, high), (low, high) or "logits")`;
+    # None: from what it is
+    range=None,
+    # Sides of a network of others are padded to a multiple of this; None: from what it is
+    multiple:int|None=None,
+    # For reports; default the file's. A function needs one: it is told apart by it
+    name:str|None=None,
     entry:str|None=None, # Which network, when a file holds several: "netG_A"
     norm:str|None=None, # Normalisation, where a file misleads, see `recognise`
     padding:str|None=None, # "replicate", which a file does not show, see `recognise`
     batch_statistics:str|None=None, # "stored" (default), or "image", see `recognise`
     seed:int=0, # Of a diffusion pipeline's noise
-    options:dict|None=None, # Arguments of a diffusion pipeline's call: prompt, strength, num_inference_steps
+    # Arguments of a diffusion pipeline's call: prompt, strength, num_inference_steps
+    options:dict|None=None,
     licence:str|None=None, # Of the weights; goes to the manifest of the pairs
     verbose:bool=True, # Print what was recognised of a network of others
 )->ModuleGenerator: # Ready to translate; its attribute `about` holds the header's facts, or what was recognised
-    "A generator from whatever holds it, without running a pickle; `FileNotFoundError`, or `ValueError` with the reason when it cannot be used."
+    """A generator from whatever holds it, without running a pickle; `FileNotFoundError`, or
+    `ValueError` with the reason when it cannot be used."""
     if hasattr(source, "translate") and hasattr(source, "key"): return source
-    told = {"entry": entry, "norm": norm, "padding": padding, "batch_statistics": batch_statistics, "options": options}
+    told = {
+        "entry": entry,
+        "norm": norm,
+        "padding": padding,
+        "batch_statistics": batch_statistics,
+        "options": options,
+    }
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path and (not path.exists() or path.is_file() and file_kind(path) in (None, "synthpi")):
-        return _own(path, device, um_per_px, training_ids, name, licence, {**told, "range": range, "multiple": multiple})
+        return _own(
+            path,
+            device,
+            um_per_px,
+            training_ids,
+            name,
+            licence,
+            {**told, "range": range, "multiple": multiple},
+        )
     network = read_network(source, device, name, seed, **told)
-    if range is not None: network.range, network.assumed = as_range(range), [a for a in network.assumed if not a.startswith("values")]
+    if range is not None:
+        network.range, network.assumed = (
+            as_range(range),
+            [a for a in network.assumed if not a.startswith("values")],
+        )
     if network.range is None:
-        raise ValueError(f"{network}\nThe values that it takes and gives are not visible: give range=, for example range=(-1, 1) after a Tanh, range=(0, 1), or range=((0, 1), 'logits').")
+        raise ValueError(
+            f"{network}\nThe values that it takes and gives are not visible: give range=, for "
+            "example range=(-1, 1) after a Tanh, range=(0, 1), or range=((0, 1), 'logits')."
+        )
     if multiple is not None:
         if multiple < 1: raise ValueError(f"multiple={multiple} arrived; expected at least 1.")
-        network.multiple, network.least, network.assumed = multiple, multiple, [a for a in network.assumed if not a.startswith("sides")]
-    generator = ForeignGenerator(network, um_per_px, training_ids, name or (path.name if path and path.is_dir() else path.stem if path else type(source).__name__), licence)
+        network.multiple, network.least, network.assumed = (
+            multiple,
+            multiple,
+            [a for a in network.assumed if not a.startswith("sides")],
+        )
+    generator = ForeignGenerator(
+        network,
+        um_per_px,
+        training_ids,
+        name
+        or (path.name if path and path.is_dir() else path.stem if path else type(source).__name__),
+        licence,
+    )
     if verbose:
         print(network)
-        print(f"  values: {network.range[0]} to {network.range[1]}; sides: multiples of {network.multiple}; scale: " + (f"{um_per_px:g} um/px" if um_per_px else "not given (um_per_px=)"))
+        print(
+            f"  values: {network.range[0]} to {network.range[1]}; sides: multiples of "
+            f"{network.multiple}; scale: "
+            + (f"{um_per_px:g} um/px" if um_per_px else "not given (um_per_px=)")
+        )
     return generator
 
 def _own(path, device, um_per_px, training_ids, name, licence, told):
     "A generator of `save_generator`"
-    facts, state = read_safetensors(path, "synthpi-generator-1", needs=("module", "settings", "about"),
-                                    foreign="build its module, load the weights, and wrap it in ModuleGenerator.")
-    if given := [k for k, v in told.items() if v is not None]: raise ValueError(f"{', '.join(given)} arrived for {path}, which holds its own settings; expected none.")
+    facts, state = read_safetensors(
+        path,
+        "synthpi-generator-1",
+        needs=("module", "settings", "about"),
+        foreign="build its module, load the weights, and wrap it in ModuleGenerator.",
+    )
+    if given := [k for k, v in told.items() if v is not None]:
+        raise ValueError(
+            f"{', '.join(given)} arrived for {path}, which holds its own settings; expected none."
+        )
     settings = facts["settings"]
     if um_per_px and settings["um_per_px"] not in (None, um_per_px):
-        raise ValueError(f"um_per_px={um_per_px} arrived for {path}, which was trained at {settings['um_per_px']}; expected none. The resolution of the tiles is given to translate.")
-    settings |= {"um_per_px": settings["um_per_px"] or um_per_px, "training_ids": list(dict.fromkeys([*settings["training_ids"], *training_ids])), "name": name or settings["name"], "licence": licence or settings.get("licence")}
+        raise ValueError(
+            f"um_per_px={um_per_px} arrived for {path}, which was trained at "
+            f"{settings['um_per_px']}; expected none. The resolution of the tiles is given to "
+            "translate."
+        )
+    settings |= {
+        "um_per_px": settings["um_per_px"] or um_per_px,
+        "training_ids": list(dict.fromkeys([*settings["training_ids"], *training_ids])),
+        "name": name or settings["name"],
+        "licence": licence or settings.get("licence"),
+    }
     spec = dict(facts["module"])
-    if spec.get("name") not in NETWORKS: raise ValueError(f"{path} holds a network called {spec.get('name')!r}, and this version builds {', '.join(NETWORKS)}: update synthpi.")
+    if spec.get("name") not in NETWORKS:
+        raise ValueError(
+            f"{path} holds a network called {spec.get('name')!r}, and this version builds "
+            f"{', '.join(NETWORKS)}: update synthpi."
+        )
     module = NETWORKS[spec.pop("name")](**spec)
     module.load_state_dict(state)
     generator = ModuleGenerator(module.requires_grad_(False).to(device), **settings)

@@ -29,22 +29,37 @@ from ..models.files import load_encoder
 def kid(
     x:np.ndarray, # Features (M, R)
     y:np.ndarray, # Features (N, R)
-    groups:Sequence|None=None, # Where rows i of both sets are of the same tissue: its group (patient). Products within a group are left out
+    # Where rows i of both sets are of the same tissue: its group (patient). Products within a group
+    # are left out
+    groups:Sequence|None=None,
 )->float: # Around 0 for sets of one distribution (unbiased, so also below 0); lower is better
     "Unbiased squared maximum mean discrepancy with the cubic kernel."
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"features of shapes {x.shape} and {y.shape} arrived; expected (M, R) and (N, R) with at least two rows each.")
+        raise ValueError(
+            f"features of shapes {x.shape} and {y.shape} arrived; expected (M, R) and (N, R) with "
+            "at least two rows each."
+        )
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     def mean(a, b, keep): return ((a @ b.T/x.shape[1] + 1)**3)[keep].mean()
-    if groups is None: return float(mean(x, x, ~np.eye(len(x), dtype=bool)) + mean(y, y, ~np.eye(len(y), dtype=bool)) - 2*mean(x, y, np.ones((len(x), len(y)), bool)))
+    if groups is None:
+        return float(
+            mean(x, x, ~np.eye(len(x), dtype=bool))
+            + mean(y, y, ~np.eye(len(y), dtype=bool))
+            - 2 * mean(x, y, np.ones((len(x), len(y)), bool))
+        )
     g = pd.factorize(np.asarray(groups).astype(str))[0]
-    if len(x) != len(y) or len(g) != len(x) or g.max() < 1: raise ValueError(f"{len(x)} and {len(y)} features in {len(set(g))} groups arrived; expected as many, and at least two groups.")
+    if len(x) != len(y) or len(g) != len(x) or g.max() < 1:
+        raise ValueError(
+            f"{len(x)} and {len(y)} features in {len(set(g))} groups arrived; expected as many, "
+            "and at least two groups."
+        )
     keep = g[:, None] != g
     return float(mean(x, x, keep) + mean(y, y, keep) - 2*mean(x, y, keep))
 
 # %% ../../nbs/pairs/kid.ipynb #efdbfebb
 class RandomFeatures(nn.Module):
-    "Fixed random convolutions on four scales, untrained: means and standard deviations of their rectified answers."
+    """Fixed random convolutions on four scales, untrained: means and standard deviations of their
+    rectified answers."""
     def __init__(self,
         width:int=24, # Filters per scale
         seed:int=0, # Of the filters
@@ -75,10 +90,12 @@ def pooled_stages(
     return torch.cat([h.mean((2, 3)) for h in out], 1)
 
 class PhantomEncoder(nn.Module):
-    "The encoder that ships with synthpi: trained on simulated tissue only, `(B, 3, H, W)` in [0, 1] to `(B, 256)`. Its attribute `about` says how."
+    """The encoder that ships with synthpi: trained on simulated tissue only, `(B, 3, H, W)` in [0,
+    1] to `(B, 256)`. Its attribute `about` says how."""
     def __init__(self):
         super().__init__()
-        with as_file(files("synthpi")/"phantom_encoder.safetensors") as path: self.encoder = load_encoder(path)
+        with as_file(files("synthpi") / "phantom_encoder.safetensors") as path:
+            self.encoder = load_encoder(path)
         self.about = self.encoder.about
         for name in ("mean", "std"): self.register_buffer(name, torch.tensor(self.about[name]))
         self.eval()
@@ -88,22 +105,43 @@ class PhantomEncoder(nn.Module):
 # %% ../../nbs/pairs/kid.ipynb #eed1bc1e
 @torch.no_grad()
 def embed_images(
-    encoder:Callable, # `(B, 3, H, W)` in [0, 1] to `(B, R)`; a module is used in eval mode, where it is, and left in the mode it was in
+    # `(B, 3, H, W)` in [0, 1] to `(B, R)`; a module is used in eval mode, where it is, and left in
+    # the mode it was in
+    encoder:Callable,
     images:Sequence, # Images of any sizes, anything `to_rgb` reads
     batch_size:int=64, # Images of one size that share a batch
 )->np.ndarray: # (N, R) float64
     "The features of every image. `ValueError` when the encoder does not give one vector an image."
     modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
-    place = next((t.device for t in (*encoder.parameters(), *encoder.buffers())), torch.device("cpu")) if modes else torch.device("cpu")
+    place = (
+        next((t.device for t in (*encoder.parameters(), *encoder.buffers())), torch.device("cpu"))
+        if modes
+        else torch.device("cpu")
+    )
     if modes: encoder.eval()
     images = [to_rgb(x) for x in images]
     by_size, rows = {}, [None]*len(images)
     for i, x in enumerate(images): by_size.setdefault(x.shape, []).append(i)
     try:
-        for index in (members[k:k + batch_size] for members in by_size.values() for k in range(0, len(members), batch_size)):
-            h = encoder(torch.from_numpy(np.stack([images[i] for i in index])).permute(0, 3, 1, 2).float().div(255).to(place))
-            if h.ndim != 2: raise ValueError(f"the encoder gave shape {tuple(h.shape)}; expected (B, R): pool and flatten inside it.")
-            for i, row in zip(index, h.cpu().double().numpy()): rows[i] = row
+        for index in (
+            members[k : k + batch_size]
+            for members in by_size.values()
+            for k in range(0, len(members), batch_size)
+        ):
+            h = encoder(
+                torch.from_numpy(np.stack([images[i] for i in index]))
+                .permute(0, 3, 1, 2)
+                .float()
+                .div(255)
+                .to(place)
+            )
+            if h.ndim != 2:
+                raise ValueError(
+                    f"the encoder gave shape {tuple(h.shape)}; expected (B, R): pool and flatten "
+                    "inside it."
+                )
+            for i, row in zip(index, h.cpu().double().numpy()):
+                rows[i] = row
     finally:
         for module, training in modes: module.training = training
     return np.stack(rows)

@@ -24,18 +24,25 @@ def _unit(image)->np.ndarray: return to_rgb(image)/np.float32(255)
 
 def nuclear_density(
     image, # Anything `to_rgb` reads
-    kind:str="he", # "he": haematoxylin by colour deconvolution; "image": optical density of any stain; "mask": the brightness of a mask
+    # "he": haematoxylin by colour deconvolution; "image": optical density of any stain; "mask": the
+    # brightness of a mask
+    kind:str="he",
 )->np.ndarray: # (H, W) floats, larger where a nucleus is
     "What marks the nuclei in an image."
     x = _unit(image)
     if kind == "mask": return x.mean(2)
-    return rgb2hed(x)[..., 0].astype(np.float32) if kind == "he" else -np.log10(x.clip(1/255)).mean(2)
+    return (
+        rgb2hed(x)[..., 0].astype(np.float32)
+        if kind == "he"
+        else -np.log10(x.clip(1 / 255)).mean(2)
+    )
 
 def count_nuclei(
     density:np.ndarray, # (H, W), larger where a nucleus is
     um_per_px:float=.5, # Micrometres per pixel
     threshold:float|None=None, # Density of a rim; None for Otsu's
-    radius_um:float=2.5, # Typical small nucleus; objects of less than a third of its area do not count
+    # Typical small nucleus; objects of less than a third of its area do not count
+    radius_um:float=2.5,
 )->int: # Number of nuclei
     "Nuclei, by the peaks of the distance to the rim."
     smooth = gaussian_filter(density, .3*radius_um/um_per_px)
@@ -45,7 +52,15 @@ def count_nuclei(
     small = np.bincount(objects.ravel(), minlength=n + 1) < np.pi/3*(radius_um/um_per_px)**2
     inside &= ~small[objects]
     depth = gaussian_filter(distance_transform_edt(inside), .5)
-    return len(peak_local_max(depth, min_distance=max(1, round(radius_um/um_per_px*.8)), threshold_abs=.5, labels=label(inside)[0], exclude_border=False))
+    return len(
+        peak_local_max(
+            depth,
+            min_distance=max(1, round(radius_um / um_per_px * 0.8)),
+            threshold_abs=0.5,
+            labels=label(inside)[0],
+            exclude_border=False,
+        )
+    )
 
 # %% ../../nbs/pairs/measures.ipynb #755933a8
 def _correlation(a, b):
@@ -63,7 +78,11 @@ def edge_agreement(
     a, b = (gaussian_gradient_magnitude(_unit(x).mean(2), sigma) for x in (primary, privileged))
     h, w = np.array(a.shape) - 2*reach
     inner = a[reach:reach + h, reach:reach + w]
-    return max(_correlation(inner, b[i:i + h, j:j + w]) for i in range(2*reach + 1) for j in range(2*reach + 1))
+    return max(
+        _correlation(inner, b[i : i + h, j : j + w])
+        for i in range(2 * reach + 1)
+        for j in range(2 * reach + 1)
+    )
 
 def checkerboard_score(
     image, # Anything `to_rgb` reads, at least 32 pixels on a side
@@ -92,21 +111,50 @@ def seam_score(
     image, # `(H, W)` or `(H, W, C)`, `uint8` or floats in [0, 1]; or a tensor `(C, H, W)`
     period:int, # Pixels from one border to the next
     offset:int=0, # The first pixel after a border; borders lie at `offset + k*period`
-    width:int=1, # Steps at a distance of less than this count as the border; 1 for a jump, the reach of the generator's border effects for rims
+    # Steps at a distance of less than this count as the border; 1 for a jump, the reach of the
+    # generator's border effects for rims
+    width:int=1,
     around:int=6, # Steps beyond, on either side, that it is compared with
-    reference=None, # The same image made on another grid, subtracted first: its texture no longer counts
+    # The same image made on another grid, subtracted first: its texture no longer counts
+    reference=None,
 )->float: # Excess of the steps at borders over those around them, grey levels of [0, 1]; 0 is seamless, lower is better
     "How visible borders between tiles are."
     x = _floats(image)
     if reference is not None: x = x - _floats(reference)
     reach = width - 1 + around
     if width < 1 or around < 1 or period <= 2*reach:
-        raise ValueError(f"period={period}, width={width}, around={around} arrived; expected width and around of at least 1 and a period of more than {2*reach}, so that surroundings do not overlap.")
+        raise ValueError(
+            f"period={period}, width={width}, around={around} arrived; expected width and around "
+            f"of at least 1 and a period of more than {2 * reach}, so that surroundings do not "
+            "overlap."
+        )
     scores = []
     for axis in (0, 1):
-        step = np.abs(np.diff(x, axis=axis)).mean(axis=tuple(a for a in range(x.ndim) if a != axis))     # step i lies between the pixels i and i + 1
-        borders = np.array([b - 1 for b in range(offset % period, len(step) + 1, period) if reach <= b - 1 < len(step) - reach], int)
-        near, far = [d for d in range(-reach, reach + 1) if abs(d) < width], [d for d in range(-reach, reach + 1) if abs(d) >= width]
-        if len(borders): scores += list(len(near)*(np.mean([step[borders + d] for d in near], 0) - np.mean([step[borders + d] for d in far], 0)))
-    if not scores: raise ValueError(f"an image of shape {x.shape} holds no border of period {period} and offset {offset} with {reach + 1} pixels on either side; expected at least one.")
+        # step i lies between the pixels i and i + 1
+        step = np.abs(np.diff(x, axis=axis)).mean(axis=tuple(a for a in range(x.ndim) if a != axis))
+        borders = np.array(
+            [
+                b - 1
+                for b in range(offset % period, len(step) + 1, period)
+                if reach <= b - 1 < len(step) - reach
+            ],
+            int,
+        )
+        near, far = (
+            [d for d in range(-reach, reach + 1) if abs(d) < width],
+            [d for d in range(-reach, reach + 1) if abs(d) >= width],
+        )
+        if len(borders):
+            scores += list(
+                len(near)
+                * (
+                    np.mean([step[borders + d] for d in near], 0)
+                    - np.mean([step[borders + d] for d in far], 0)
+                )
+            )
+    if not scores:
+        raise ValueError(
+            f"an image of shape {x.shape} holds no border of period {period} and offset {offset} "
+            f"with {reach + 1} pixels on either side; expected at least one."
+        )
     return float(np.mean(scores))

@@ -32,31 +32,52 @@ from .generators import NETWORKS
 
 # %% ../../nbs/pairs/objectives.ipynb #62556927
 def read_mask(
-    image, # PIL image or array: numbers of objects or classes of any depth, a palette, or gray or colours on black
+    # PIL image or array: numbers of objects or classes of any depth, a palette, or gray or colours
+    # on black
+    image,
 )->np.ndarray: # `(H, W)` booleans
     "Where a mask is not background, which is 0. `ValueError` for a JPEG, whose 0 is not 0."
-    if getattr(image, "format", None) == "JPEG": raise ValueError("a mask in a JPEG arrived, which has blurred its 0 and its rims: threshold it and save it as PNG, or give kind='image' if it is no mask.")
+    if getattr(image, "format", None) == "JPEG":
+        raise ValueError(
+            "a mask in a JPEG arrived, which has blurred its 0 and its rims: threshold it and "
+            "save it as PNG, or give kind='image' if it is no mask."
+        )
     values = np.asarray(image)
     if values.dtype == bool: values = values.astype(np.uint8)
-    if values.dtype.kind not in "ui": raise ValueError(f"a mask of {values.dtype} arrived; expected whole numbers, 0 for background.")
-    if values.ndim == 3: values = values[..., :3 if values.shape[2] >= 3 else 1].max(2)              # without an alpha channel
+    if values.dtype.kind not in "ui":
+        raise ValueError(
+            f"a mask of {values.dtype} arrived; expected whole numbers, 0 for background."
+        )
+    # without an alpha channel
+    if values.ndim == 3: values = values[..., :3 if values.shape[2] >= 3 else 1].max(2)
     return values > 0
 
 class Objective:
-    "What all objectives share; `model()` gives the module to train, whose part `generator` is kept."
-    paired, recolour = True, .5                                           # whether it needs pairs; how strongly its crops are recoloured
-    lr, betas, clip, decay = 2e-4, (.5, .999), None, "linear"             # the published GANs' optimiser: Adam, constant, then linear to zero over the second half
+    """What all objectives share; `model()` gives the module to train, whose part `generator` is
+    kept."""
+    # whether it needs pairs; how strongly its crops are recoloured
+    paired, recolour = True, .5
+    # the published GANs' optimiser: Adam, constant, then linear to zero over the second half
+    lr, betas, clip, decay = 2e-4, (.5, .999), None, "linear"
     def __init__(self,
-        kind:str="mask", # "mask": privileged images are masks, anything above 0 is foreground; "image": they are RGB images
+        # "mask": privileged images are masks, anything above 0 is foreground; "image": they are RGB
+        # images
+        kind:str="mask",
         width:int=16, # Channels of the generator's first level; published: 64
         network:str="unet", # A key of `generators.NETWORKS`
         **options, # Other arguments of the network's builder: `blocks`, `antialias`
     ):
-        if kind not in ("mask", "image"): raise ValueError(f"kind {kind!r} arrived; expected 'mask' or 'image'.")
-        if network not in NETWORKS: raise ValueError(f"network {network!r} arrived; expected one of {', '.join(NETWORKS)}.")
+        if kind not in ("mask", "image"):
+            raise ValueError(f"kind {kind!r} arrived; expected 'mask' or 'image'.")
+        if network not in NETWORKS:
+            raise ValueError(f"network {network!r} arrived; expected one of {', '.join(NETWORKS)}.")
         if width < 1: raise ValueError(f"width={width} arrived; expected at least 1 channel.")
         known = inspect.signature(NETWORKS[network]).parameters
-        if strange := sorted(set(options) - set(known)): raise ValueError(f"{', '.join(strange)} arrived for the network {network!r}; expected some of {', '.join(known)}.")
+        if strange := sorted(set(options) - set(known)):
+            raise ValueError(
+                f"{', '.join(strange)} arrived for the network {network!r}; expected some of "
+                f"{', '.join(known)}."
+            )
         self.kind, self.width, self.network, self.options = kind, width, network, options
 
     @property
@@ -65,18 +86,24 @@ class Objective:
     @property
     def channels(self)->int: return 1 if self.kind == "mask" else 3
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
 
     @property
     def settings(self)->dict: # JSON-ready
         "What decides the training besides data and seed."
         return {k: v for k, v in vars(self).items() if k != "options"} | self.options
 
-    def generator(self)->nn.Module: return NETWORKS[self.network](self.width, out_channels=self.channels, **self.options)
+    def generator(self) -> nn.Module:
+        return NETWORKS[self.network](self.width, out_channels=self.channels, **self.options)
 
     def target(self, image)->np.ndarray: # `(H, W, 1 or 3)`, `uint8`
         "What the generator shall give for this privileged image."
-        return read_mask(image)[..., None].astype(np.uint8)*255 if self.kind == "mask" else to_rgb(image)
+        return (
+            read_mask(image)[..., None].astype(np.uint8) * 255
+            if self.kind == "mask"
+            else to_rgb(image)
+        )
 
     def optimizer(self,
         model:nn.Module, # Of `model()`
@@ -90,7 +117,8 @@ class Objective:
     )->nn.Module: # What is kept of it
         "The generator as it is used: its soft masks, if it learnt such, are 0 and 1 again."
         if self.kind != "mask" or not getattr(self, "soft", 0): return generator
-        made, gain = copy.deepcopy(generator), np.log(999)/np.log(1/self.soft - 1)       # takes a logit of 1 - soft to that of .999, and leaves the rim where it is
+        # takes a logit of 1 - soft to that of .999, and leaves the rim where it is
+        made, gain = copy.deepcopy(generator), np.log(999)/np.log(1/self.soft - 1)
         last = [m for m in made.modules() if isinstance(m, nn.Conv2d)][-1]
         with torch.no_grad():
             for p in last.parameters(): p.mul_(gain)
@@ -101,23 +129,32 @@ def dice_score(
     b:Tensor, # The same shape
 )->Tensor: # Scalar in (0, 1]; 1 for two empty masks
     r"Overlap $2\sum ab/(\sum a+\sum b)$, with 1 added above and below."
-    if a.shape != b.shape: raise ValueError(f"masks of shape {tuple(a.shape)} and {tuple(b.shape)} arrived; expected the same shape.")
+    if a.shape != b.shape:
+        raise ValueError(
+            f"masks of shape {tuple(a.shape)} and {tuple(b.shape)} arrived; expected the same "
+            "shape."
+        )
     return (2*(a*b).sum() + 1)/(a.sum() + b.sum() + 1)
 
 # %% ../../nbs/pairs/objectives.ipynb #0686e226
 class Regression(Objective):
-    "A network fitted directly to the privileged image: for masks BCE + Dice, for images L1. `loss(logits, target) -> (scalar, terms)`."
+    """A network fitted directly to the privileged image: for masks BCE + Dice, for images L1.
+    `loss(logits, target) -> (scalar, terms)`."""
     lr, clip, decay = 5e-3, 1., "cosine"
     def model(self, crop:int=64)->nn.Module: return _Direct(self)
 
-    def optimizer(self, model, lr=None): return torch.optim.AdamW(model.parameters(), lr or self.lr, weight_decay=1e-4)
+    def optimizer(self, model, lr=None):
+        return torch.optim.AdamW(model.parameters(), lr or self.lr, weight_decay=1e-4)
 
     def __call__(self, logits:Tensor, target:Tensor)->tuple[Tensor, dict]:
         logits = logits.float()
         if self.kind == "image":
             l1 = (logits.sigmoid() - target).abs().mean()
             return l1, {"l1": l1.detach()}
-        bce, dice = F.binary_cross_entropy_with_logits(logits, target), dice_score(logits.sigmoid(), target)
+        bce, dice = (
+            F.binary_cross_entropy_with_logits(logits, target),
+            dice_score(logits.sigmoid(), target),
+        )
         return bce + 1 - dice, {"bce": bce.detach(), "soft_dice": dice.detach()}
 
 class _Direct(nn.Module):
@@ -125,7 +162,8 @@ class _Direct(nn.Module):
         super().__init__()
         self.objective, self.generator = objective, objective.generator()
 
-    def forward(self, primary, privileged): return self.objective(self.generator(primary), privileged)
+    def forward(self, primary, privileged):
+        return self.objective(self.generator(primary), privileged)
 
 # %% ../../nbs/pairs/objectives.ipynb #9aca5864
 def make_critic(
@@ -133,7 +171,15 @@ def make_critic(
     width:int=64, # Channels of the first convolution
 )->nn.Module: # `(B, C, H, W)` to `(B, 1, h, w)` logits, one for each patch of 70 x 70 pixels
     "The 70 x 70 PatchGAN of pix2pix, with instance normalisation."
-    return PatchDiscriminator(spatial_dims=2, channels=width, in_channels=in_channels, out_channels=1, num_layers_d=3, norm="INSTANCE", bias=True)
+    return PatchDiscriminator(
+        spatial_dims=2,
+        channels=width,
+        in_channels=in_channels,
+        out_channels=1,
+        num_layers_d=3,
+        norm="INSTANCE",
+        bias=True,
+    )
 
 @contextlib.contextmanager
 def _fixed(*critics):
@@ -151,12 +197,17 @@ class _Adversary(nn.Module):
         self.loss = PatchAdversarialLoss(criterion=criterion, no_activation_leastsq=True)
 
     def _judge(self, logits, real, critic):
-        with torch.autocast(logits.device.type, enabled=False): return self.loss(logits.float(), target_is_real=real, for_discriminator=critic)
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.loss(logits.float(), target_is_real=real, for_discriminator=critic)
 
     def convince(self, critic, fake):
         with _fixed(critic): return self._judge(critic(fake)[-1], True, False)
 
-    def tell(self, critic, real, fake): return .5*(self._judge(critic(real)[-1], True, True) + self._judge(critic(fake.detach())[-1], False, True))
+    def tell(self, critic, real, fake):
+        return 0.5 * (
+            self._judge(critic(real)[-1], True, True)
+            + self._judge(critic(fake.detach())[-1], False, True)
+        )
 
 def _signed(x): return 2*x - 1            # [0, 1] to [-1, 1]
 
@@ -172,7 +223,8 @@ class Pix2Pix(Objective):
         network:str="unet", # A key of `generators.NETWORKS`
         l1:float=100., # Weight of the absolute error
         criterion:str="bce", # Of the critic: "bce" as published, "least_squares" or "hinge"
-        critic_width:int|None=None, # Channels of the critic's first convolution; None: twice the generator's, at most 64
+        # Channels of the critic's first convolution; None: twice the generator's, at most 64
+        critic_width:int|None=None,
         **options, # Other arguments of the network's builder
     ):
         super().__init__(kind, width, network, **options)
@@ -183,18 +235,30 @@ class Pix2Pix(Objective):
 class _Pix2Pix(nn.Module):
     def __init__(self, objective):
         super().__init__()
-        self.generator, self.critic, self.adversary = objective.generator(), make_critic(3 + objective.channels, objective.critic_width), _Adversary(objective.criterion)
+        self.generator, self.critic, self.adversary = (
+            objective.generator(),
+            make_critic(3 + objective.channels, objective.critic_width),
+            _Adversary(objective.criterion),
+        )
         self.l1 = objective.l1
 
     def forward(self, primary, privileged):
         x, y, fake = _signed(primary), _signed(privileged), _answer(self.generator(primary))
-        l1, convince = (fake - y).abs().mean(), self.adversary.convince(self.critic, torch.cat([x, fake], 1))
+        l1, convince = (
+            (fake - y).abs().mean(),
+            self.adversary.convince(self.critic, torch.cat([x, fake], 1)),
+        )
         critic = self.adversary.tell(self.critic, torch.cat([x, y], 1), torch.cat([x, fake], 1))
-        return self.l1*l1 + convince + critic, {"l1": l1.detach(), "convince": convince.detach(), "critic": critic.detach()}
+        return self.l1 * l1 + convince + critic, {
+            "l1": l1.detach(),
+            "convince": convince.detach(),
+            "critic": critic.detach(),
+        }
 
 # %% ../../nbs/pairs/objectives.ipynb #5075896a
 class ImagePool(nn.Module):
-    "Earlier answers: half of the time one of them is given in place of the new one (Shrivastava et al., 2017)."
+    """Earlier answers: half of the time one of them is given in place of the new one (Shrivastava
+    et al., 2017)."""
     def __init__(self,
         size:int=50, # Images kept; 0 gives the new ones only
         shape:tuple=(3, 64, 64), # Of an image
@@ -210,7 +274,11 @@ class ImagePool(nn.Module):
     )->Tensor: # `(B, C, H, W)`, without history
         "What the critic is shown."
         if not self.size: return fresh.detach()
-        if fresh.shape[1:] != self.images.shape[1:]: raise ValueError(f"images of shape {tuple(fresh.shape[1:])} arrived for a pool of {tuple(self.images.shape[1:])}: give the objective the crop that is trained on.")
+        if fresh.shape[1:] != self.images.shape[1:]:
+            raise ValueError(
+                f"images of shape {tuple(fresh.shape[1:])} arrived for a pool of "
+                f"{tuple(self.images.shape[1:])}: give the objective the crop that is trained on."
+            )
         out, fresh, swap = [], fresh.detach().to(self.images.dtype), torch.rand(len(fresh)).tolist()
         for image, chance in zip(fresh, swap):
             if self.filled < self.size:
@@ -224,10 +292,14 @@ class ImagePool(nn.Module):
         return torch.stack(out)
 
 class _Shown(nn.Module):
-    "Masks as images that a network takes, and with soft rims, so that a critic cannot tell a mask by its being exactly 0 or 1"
+    """Masks as images that a network takes, and with soft rims, so that a critic cannot tell a mask
+    by its being exactly 0 or 1"""
     def __init__(self, objective):
         super().__init__()
-        if not 0 <= objective.soft < .5: raise ValueError(f"soft={objective.soft} arrived; expected 0 or more and below 0.5, for example 0.1.")
+        if not 0 <= objective.soft < 0.5:
+            raise ValueError(
+                f"soft={objective.soft} arrived; expected 0 or more and below 0.5, for example 0.1."
+            )
         self.mask, self.dark, self.soft = objective.kind == "mask", objective.dark, objective.soft
 
     def forward(self, image): return _rgb(1 - image if self.mask and self.dark else image)
@@ -238,8 +310,10 @@ class _Shown(nn.Module):
         return self.soft + (1 - 2*self.soft)*blurred
 
 class CycleGAN(Objective):
-    "The cycle-consistent adversarial objective of Zhu et al. (2017), for two sets that are not paired."
-    paired, recolour = False, .15           # strong recolouring would have to be undone on the way back
+    """The cycle-consistent adversarial objective of Zhu et al. (2017), for two sets that are not
+    paired."""
+    # strong recolouring would have to be undone on the way back
+    paired, recolour = False, .15
     def __init__(self,
         kind:str="mask", # "mask" or "image"
         width:int=16, # Channels of both generators' first convolution; published: 64
@@ -247,14 +321,28 @@ class CycleGAN(Objective):
         cycle:float=10., # Weight of there and back
         identity:float=5., # Weight of leaving alone what is of the other set already
         pool:int=50, # Earlier answers that the critics are shown, too
-        dark:bool=True, # Where networks take a mask as an image: its foreground is dark, as nuclei are in bright field; False for fluorescence
-        soft:float=.1, # A mask's 0 and 1 are shown to the critic as this and one minus this, blurred by a pixel; below 0.5. What is kept gives 0 and 1 again, see `finish`
-        criterion:str="least_squares", # Of the critics: "least_squares" as published, "bce" or "hinge"
-        critic_width:int|None=None, # Channels of the critics' first convolution; None: twice the generator's, at most 64
+        # Where networks take a mask as an image: its foreground is dark, as nuclei are in bright
+        # field; False for fluorescence
+        dark:bool=True,
+        # A mask's 0 and 1 are shown to the critic as this and one minus this, blurred by a pixel;
+        # below 0.5. What is kept gives 0 and 1 again, see `finish`
+        soft:float=.1,
+        # Of the critics: "least_squares" as published, "bce" or "hinge"
+        criterion:str="least_squares",
+        # Channels of the critics' first convolution; None: twice the generator's, at most 64
+        critic_width:int|None=None,
         **options, # Other arguments of the network's builder: `blocks`
     ):
         super().__init__(kind, width, network, **options)
-        self.cycle, self.identity, self.pool, self.dark, self.soft, self.criterion, self.critic_width = cycle, identity, pool, dark, soft, criterion, critic_width or min(64, 2*width)
+        (
+            self.cycle,
+            self.identity,
+            self.pool,
+            self.dark,
+            self.soft,
+            self.criterion,
+            self.critic_width,
+        ) = cycle, identity, pool, dark, soft, criterion, critic_width or min(64, 2 * width)
 
     def model(self, crop:int=64)->nn.Module: return _CycleGAN(self, crop)
 
@@ -262,22 +350,46 @@ class _CycleGAN(nn.Module):
     def __init__(self, objective, crop):
         super().__init__()
         self.weights, c = (objective.cycle, objective.identity), objective.channels
-        self.generator, self.back = objective.generator(), NETWORKS[objective.network](objective.width, out_channels=3, **objective.options)
-        self.critic_y, self.critic_x = make_critic(c, objective.critic_width), make_critic(3, objective.critic_width)
-        self.pool_y, self.pool_x = ImagePool(objective.pool, (c, crop, crop)), ImagePool(objective.pool, (3, crop, crop))
+        self.generator, self.back = (
+            objective.generator(),
+            NETWORKS[objective.network](objective.width, out_channels=3, **objective.options),
+        )
+        self.critic_y, self.critic_x = (
+            make_critic(c, objective.critic_width),
+            make_critic(3, objective.critic_width),
+        )
+        self.pool_y, self.pool_x = (
+            ImagePool(objective.pool, (c, crop, crop)),
+            ImagePool(objective.pool, (3, crop, crop)),
+        )
         self.adversary, self.shown = _Adversary(objective.criterion), _Shown(objective)
 
     def forward(self, primary, privileged):
         privileged = self.shown.soften(privileged)
-        x, y, there, back = _signed(primary), _signed(privileged), lambda v: _answer(self.generator(v)), lambda v: _answer(self.back(v))
+        x, y, there, back = (
+            _signed(primary),
+            _signed(privileged),
+            lambda v: _answer(self.generator(v)),
+            lambda v: _answer(self.back(v)),
+        )
         fake_y, fake_x = there(primary), back(self.shown(privileged))
-        l1 = lambda a, b: (a - b).abs().mean()
+        def l1(a, b): return (a - b).abs().mean()
         cycle = l1(back(self.shown((fake_y + 1)/2)), x) + l1(there((fake_x + 1)/2), y)
-        same = l1(there(self.shown(privileged)), y) + l1(back(primary), x) if self.weights[1] else x.new_zeros(())
-        convince = self.adversary.convince(self.critic_y, fake_y) + self.adversary.convince(self.critic_x, fake_x)
-        critic = self.adversary.tell(self.critic_y, y, self.pool_y(fake_y)) + self.adversary.tell(self.critic_x, x, self.pool_x(fake_x))
+        same = (
+            l1(there(self.shown(privileged)), y) + l1(back(primary), x)
+            if self.weights[1]
+            else x.new_zeros(())
+        )
+        convince = self.adversary.convince(self.critic_y, fake_y) + self.adversary.convince(
+            self.critic_x, fake_x
+        )
+        critic = self.adversary.tell(self.critic_y, y, self.pool_y(fake_y)) + self.adversary.tell(
+            self.critic_x, x, self.pool_x(fake_x)
+        )
         terms = {"cycle": cycle, "identity": same, "convince": convince, "critic": critic}
-        return self.weights[0]*cycle + self.weights[1]*same + convince + critic, {k: v.detach() for k, v in terms.items()}
+        return self.weights[0] * cycle + self.weights[1] * same + convince + critic, {
+            k: v.detach() for k, v in terms.items()
+        }
 
 # %% ../../nbs/pairs/objectives.ipynb #6f541ed4
 def patch_nce(
@@ -285,7 +397,8 @@ def patch_nce(
     k:Tensor, # Of the same patches of the input, `(B, P, D)`, of length 1; not taught
     temperature:float=.07, # Of the softmax
 )->Tensor: # Scalar
-    "Cross-entropy of finding the own patch among the patches of the same image (Park et al., 2020, eq. 3)."
+    """Cross-entropy of finding the own patch among the patches of the same image (Park et al.,
+    2020, eq. 3)."""
     scores = torch.einsum("bpd,bqd->bpq", q.float(), k.detach().float())/temperature
     own = torch.arange(q.shape[1], device=q.device).expand(len(q), -1)
     return F.cross_entropy(scores.flatten(0, 1), own.flatten())
@@ -302,12 +415,22 @@ class CUT(Objective):
         temperature:float=.07, # Of the patchwise softmax
         dark:bool=True, # As for `CycleGAN`
         soft:float=.1, # As for `CycleGAN`
-        criterion:str="least_squares", # Of the critic: "least_squares" as published, "bce" or "hinge"
-        critic_width:int|None=None, # Channels of the critic's first convolution; None: twice the generator's, at most 64
-        **options, # Other arguments of `make_resnet`: `blocks`, `antialias` (default: yes, as published)
+        # Of the critic: "least_squares" as published, "bce" or "hinge"
+        criterion:str="least_squares",
+        # Channels of the critic's first convolution; None: twice the generator's, at most 64
+        critic_width:int|None=None,
+        # Other arguments of `make_resnet`: `blocks`, `antialias` (default: yes, as published)
+        **options,
     ):
         super().__init__(kind, width, "resnet", **{"antialias": True, **options})
-        self.nce, self.identity, self.patches, self.temperature, self.dark, self.soft = nce, identity, patches, temperature, dark, soft
+        self.nce, self.identity, self.patches, self.temperature, self.dark, self.soft = (
+            nce,
+            identity,
+            patches,
+            temperature,
+            dark,
+            soft,
+        )
         self.criterion, self.critic_width = criterion, critic_width or min(64, 2*width)
 
     def model(self, crop:int=64)->nn.Module: return _CUT(self)
@@ -315,16 +438,33 @@ class CUT(Objective):
 class _CUT(nn.Module):
     def __init__(self, objective):
         super().__init__()
-        self.generator, self.critic, self.adversary = objective.generator(), make_critic(objective.channels, objective.critic_width), _Adversary(objective.criterion)
-        self.nce, self.identity, self.patches, self.temperature, self.shown = objective.nce, objective.identity, objective.patches, objective.temperature, _Shown(objective)
+        self.generator, self.critic, self.adversary = (
+            objective.generator(),
+            make_critic(objective.channels, objective.critic_width),
+            _Adversary(objective.criterion),
+        )
+        self.nce, self.identity, self.patches, self.temperature, self.shown = (
+            objective.nce,
+            objective.identity,
+            objective.patches,
+            objective.temperature,
+            _Shown(objective),
+        )
         blocks = [i for i, m in enumerate(self.generator.model) if hasattr(m, "conv_block")]
-        halving = [i for i, m in enumerate(self.generator.model) if isinstance(m, nn.Conv2d) and 1 < i < blocks[0]]
-        self.layers = sorted({0, *halving, blocks[0], blocks[len(blocks)//2]})                 # published, with nine blocks: 0, 4, 8, 12, 16
+        halving = [
+            i
+            for i, m in enumerate(self.generator.model)
+            if isinstance(m, nn.Conv2d) and 1 < i < blocks[0]
+        ]
+        # published, with nine blocks: 0, 4, 8, 12, 16
+        self.layers = sorted({0, *halving, blocks[0], blocks[len(blocks)//2]})
         widths, c = [], 3
         for i, m in enumerate(self.generator.model[:self.layers[-1] + 1]):
             c = m.out_channels if isinstance(m, nn.Conv2d) else c
             if i in self.layers: widths.append(c)
-        self.projectors = nn.ModuleList(nn.Sequential(nn.Linear(c, 256), nn.ReLU(), nn.Linear(256, 256)) for c in widths)
+        self.projectors = nn.ModuleList(
+            nn.Sequential(nn.Linear(c, 256), nn.ReLU(), nn.Linear(256, 256)) for c in widths
+        )
 
     def _encode(self, images):
         "Feature maps of the chosen layers"
@@ -336,16 +476,34 @@ class _CUT(nn.Module):
 
     def _contrast(self, primary, answer):
         losses = []
-        for k, q, projector in zip(self._encode(primary), self._encode(self.shown((answer + 1)/2)), self.projectors):
+        for k, q, projector in zip(
+            self._encode(primary), self._encode(self.shown((answer + 1) / 2)), self.projectors
+        ):
             b, c, h, w = k.shape
-            place = torch.randperm(h*w)[:self.patches].to(k.device)
-            k, q = (F.normalize(projector(f.flatten(2)[..., place].transpose(1, 2)).float(), dim=2) for f in (k, q))
+            place = torch.randperm(h * w)[: self.patches].to(k.device)
+            k, q = (
+                F.normalize(projector(f.flatten(2)[..., place].transpose(1, 2)).float(), dim=2)
+                for f in (k, q)
+            )
             losses.append(patch_nce(q, k, self.temperature))
         return torch.stack(losses).mean()
 
     def forward(self, primary, privileged):
         privileged, fake = self.shown.soften(privileged), _answer(self.generator(primary))
         nce = self._contrast(primary, fake)
-        if self.identity: nce = .5*(nce + self._contrast(self.shown(privileged), _answer(self.generator(self.shown(privileged)))))
-        convince, critic = self.adversary.convince(self.critic, fake), self.adversary.tell(self.critic, _signed(privileged), fake)
-        return self.nce*nce + convince + critic, {"nce": nce.detach(), "convince": convince.detach(), "critic": critic.detach()}
+        if self.identity:
+            nce = 0.5 * (
+                nce
+                + self._contrast(
+                    self.shown(privileged), _answer(self.generator(self.shown(privileged)))
+                )
+            )
+        convince, critic = (
+            self.adversary.convince(self.critic, fake),
+            self.adversary.tell(self.critic, _signed(privileged), fake),
+        )
+        return self.nce * nce + convince + critic, {
+            "nce": nce.detach(),
+            "convince": convince.detach(),
+            "critic": critic.detach(),
+        }

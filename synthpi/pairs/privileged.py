@@ -44,32 +44,57 @@ def refuse_overlap(
     groups, # Groups (patients) that are used to evaluate
 )->None:
     "`ValueError` when a generator was trained on a group that is used to evaluate."
-    meet = sorted({str(g) for g in groups} & {str(g) for g in (*getattr(generator, "training_ids", ()), *(getattr(generator, "about", None) or {}).get("validation_groups", ()))})
-    if meet: raise ValueError(f"the generator was trained on, or chosen by, {len(meet)} groups that are in the validation or test split, or in none ({', '.join(meet[:5])}): its images would "
-                              "carry what it learnt there. Train it on other patients, or move these to the training split (a column `split`).")
+    meet = sorted(
+        {str(g) for g in groups}
+        & {
+            str(g)
+            for g in (
+                *getattr(generator, "training_ids", ()),
+                *(getattr(generator, "about", None) or {}).get("validation_groups", ()),
+            )
+        }
+    )
+    if meet:
+        raise ValueError(
+            f"the generator was trained on, or chosen by, {len(meet)} groups that are in the "
+            f"validation or test split, or in none ({', '.join(meet[:5])}): its images would "
+            "carry what it learnt there. Train it on other patients, or move these to the "
+            "training split (a column `split`)."
+        )
 
 def _refuse_overlap(generator, columns, read):
-    if {"group", "split"} <= set(columns): refuse_overlap(generator, [g for g, s in zip(read("group"), read("split")) if s != "train"])
+    if {"group", "split"} <= set(columns):
+        refuse_overlap(generator, [g for g, s in zip(read("group"), read("split")) if s != "train"])
 
 # %% ../../nbs/pairs/privileged.ipynb #8f6fa599
 class _Scales:
     "The scale of each tile: what goes to the manifest, and what goes to `translate`"
     def __init__(self, generator, given):
         if given not in (None, "same"):
-            if isinstance(given, str) or not 0 < given < float("inf"): raise ValueError(f"um_per_px={given!r} arrived; expected micrometres per pixel, for example 0.5 at 20x, or 'same'.")
+            if isinstance(given, str) or not 0 < given < float("inf"):
+                raise ValueError(
+                    f"um_per_px={given!r} arrived; expected micrometres per pixel, for example "
+                    "0.5 at 20x, or 'same'."
+                )
             given = float(f"{given:.6g}")
         self.generator, self.given, self.known = generator, given, {}
 
     def __call__(self, value):
-        if value is not None: value = float(f"{value:.6g}") if value == value else None         # a column has 32 bits, an argument 64
+        # a column has 32 bits, an argument 64
+        if value is not None: value = float(f"{value:.6g}") if value == value else None
         if value not in self.known: self.known[value] = self._find(value)
         return self.known[value]
 
     def _find(self, value):
         if value is not None and self.given not in (None, "same", value):
-            raise ValueError(f"um_per_px={self.given} arrived for tiles whose column um_per_px says {value:g}: give none, or correct the column.")
+            raise ValueError(
+                f"um_per_px={self.given} arrived for tiles whose column um_per_px says {value:g}: "
+                "give none, or correct the column."
+            )
         used = value if self.given is None else self.given
-        return (value or self.generator.um_per_px if used == "same" else used), check_scale(self.generator, used)
+        return (value or self.generator.um_per_px if used == "same" else used), check_scale(
+            self.generator, used
+        )
 
 def _values(ds): return ds["um_per_px"][:] if "um_per_px" in ds.column_names else [None]*len(ds)
 
@@ -79,7 +104,8 @@ def check_generator(
     um_per_px:float|str|None=None, # As for `add_privileged`
     scales:Callable|None=None, # Where the scales are remembered
 )->None:
-    "`ValueError` when a generator has seen a group that is used to evaluate, or when a scale is not known."
+    """`ValueError` when a generator has seen a group that is used to evaluate, or when a scale is
+    not known."""
     _refuse_overlap(generator, ds.column_names, lambda c: ds[c][:])
     scales = scales or _Scales(generator, um_per_px)
     for value in dict.fromkeys(_values(ds)): scales(value)
@@ -87,7 +113,8 @@ def check_generator(
 # %% ../../nbs/pairs/privileged.ipynb #e143f358
 def _content(source):
     "The bytes that a tile is known by: those of its file, or its pixels where there is no file"
-    if isinstance(source, dict): source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    if isinstance(source, dict):
+        source = source["bytes"] if source.get("bytes") is not None else source["path"]
     if isinstance(source, bytes): return source
     if isinstance(source, (str, Path)):
         if "://" not in str(source): return Path(source).read_bytes()
@@ -96,9 +123,18 @@ def _content(source):
     return f"pixels {pixels.shape}".encode() + pixels.tobytes()
 
 def _pixels(source):
-    return to_rgb(ImageFeature().decode_example({"bytes": _content(source), "path": None}) if isinstance(source, (dict, bytes, str, Path)) else source)
+    return to_rgb(
+        ImageFeature().decode_example({"bytes": _content(source), "path": None})
+        if isinstance(source, (dict, bytes, str, Path))
+        else source
+    )
 
-def _threads(): return max(2, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)//int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+def _threads():
+    return max(
+        2,
+        (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
+        // int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
 
 def _ahead(pool, f, items, n):
     "`f` of each item, in order, `n` of them under way"
@@ -109,7 +145,8 @@ def _ahead(pool, f, items, n):
     while waiting: yield waiting.popleft().result()
 
 def _batches(images, size):
-    "`(item, scale, image)` in batches of one shape and scale; no more than eight batches wait for their like"
+    """`(item, scale, image)` in batches of one shape and scale; no more than eight batches wait for
+    their like"""
     waiting = {}
     for found in images:
         kind = (found[2].shape, found[1])
@@ -118,31 +155,52 @@ def _batches(images, size):
         elif sum(map(len, waiting.values())) >= 8*size: yield waiting.pop(max(waiting, key=lambda k: len(waiting[k])))
     yield from waiting.values()
 
-_PIXELS = 2**22     # that a generator is given at once: 64 tiles of 256 pixels, so that a batch of large images does not fill the memory
+# that a generator is given at once: 64 tiles of 256 pixels, so that a batch of large images does
+# not fill the memory
+_PIXELS = 2**22
 
 def _translate(generator, images, um_per_px):
     "`(H, W, 3)` arrays to `(H, W, 1 or 3)` arrays, on the generator's device"
     module = getattr(generator, "module", None)
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), None) if isinstance(module, nn.Module) else None
+    device = (
+        next((t.device for t in (*module.parameters(), *module.buffers())), None)
+        if isinstance(module, nn.Module)
+        else None
+    )
     x = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float()/255
     at_once = max(1, _PIXELS//(x.shape[2]*x.shape[3]))
     y = torch.cat([generator.translate(part, um_per_px=um_per_px) for part in x.split(at_once)])
     if y.ndim != 4 or len(y) != len(x) or y.shape[1] not in (1, 3) or y.shape[2:] != x.shape[2:]:
-        raise ValueError(f"the generator gave shape {tuple(y.shape)} for images {tuple(x.shape)}; expected (B, 1 or 3, H, W) of the same size.")
+        raise ValueError(
+            f"the generator gave shape {tuple(y.shape)} for images {tuple(x.shape)}; expected (B, "
+            "1 or 3, H, W) of the same size."
+        )
     low, high = y.amin().item(), y.amax().item()
-    if not (-1e-3 <= low and high <= 1 + 1e-3): raise ValueError(f"the generator gave values {low:.3g} to {high:.3g}; expected [0, 1].")
+    if not (-1e-3 <= low and high <= 1 + 1e-3):
+        raise ValueError(f"the generator gave values {low:.3g} to {high:.3g}; expected [0, 1].")
     return (y.clamp(0, 1).permute(0, 2, 3, 1)*255).round().byte().cpu().numpy()
 
 # %% ../../nbs/pairs/privileged.ipynb #6ec9c150
 class _Unwritten(Exception): "An item could not be written; its cause says why"
 
 def _make(maker, jobs, n, own, finished, report):
-    "Make and write the images of `jobs`, (item, scale, tile, name); `n` of them in all processes; what is written goes to `finished` at once"
-    readers, writers, waiting, started = ThreadPoolExecutor(_threads()), ThreadPoolExecutor(_threads()), deque(), False
+    """Make and write the images of `jobs`, (item, scale, tile, name); `n` of them in all processes;
+    what is written goes to `finished` at once"""
+    readers, writers, waiting, started = (
+        ThreadPoolExecutor(_threads()),
+        ThreadPoolExecutor(_threads()),
+        deque(),
+        False,
+    )
     def read(job):
         item, scale, source, name = job
-        try: return item, scale, _pixels(source)
-        except Exception as error: raise ValueError(f"the tile {name} cannot be read ({error}): look at all of them with check_images first.") from error
+        try:
+            return item, scale, _pixels(source)
+        except Exception as error:
+            raise ValueError(
+                f"the tile {name} cannot be read ({error}): look at all of them with check_images "
+                "first."
+            ) from error
     def save(item, image, data=None):
         try: return item, publish(data or encode_item(item, image), maker.cache, item, own)
         except OSError as error: raise _Unwritten from error
@@ -164,14 +222,19 @@ def _make(maker, jobs, n, own, finished, report):
         collect(0)
     except BaseException as error:
         readers.shutdown(cancel_futures=True)
-        writers.shutdown(cancel_futures=isinstance(error, _Unwritten))            # what the generator has given is kept, if it can be
+        # what the generator has given is kept, if it can be
+        writers.shutdown(cancel_futures=isinstance(error, _Unwritten))
         for future in [w for w in waiting if not w.cancelled() and w.exception() is None]:
             item, sha = future.result()
             finished[item] = sha
         if not isinstance(error, _Unwritten): raise
         cause = error.__cause__
-        raise OSError(cause.errno, f"{cause.strerror or cause}: stopped with {len(finished)} of the {n} missing images written to {maker.cache}. They are whole and will be found: "
-                                   "make room, and repeat the same call to go on") from cause
+        raise OSError(
+            cause.errno,
+            f"{cause.strerror or cause}: stopped with {len(finished)} of the {n} missing images "
+            f"written to {maker.cache}. They are whole and will be found: "
+            "make room, and repeat the same call to go on",
+        ) from cause
     finally:
         readers.shutdown(cancel_futures=True)
         writers.shutdown()
@@ -180,19 +243,43 @@ def _make(maker, jobs, n, own, finished, report):
 class _Maker:
     "A generator, where its images go, and what is known about them"
     def __init__(self, generator, cache, um_per_px, batch_size, licence):
-        self.generator, self.key, self.cache, self.batch_size = generator, generator.key, Path(cache), batch_size
+        self.generator, self.key, self.cache, self.batch_size = (
+            generator,
+            generator.key,
+            Path(cache),
+            batch_size,
+        )
         self.scales, about = _Scales(generator, um_per_px), getattr(generator, "about", None) or {}
         seed = getattr(generator, "seed", about.get("seed"))
-        self.facts = {"generator": getattr(generator, "name", type(generator).__name__), "generator_key": self.key, "generator_um_per_px": getattr(generator, "um_per_px", None),
-                      "seed": seed, "generator_licence": getattr(generator, "licence", None), "licence": licence, "synthpi": synthpi.__version__}
+        self.facts = {
+            "generator": getattr(generator, "name", type(generator).__name__),
+            "generator_key": self.key,
+            "generator_um_per_px": getattr(generator, "um_per_px", None),
+            "seed": seed,
+            "generator_licence": getattr(generator, "licence", None),
+            "licence": licence,
+            "synthpi": synthpi.__version__,
+        }
 
     def item(self, source, value): return item_path(source, self.key, self.scales(value)[1])
 
     def row(self, name, split, source, value, item, sha, before):
         "A row of the manifest; `before` is what it said about this image"
-        row = {"primary": name, "privileged": item, "split": split, "primary_sha256": source, "sha256": sha, "um_per_px": self.scales(value)[0], **self.facts}
+        row = {
+            "primary": name,
+            "privileged": item,
+            "split": split,
+            "primary_sha256": source,
+            "sha256": sha,
+            "um_per_px": self.scales(value)[0],
+            **self.facts,
+        }
         row = {k: "" if v is None else str(v) for k, v in row.items()}
-        if before.get("sha256") == sha: row |= {"synthpi": before["synthpi"]} | {k: row[k] or before[k] for k in ("licence", "generator_licence")}       # who has made it, not who has found it
+        # who has made it, not who has found it
+        if before.get("sha256") == sha:
+            row |= {"synthpi": before["synthpi"]} | {
+                k: row[k] or before[k] for k in ("licence", "generator_licence")
+            }
         return row
 
 def _name(path, source, i):
@@ -204,24 +291,46 @@ def _name(path, source, i):
 
 # %% ../../nbs/pairs/privileged.ipynb #536bb70f
 def add_privileged(
-    ds:Dataset|IterableDataset, # Tiles with an image column `primary`; `group` and `split` are used by the overlap guard, `um_per_px` as their scale, `path` for the manifest
-    generator, # `.translate(images, um_per_px)`, `.key`, `.training_ids`, see `load_generator`; or several, by the names of their columns
-    cache:str|Path, # Folder of the images and their manifest; may hold those of other generators and other tiles
-    um_per_px:float|str|None=None, # Scale of the tiles, micrometres per pixel; "same": the generator's; None: their column `um_per_px`
+    # Tiles with an image column `primary`; `group` and `split` are used by the overlap guard,
+    # `um_per_px` as their scale, `path` for the manifest
+    ds:Dataset|IterableDataset,
+    # `.translate(images, um_per_px)`, `.key`, `.training_ids`, see `load_generator`; or several, by
+    # the names of their columns
+    generator,
+    # Folder of the images and their manifest; may hold those of other generators and other tiles
+    cache:str|Path,
+    # Scale of the tiles, micrometres per pixel; "same": the generator's; None: their column
+    # `um_per_px`
+    um_per_px:float|str|None=None,
     batch_size:int=32, # Tiles per call of the generator
-    on_tiles:Callable[[int], None]|None=None, # Called with the number of tiles that were just finished, by this process
+    # Called with the number of tiles that were just finished, by this process
+    on_tiles:Callable[[int], None]|None=None,
     *,
     column:str="privileged", # Name of the new column, for one generator
     licence:str|None=None, # Of the tiles; goes to the manifest
 )->tuple: # The data set with the new columns; and `{"n", "cache_hits", "made", "rebuilt", "generator"}`, for several generators by column. For a stream it counts while it is read
-    "Give every tile its synthetic image. `ValueError` for a generator that has seen a group that is used to evaluate, or a scale that is not known; `OSError` for a full disk. Under `accelerate launch` all processes call it."
+    """Give every tile its synthetic image. `ValueError` for a generator that has seen a group that
+    is used to evaluate, or a scale that is not known; `OSError` for a full disk. Under
+    `accelerate launch` all processes call it."""
     generators = generator if isinstance(generator, dict) else {column: generator}
-    if not generators or "primary" in generators: raise ValueError(f"generators for the columns {', '.join(generators) or '(none)'} arrived; expected at least one, and none called primary.")
+    if not generators or "primary" in generators:
+        raise ValueError(
+            f"generators for the columns {', '.join(generators) or '(none)'} arrived; expected at "
+            "least one, and none called primary."
+        )
     if batch_size < 1: raise ValueError(f"batch_size={batch_size} arrived; expected at least 1.")
-    if ds.column_names is not None and "primary" not in ds.column_names: raise ValueError(f"the tiles have the columns {', '.join(ds.column_names)}; expected an image column primary.")
+    if ds.column_names is not None and "primary" not in ds.column_names:
+        raise ValueError(
+            f"the tiles have the columns {', '.join(ds.column_names)}; expected an image column "
+            "primary."
+        )
     makers = {c: _Maker(g, cache, um_per_px, batch_size, licence) for c, g in generators.items()}
-    read_manifest(cache)                                        # a table of something else is an error before anything is made
-    stats = {c: {"n": 0, "cache_hits": 0, "made": 0, "rebuilt": 0, "generator": m.key} for c, m in makers.items()}
+    # a table of something else is an error before anything is made
+    read_manifest(cache)
+    stats = {
+        c: {"n": 0, "cache_hits": 0, "made": 0, "rebuilt": 0, "generator": m.key}
+        for c, m in makers.items()
+    }
     if isinstance(ds, IterableDataset): ds = _stream(ds, makers, stats, on_tiles)
     else:
         for m in makers.values(): check_generator(ds, m.generator, um_per_px, m.scales)
@@ -229,11 +338,25 @@ def add_privileged(
         with Processes() as processes:
             states = _survey(ds, makers.values(), values, processes)
             for k, (c, m) in enumerate(makers.items()):
-                items = _complete(ds, m, values, [source for source, _ in states], [looks[k] for _, looks in states], processes, stats[c], on_tiles)
+                items = _complete(
+                    ds,
+                    m,
+                    values,
+                    [source for source, _ in states],
+                    [looks[k] for _, looks in states],
+                    processes,
+                    stats[c],
+                    on_tiles,
+                )
                 ds = _with_images(ds, c, [m.cache/item for item in items])
     return ds, stats if isinstance(generator, dict) else stats[column]
 
-def _stored(ds): return ds.with_format(None).select_columns("primary").cast_column("primary", ImageFeature(decode=False))
+def _stored(ds):
+    return (
+        ds.with_format(None)
+        .select_columns("primary")
+        .cast_column("primary", ImageFeature(decode=False))
+    )
 
 def _survey(ds, makers, values, processes):
     "For every tile the hash of its bytes, and for every generator the state of its image"
@@ -241,32 +364,64 @@ def _survey(ds, makers, values, processes):
     def one(arrived):
         source = sha256(_content(arrived[1])).hexdigest()
         return source, [look(m.cache, m.item(source, values[arrived[0]])) for m in makers]
-    with ThreadPoolExecutor(_threads()) as pool: found = list(_ahead(pool, one, ((i, tiles[i]["primary"]) for i in mine), 64))
+    with ThreadPoolExecutor(_threads()) as pool:
+        found = list(_ahead(pool, one, ((i, tiles[i]["primary"]) for i in mine), 64))
     states = [None]*len(ds)
     for rank, part in enumerate(processes.meet(found)): states[rank::processes.n] = part
     return states
 
 def _complete(ds, maker, values, sources, looks, processes, stats, on_tiles):
     "Make what is missing, write the manifest, count; the item of every tile"
-    items, cache, tiles = [maker.item(s, v) for s, v in zip(sources, values)], maker.cache, _stored(ds)
+    items, cache, tiles = (
+        [maker.item(s, v) for s, v in zip(sources, values)],
+        maker.cache,
+        _stored(ds),
+    )
     there = {item: sha for item, (intact, sha) in zip(items, looks) if intact}
-    todo = list({item: i for i, item in enumerate(items) if item not in there}.items())          # a tile that is there twice is made once
+    # a tile that is there twice is made once
+    todo = list({item: i for i, item in enumerate(items) if item not in there}.items())
     count = Counter(items)
     report = (lambda item: on_tiles(count[item])) if on_tiles else (lambda item: None)
-    paths, splits = (ds[c][:] if c in ds.column_names else [None]*len(ds) for c in ("path", "split"))
+    paths, splits = (
+        ds[c][:] if c in ds.column_names else [None] * len(ds) for c in ("path", "split")
+    )
     def rows(made):
         before, known = {r["privileged"]: r for r in read_manifest(cache).values()}, there | made
-        return [maker.row(_name(paths[i], tiles[i]["primary"] if paths[i] is None else None, i), splits[i], sources[i], values[i], item, known[item], before.get(item, {}))
-                for i, item in enumerate(items) if item in known]
-    stats |= {"n": len(ds), "cache_hits": sum(count[i] for i in there), "rebuilt": len({item for item, (intact, _) in zip(items, looks) if intact is False})}
+        return [
+            maker.row(
+                _name(paths[i], tiles[i]["primary"] if paths[i] is None else None, i),
+                splits[i],
+                sources[i],
+                values[i],
+                item,
+                known[item],
+                before.get(item, {}),
+            )
+            for i, item in enumerate(items)
+            if item in known
+        ]
+    stats |= {
+        "n": len(ds),
+        "cache_hits": sum(count[i] for i in there),
+        "rebuilt": len({item for item, (intact, _) in zip(items, looks) if intact is False}),
+    }
     if on_tiles and processes.rank == 0: on_tiles(stats["cache_hits"])
-    stale = processes.rank == 0 and ((cache/".writing").exists() or not {(r["primary"], r["privileged"]): r for r in rows({})}.items() <= read_manifest(cache).items())
+    stale = processes.rank == 0 and (
+        (cache / ".writing").exists()
+        or not {(r["primary"], r["privileged"]): r for r in rows({})}.items()
+        <= read_manifest(cache).items()
+    )
     finished = {}
-    with writing(cache) if todo or stale else contextlib.nullcontext() as own:          # a second run writes nothing
-        jobs = ((item, maker.scales(values[i])[1], tiles[i]["primary"], _name(paths[i], None, i)) for item, i in processes.rounds(todo, 8*maker.batch_size))
+    # a second run writes nothing
+    with writing(cache) if todo or stale else contextlib.nullcontext() as own:
+        jobs = (
+            (item, maker.scales(values[i])[1], tiles[i]["primary"], _name(paths[i], None, i))
+            for item, i in processes.rounds(todo, 8 * maker.batch_size)
+        )
         try: _make(maker, jobs, len(todo), own, finished, report)
         except BaseException:
-            with contextlib.suppress(OSError): add_rows(cache, rows(finished), own)               # a full disk may have no room for it
+            # a full disk may have no room for it
+            with contextlib.suppress(OSError): add_rows(cache, rows(finished), own)
             raise
         for part in processes.meet(finished): finished |= part
         stats["made"] = len(finished)
@@ -276,13 +431,21 @@ def _complete(ds, maker, values, sources, looks, processes, stats, on_tiles):
 
 def _with_images(ds, column, paths):
     if column in ds.column_names: ds = ds.remove_columns(column)
-    return ds.add_column(column, [os.path.abspath(p) for p in paths]).cast_column(column, ImageFeature())
+    return ds.add_column(column, [os.path.abspath(p) for p in paths]).cast_column(
+        column, ImageFeature()
+    )
 
 # %% ../../nbs/pairs/privileged.ipynb #4543f101
 class _Streamed:
     "What `IterableDataset.map` calls with every batch of records"
     def __init__(self, maker, column, stats, on_tiles, open):
-        self.maker, self.column, self.stats, self.on_tiles, self.open = maker, column, stats, on_tiles, open
+        self.maker, self.column, self.stats, self.on_tiles, self.open = (
+            maker,
+            column,
+            stats,
+            on_tiles,
+            open,
+        )
         self.known = {key for key in read_manifest(maker.cache)}
 
     def __call__(self, batch):
@@ -300,14 +463,54 @@ class _Streamed:
         new = [i for i in range(n) if items[i] in todo or (names[i], items[i]) not in self.known]
         if new:
             with writing(maker.cache) as own:
-                try: _make(maker, ((item, maker.scales(values[i])[1], sources[i], names[i]) for item, i in todo.items()), len(todo), own, finished, lambda item: None)
+                try:
+                    _make(
+                        maker,
+                        (
+                            (item, maker.scales(values[i])[1], sources[i], names[i])
+                            for item, i in todo.items()
+                        ),
+                        len(todo),
+                        own,
+                        finished,
+                        lambda item: None,
+                    )
                 finally:
                     known = there | finished
-                    append_rows(maker.cache, [maker.row(names[i], splits[i], hashes[i], values[i], items[i], known[items[i]], {}) for i in new if items[i] in known], own)
+                    append_rows(
+                        maker.cache,
+                        [
+                            maker.row(
+                                names[i],
+                                splits[i],
+                                hashes[i],
+                                values[i],
+                                items[i],
+                                known[items[i]],
+                                {},
+                            )
+                            for i in new
+                            if items[i] in known
+                        ],
+                        own,
+                    )
             self.known |= {(names[i], items[i]) for i in new}
-        for k, v in {"n": n, "cache_hits": sum(item in there for item in items), "made": len(finished), "rebuilt": sum(intact is False for intact, _ in looks.values())}.items(): self.stats[k] += v
+        for k, v in {
+            "n": n,
+            "cache_hits": sum(item in there for item in items),
+            "made": len(finished),
+            "rebuilt": sum(intact is False for intact, _ in looks.values()),
+        }.items():
+            self.stats[k] += v
         if self.on_tiles: self.on_tiles(n)
-        return {self.column: [_opened(maker.cache/item) if self.open else {"path": str(maker.cache/item), "bytes": None} for item in items]}
+        return {
+            self.column: [
+                _opened(maker.cache / item)
+                if self.open
+                else {"path": str(maker.cache / item), "bytes": None}
+                for item in items
+            ]
+        }
 
 def _opened(path):
     with Image.open(path) as image: return image.copy()
@@ -318,41 +521,100 @@ def _stream(ds, makers, stats, on_tiles):
         if "um_per_px" not in features:
             for m in makers.values(): m.scales(None)
         for c, f in [*features.items()]:
-            if isinstance(f, ImageFeature): ds = ds.cast_column(c, ImageFeature(decode=False))              # the bytes, not the pixels, are what a tile is known by
+            # the bytes, not the pixels, are what a tile is known by
+            if isinstance(f, ImageFeature): ds = ds.cast_column(c, ImageFeature(decode=False))
         features = Features({**features, **dict.fromkeys(makers, ImageFeature())})
-    for c, m in makers.items(): ds = ds.map(_Streamed(m, c, stats[c], on_tiles, features is None), batched=True, batch_size=m.batch_size)
+    for c, m in makers.items():
+        ds = ds.map(
+            _Streamed(m, c, stats[c], on_tiles, features is None),
+            batched=True,
+            batch_size=m.batch_size,
+        )
     return ds if features is None else ds.cast(features)
 
 # %% ../../nbs/pairs/privileged.ipynb #677629ed
 def cached_privileged(
     ds:Dataset, # Tiles with an image column `primary`
     cache:str|Path, # Folder that `add_privileged` has filled from the same tiles
-    column:str="privileged", # Name of the new column; several caches, or generators, make several columns
-    generator_key:str|None=None, # Whose images; needed when those of several generators are in the cache
-    um_per_px:float|None=None, # Scale of the tiles; needed when a tile has images at several, and no column `um_per_px`
+    # Name of the new column; several caches, or generators, make several columns
+    column:str="privileged",
+    # Whose images; needed when those of several generators are in the cache
+    generator_key:str|None=None,
+    # Scale of the tiles; needed when a tile has images at several, and no column `um_per_px`
+    um_per_px:float|None=None,
 )->Dataset: # `ds` with the column
-    "The synthetic images of a cache. `ValueError` when a tile has none, one that is damaged, or several that could be meant."
+    """The synthetic images of a cache. `ValueError` when a tile has none, one that is damaged, or
+    several that could be meant."""
     cache = Path(cache)
     if not (cache/"manifest.csv").is_file():
-        raise FileNotFoundError(f"there is no {cache/'manifest.csv'}; expected a folder that add_privileged has filled, to the end: a run that was stopped goes on when it is repeated.")
+        raise FileNotFoundError(
+            f"there is no {cache / 'manifest.csv'}; expected a folder that add_privileged has "
+            "filled, to the end: a run that was stopped goes on when it is repeated."
+        )
     rows = read_manifest(cache).values()
-    if not rows: raise ValueError(f"{cache/'manifest.csv'} lists no images with checksums; expected a manifest of this version's add_privileged: make them with it.")
+    if not rows:
+        raise ValueError(
+            f"{cache / 'manifest.csv'} lists no images with checksums; expected a manifest of "
+            "this version's add_privileged: make them with it."
+        )
     names = {row["generator_key"]: row["generator"] for row in rows}
     if generator_key is None and len(names) > 1:
-        raise ValueError(f"{cache} holds images of {len(names)} generators: give generator_key, one of " + ", ".join(f"{k!r} ({v})" for k, v in names.items()) + ".")
+        raise ValueError(
+            f"{cache} holds images of {len(names)} generators: give generator_key, one of "
+            + ", ".join(f"{k!r} ({v})" for k, v in names.items())
+            + "."
+        )
     key = generator_key or next(iter(names))
-    if key not in names: raise ValueError(f"generator_key={key!r} arrived, and {cache} holds images of " + ", ".join(f"{k!r} ({v})" for k, v in names.items()) + ": give one of these keys.")
-    scales = [None, *sorted({float(row["um_per_px"]) for row in rows if row["generator_key"] == key and row["um_per_px"]})]
-    tiles, values = _stored(ds), _values(ds) if "um_per_px" in ds.column_names else [um_per_px]*len(ds)
+    if key not in names:
+        raise ValueError(
+            f"generator_key={key!r} arrived, and {cache} holds images of "
+            + ", ".join(f"{k!r} ({v})" for k, v in names.items())
+            + ": give one of these keys."
+        )
+    scales = [
+        None,
+        *sorted(
+            {
+                float(row["um_per_px"])
+                for row in rows
+                if row["generator_key"] == key and row["um_per_px"]
+            }
+        ),
+    ]
+    tiles, values = (
+        _stored(ds),
+        _values(ds) if "um_per_px" in ds.column_names else [um_per_px] * len(ds),
+    )
     def one(arrived):
         i, source = arrived
         content = sha256(_content(source)).hexdigest()
         asked = scales if values[i] is None else [float(f"{values[i]:.6g}"), None]
-        found = [(item, intact, scale) for scale in asked for item in [item_path(content, key, scale)] for intact in [look(cache, item)[0]] if intact is not None]
-        if values[i] is None and len(found) > 1: raise ValueError(f"{cache} holds images of the tile {_name(paths[i], source, i)} at several scales ({', '.join('the same as the generator' if s is None else f'{s:g}' for *_, s in found)}): give um_per_px.")
+        found = [
+            (item, intact, scale)
+            for scale in asked
+            for item in [item_path(content, key, scale)]
+            for intact in [look(cache, item)[0]]
+            if intact is not None
+        ]
+        if values[i] is None and len(found) > 1:
+            raise ValueError(
+                f"{cache} holds images of the tile {_name(paths[i], source, i)} at several scales "
+                f"({', '.join('the same as the generator' if s is None else f'{s:g}' for *_, s in found)}): "
+                "give um_per_px."
+            )
         return (*found[0][:2], None) if found else (None, None, _name(paths[i], source, i))
     paths = ds["path"][:] if "path" in ds.column_names else [None]*len(ds)
-    with ThreadPoolExecutor(_threads()) as pool: found = list(_ahead(pool, one, ((i, tiles[i]["primary"]) for i in range(len(ds))), 64))
-    if bad := [f"{name or _name(paths[i], tiles[i]['primary'], i)} ({'none' if intact is None else 'damaged'})" for i, (_, intact, name) in enumerate(found) if not intact]:
-        raise ValueError(f"{len(bad)} of {len(ds)} tiles have no intact image in {cache}: {', '.join(bad[:5])}. Make them with add_privileged, from these very files and with the same generator.")
+    with ThreadPoolExecutor(_threads()) as pool:
+        found = list(_ahead(pool, one, ((i, tiles[i]["primary"]) for i in range(len(ds))), 64))
+    if bad := [
+        f"{name or _name(paths[i], tiles[i]['primary'], i)} "
+        f"({'none' if intact is None else 'damaged'})"
+        for i, (_, intact, name) in enumerate(found)
+        if not intact
+    ]:
+        raise ValueError(
+            f"{len(bad)} of {len(ds)} tiles have no intact image in {cache}: "
+            f"{', '.join(bad[:5])}. Make them with add_privileged, from these very files and with "
+            "the same generator."
+        )
     return _with_images(ds, column, [cache/item for item, *_ in found])

@@ -36,28 +36,69 @@ from synthpi.pairs.measures import (
 )
 
 # %% ../../nbs/pairs/quality.ipynb #0f4d4ed1
-MEASURES = {            # name: (1 higher is better, -1 lower; what it says)
-    "ssim": (1, "structural similarity to the true image, Gaussian window of 1.5 px (Wang et al. 2004); -1 to 1"),
-    "psnr": (1, "peak signal-to-noise ratio to the true image, decibels, at most 60 (equal 8-bit images)"),
+MEASURES = {  # name: (1 higher is better, -1 lower; what it says)
+    "ssim": (
+        1,
+        "structural similarity to the true image, Gaussian window of 1.5 px (Wang et al. 2004); "
+        "-1 to 1",
+    ),
+    "psnr": (
+        1,
+        "peak signal-to-noise ratio to the true image, decibels, at most 60 (equal 8-bit images)",
+    ),
     "l1": (-1, "mean absolute difference to the true image; 0 to 1"),
-    "dice": (1, "overlap of synthetic and true mask at 0.5, 2|A and B|/(|A|+|B|); 0 to 1; pairs with two empty masks do not count"),
-    "kid": (-1, "distance of the set of synthetic images from that of the true ones (Binkowski et al. 2018); 0 is the same; blind to shuffling"),
-    "edges": (1, "correlation of gradient magnitudes with the primary image, 2 px forgiven; -1 to 1; blind to inversion"),
-    "nuclear_stain": (1, "correlation of haematoxylin in the primary image with what marks nuclei in the synthetic one; -1 to 1; negative is inverted"),
-    "nuclei_rank": (1, "rank correlation over the pairs of nuclei counted in haematoxylin and in the synthetic image; -1 to 1, 0 when all counts are equal"),
+    "dice": (
+        1,
+        "overlap of synthetic and true mask at 0.5, 2|A and B|/(|A|+|B|); 0 to 1; pairs with two "
+        "empty masks do not count",
+    ),
+    "kid": (
+        -1,
+        "distance of the set of synthetic images from that of the true ones (Binkowski et al. "
+        "2018); 0 is the same; blind to shuffling",
+    ),
+    "edges": (
+        1,
+        "correlation of gradient magnitudes with the primary image, 2 px forgiven; -1 to 1; blind "
+        "to inversion",
+    ),
+    "nuclear_stain": (
+        1,
+        "correlation of haematoxylin in the primary image with what marks nuclei in the synthetic "
+        "one; -1 to 1; negative is inverted",
+    ),
+    "nuclei_rank": (
+        1,
+        "rank correlation over the pairs of nuclei counted in haematoxylin and in the synthetic "
+        "image; -1 to 1, 0 when all counts are equal",
+    ),
     "nuclei_difference": (-1, "difference of the two counts over the larger one; 0 to 1"),
-    "diversity": (1, "mean distance between two synthetic images over that between their primary ones, at 16 x 16; 0 is collapse to one image"),
+    "diversity": (
+        1,
+        "mean distance between two synthetic images over that between their primary ones, at 16 x "
+        "16; 0 is collapse to one image",
+    ),
     "saturation": (-1, "share of pixels clipped to 0 or 255 in some channel; 0 to 1"),
     "undecided": (-1, "share of pixels of a mask between 0.25 and 0.75; 0 to 1"),
-    "checkerboard": (-1, "log10 of the power at periods of 2 and 4 px over its neighbours (Odena et al. 2016); about 0 without a pattern; JPEG raises it"),
-    "seam": (-1, "excess of the steps at tile borders over those around them, grey levels of [0, 1]; 0 is seamless"),
+    "checkerboard": (
+        -1,
+        "log10 of the power at periods of 2 and 4 px over its neighbours (Odena et al. 2016); "
+        "about 0 without a pattern; JPEG raises it",
+    ),
+    "seam": (
+        -1,
+        "excess of the steps at tile borders over those around them, grey levels of [0, 1]; 0 is "
+        "seamless",
+    ),
 }
 
 @dataclass
 class Quality:
     "What `pair_quality` found."
     table:pd.DataFrame # One row per measure: mean, low, high (95 %), n, better, says
-    scores:pd.DataFrame # One row per pair: its number in the data set, its group, and every measure that a pair has by itself
+    # One row per pair: its number in the data set, its group, and every measure that a pair has by
+    # itself
+    scores:pd.DataFrame
     kind:str # "image" or "mask"
     features:str # Where the features of KID came from
     notes:list[str] = field(default_factory=list) # What a reader of the table has to know
@@ -67,45 +108,104 @@ class Quality:
         "Whether outputs differ far less than inputs: the upper end of the diversity below 0.1."
         return bool("diversity" in self.table.index and self.table.loc["diversity", "high"] < .1)
 
-    def record(self)->dict: # Kind, features, notes, number of pairs, whether collapsed; and `measures`: mean, ci, n, better
+    # Kind, features, notes, number of pairs, whether collapsed; and `measures`: mean, ci, n, better
+    def record(self)->dict:
         "What a results file keeps, ready for JSON."
-        number = lambda x: float(x) if np.isfinite(x) else None
-        measures = {m: {"mean": number(r["mean"]), "ci": [number(r["low"]), number(r["high"])], "n": int(r["n"]), "better": r["better"]} for m, r in self.table.iterrows()}
-        return {"kind": self.kind, "features": self.features, "pairs": len(self.scores), "groups": self.scores["group"].nunique(), "collapsed": self.collapsed, "notes": list(self.notes), "measures": measures}
+        def number(x): return float(x) if np.isfinite(x) else None
+        measures = {
+            m: {
+                "mean": number(r["mean"]),
+                "ci": [number(r["low"]), number(r["high"])],
+                "n": int(r["n"]),
+                "better": r["better"],
+            }
+            for m, r in self.table.iterrows()
+        }
+        return {
+            "kind": self.kind,
+            "features": self.features,
+            "pairs": len(self.scores),
+            "groups": self.scores["group"].nunique(),
+            "collapsed": self.collapsed,
+            "notes": list(self.notes),
+            "measures": measures,
+        }
 
-    def __str__(self): return "\n".join([self.table.drop(columns="says").to_string(float_format="{:.3f}".format), *self.notes])
+    def __str__(self):
+        return "\n".join(
+            [self.table.drop(columns="says").to_string(float_format="{:.3f}".format), *self.notes]
+        )
     __repr__ = __str__
-    def _repr_html_(self): return self.table.to_html(float_format="{:.3f}".format) + "".join(f"<p>{note}</p>" for note in self.notes)
+    def _repr_html_(self):
+        return self.table.to_html(float_format="{:.3f}".format) + "".join(
+            f"<p>{note}</p>" for note in self.notes
+        )
 
 def _column(pairs, name, what):
     if hasattr(pairs, "column_names"):
-        if name not in pairs.column_names: raise ValueError(f"the pairs have no column {name!r} ({what}) but {', '.join(pairs.column_names)}; expected records with `primary` and `privileged`.")
+        if name not in pairs.column_names:
+            raise ValueError(
+                f"the pairs have no column {name!r} ({what}) but {', '.join(pairs.column_names)}; "
+                "expected records with `primary` and `privileged`."
+            )
         alone = pairs.select_columns([name])            # the other images are not decoded
         return lambda i: alone[i][name]
     lonely = [i for i, record in enumerate(pairs) if name not in record]
-    if lonely: raise ValueError(f"{len(lonely)} of {len(pairs)} pairs have no {name!r} ({what}), the first is pair {lonely[0]}; expected records with `primary` and `privileged`.")
+    if lonely:
+        raise ValueError(
+            f"{len(lonely)} of {len(pairs)} pairs have no {name!r} ({what}), the first is pair "
+            f"{lonely[0]}; expected records with `primary` and `privileged`."
+        )
     return lambda i: pairs[i][name]
 
 def _kind(images):
     "mask: grey, and at most a tenth of the pixels far from black and white"
     grey = all((x == x[..., :1]).all() for x in images)
-    return "mask" if grey and np.mean([((x > 51) & (x < 204)).mean() for x in images]) < .1 else "image"
+    return (
+        "mask"
+        if grey and np.mean([((x > 51) & (x < 204)).mean() for x in images]) < 0.1
+        else "image"
+    )
 
 def _scores_of(primary, synthetic, true, kind, um_per_px, seam):
     "The measures that a pair has by itself"
     s = {"edges": edge_agreement(primary, synthetic), "checkerboard": checkerboard_score(synthetic)}
-    density = [gaussian_filter(nuclear_density(primary), 1), gaussian_filter(nuclear_density(synthetic, kind), 1)]
+    density = [
+        gaussian_filter(nuclear_density(primary), 1),
+        gaussian_filter(nuclear_density(synthetic, kind), 1),
+    ]
     s["nuclear_stain"] = _correlation(*density)
     if um_per_px:
-        s["nuclei_primary"], s["nuclei_synthetic"] = count_nuclei(density[0], um_per_px), count_nuclei(density[1], um_per_px, .5 if kind == "mask" else None)
-        s["nuclei_difference"] = abs(s["nuclei_primary"] - s["nuclei_synthetic"])/max(s["nuclei_primary"], s["nuclei_synthetic"], 1)
-    if kind == "image": s["saturation"] = float(((synthetic == 0) | (synthetic == 255)).any(2).mean())
-    else: s["undecided"] = float(((synthetic > 63.75) & (synthetic < 191.25)).mean())
+        s["nuclei_primary"], s["nuclei_synthetic"] = (
+            count_nuclei(density[0], um_per_px),
+            count_nuclei(density[1], um_per_px, 0.5 if kind == "mask" else None),
+        )
+        s["nuclei_difference"] = abs(s["nuclei_primary"] - s["nuclei_synthetic"]) / max(
+            s["nuclei_primary"], s["nuclei_synthetic"], 1
+        )
+    if kind == "image":
+        s["saturation"] = float(((synthetic == 0) | (synthetic == 255)).any(2).mean())
+    else:
+        s["undecided"] = float(((synthetic > 63.75) & (synthetic < 191.25)).mean())
     if seam: s["seam"] = seam_score(synthetic, *seam)
     if true is None: return s
     a, b = _unit(true), _unit(synthetic)
-    s["ssim"] = float(structural_similarity(a, b, data_range=1., channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
-    s["psnr"] = 60. if ((a - b)**2).mean() < 1e-6 else float(peak_signal_noise_ratio(a, b, data_range=1.))
+    s["ssim"] = float(
+        structural_similarity(
+            a,
+            b,
+            data_range=1.0,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
+    s["psnr"] = (
+        60.0
+        if ((a - b) ** 2).mean() < 1e-6
+        else float(peak_signal_noise_ratio(a, b, data_range=1.0))
+    )
     s["l1"] = float(np.abs(a - b).mean())
     if kind == "mask":
         a, b = a[..., 0] > .5, b[..., 0] > .5
@@ -113,7 +213,14 @@ def _scores_of(primary, synthetic, true, kind, um_per_px, seam):
     return s
 
 # %% ../../nbs/pairs/quality.ipynb #66b020fd
-def _lowres(image): return F.interpolate(torch.from_numpy(_unit(image)).permute(2, 0, 1)[None], size=(16, 16), mode="area").flatten().numpy()
+def _lowres(image):
+    return (
+        F.interpolate(
+            torch.from_numpy(_unit(image)).permute(2, 0, 1)[None], size=(16, 16), mode="area"
+        )
+        .flatten()
+        .numpy()
+    )
 
 def _draws(groups, n_boot, seed):
     "(1 + n_boot, N): how often each pair is drawn; the first row is one of each"
@@ -124,7 +231,8 @@ def _draws(groups, n_boot, seed):
 
 def _weighted_mean(w, x):
     keep = np.isfinite(x)
-    with np.errstate(invalid="ignore", divide="ignore"): return (w[:, keep] @ x[keep])/w[:, keep].sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (w[:, keep] @ x[keep]) / w[:, keep].sum(1)
 
 def _weighted_correlation(w, a, b):
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -135,7 +243,8 @@ def _weighted_correlation(w, a, b):
 def _mean_distance(w, x):
     d = np.sqrt(np.maximum((x*x).sum(1)[:, None] + (x*x).sum(1) - 2*x @ x.T, 0)/x.shape[1])
     np.fill_diagonal(d, 0)
-    with np.errstate(invalid="ignore", divide="ignore"): return ((w @ d)*w).sum(1)/(w.sum(1)**2 - (w*w).sum(1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ((w @ d) * w).sum(1) / (w.sum(1) ** 2 - (w * w).sum(1))
 
 def _kid_range(h, h_true, groups, n_subsets, seed):
     "KID of all, and of random halves of the groups"
@@ -143,73 +252,179 @@ def _kid_range(h, h_true, groups, n_subsets, seed):
     if len(names) < 2: groups = names = np.arange(len(h)).astype(str)
     values = [kid(h, h_true, groups)]
     for _ in range(n_subsets if len(names) >= 4 else 0):
-        keep = np.isin(np.asarray(groups).astype(str), rng.choice(names, len(names)//2, replace=False))
+        keep = np.isin(
+            np.asarray(groups).astype(str), rng.choice(names, len(names) // 2, replace=False)
+        )
         values.append(kid(h[keep], h_true[keep], np.asarray(groups)[keep]))
     return np.array(values)
 
 def pair_quality(
-    pairs, # Hugging Face Dataset or sequence of records with images `primary` and `privileged`, of one size within a pair
-    true:str|Sequence|None=None, # Column, or sequence, of the true second images; None when there are none
-    encoder:nn.Module|Callable|None=None, # Features of KID, (B, 3, H, W) in [0, 1] to (B, R); None for the `PhantomEncoder` that ships with synthpi
+    # Hugging Face Dataset or sequence of records with images `primary` and `privileged`, of one
+    # size within a pair
+    pairs,
+    # Column, or sequence, of the true second images; None when there are none
+    true:str|Sequence|None=None,
+    # Features of KID, (B, 3, H, W) in [0, 1] to (B, R); None for the `PhantomEncoder` that ships
+    # with synthpi
+    encoder:nn.Module|Callable|None=None,
     kind:str|None=None, # "image" or "mask"; None looks at the synthetic images
-    groups:Sequence|None=None, # Patient of each pair; None takes the column `group` where there is one
+    # Patient of each pair; None takes the column `group` where there is one
+    groups:Sequence|None=None,
     um_per_px:float|None=None, # Micrometres per pixel; None: nuclei are not counted
-    seam:tuple[int, ...]|None=None, # `(period, offset)` of tile borders in the synthetic images, see `seam_score`
+    # `(period, offset)` of tile borders in the synthetic images, see `seam_score`
+    seam:tuple[int, ...]|None=None,
     most:int|None=1000, # Pairs that are judged, drawn by `seed`; None for all
     n_boot:int=1000, # Bootstrap draws
     seed:int=0, # Of the draws
 )->Quality: # Table, scores of pairs, notes
     "How good synthetic second images are, with intervals."
     if not (n := len(pairs)): raise ValueError("0 pairs arrived; expected at least two.")
-    if um_per_px is not None and not 0 < um_per_px < np.inf: raise ValueError(f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x, or None.")
-    if n < 2: raise ValueError("1 pair arrived; expected at least two: diversity and intervals need a set.")
-    if kind not in (None, "image", "mask"): raise ValueError(f"kind={kind!r} arrived; expected 'image', 'mask' or None.")
-    get = {"primary": _column(pairs, "primary", "the image that is known"), "privileged": _column(pairs, "privileged", "the synthetic image")}
+    if um_per_px is not None and not 0 < um_per_px < np.inf:
+        raise ValueError(
+            f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at "
+            "20x, or None."
+        )
+    if n < 2:
+        raise ValueError(
+            "1 pair arrived; expected at least two: diversity and intervals need a set."
+        )
+    if kind not in (None, "image", "mask"):
+        raise ValueError(f"kind={kind!r} arrived; expected 'image', 'mask' or None.")
+    get = {
+        "primary": _column(pairs, "primary", "the image that is known"),
+        "privileged": _column(pairs, "privileged", "the synthetic image"),
+    }
     if isinstance(true, str): get["true"] = _column(pairs, true, "the true image")
     elif true is not None: get["true"] = true.__getitem__
-    grouped = groups is not None or ("group" in pairs.column_names if hasattr(pairs, "column_names") else all("group" in r for r in pairs))
-    if grouped and groups is None: groups = pairs["group"][:] if hasattr(pairs, "column_names") else [r["group"] for r in pairs]
+    grouped = groups is not None or (
+        "group" in pairs.column_names
+        if hasattr(pairs, "column_names")
+        else all("group" in r for r in pairs)
+    )
+    if grouped and groups is None:
+        groups = (
+            pairs["group"][:] if hasattr(pairs, "column_names") else [r["group"] for r in pairs]
+        )
     for what, x in (("groups", groups), ("true images", None if isinstance(true, str) else true)):
-        if x is not None and len(x) != n: raise ValueError(f"{len(x)} {what} arrived for {n} pairs; expected one for each.")
-    index = np.arange(n) if most is None or n <= most else np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
+        if x is not None and len(x) != n:
+            raise ValueError(f"{len(x)} {what} arrived for {n} pairs; expected one for each.")
+    index = (
+        np.arange(n)
+        if most is None or n <= most
+        else np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
+    )
     images = {name: [to_rgb(f(int(i))) for i in index] for name, f in get.items()}
     for row, i in enumerate(index):
         shapes = {name: x[row].shape[:2] for name, x in images.items()}
-        if len(set(shapes.values())) > 1: raise ValueError(f"the images of pair {i} have sizes {shapes}; expected one size: pixels are compared with pixels.")
-        if min(shapes["primary"]) < 32: raise ValueError(f"pair {i} has {shapes['primary']} pixels; expected at least 32 on a side.")
-    inferred, groups = kind is None, [groups[int(i)] for i in index] if grouped else list(range(len(index)))
+        if len(set(shapes.values())) > 1:
+            raise ValueError(
+                f"the images of pair {i} have sizes {shapes}; expected one size: pixels are "
+                "compared with pixels."
+            )
+        if min(shapes["primary"]) < 32:
+            raise ValueError(
+                f"pair {i} has {shapes['primary']} pixels; expected at least 32 on a side."
+            )
+    inferred, groups = (
+        kind is None,
+        [groups[int(i)] for i in index] if grouped else list(range(len(index))),
+    )
     if kind is None: kind = _kind(images["privileged"])
-    scores = pd.DataFrame([_scores_of(*row, kind, um_per_px, seam) for row in zip(images["primary"], images["privileged"], images.get("true", [None]*len(index)))])
-    scores.insert(0, "group", groups); scores.insert(0, "pair", index)
+    scores = pd.DataFrame(
+        [
+            _scores_of(*row, kind, um_per_px, seam)
+            for row in zip(
+                images["primary"], images["privileged"], images.get("true", [None] * len(index))
+            )
+        ]
+    )
+    scores.insert(0, "group", groups)
+    scores.insert(0, "pair", index)
 
     w, values = _draws(groups, n_boot, seed), {name: None for name in MEASURES}
     for name in MEASURES:
         if name in scores: values[name] = _weighted_mean(w, scores[name].to_numpy(float))
-    if um_per_px: values["nuclei_rank"] = np.nan_to_num(_weighted_correlation(w, *(rankdata(scores[c]) for c in ("nuclei_primary", "nuclei_synthetic"))))     # counts that are all equal follow nothing
+    # counts that are all equal follow nothing
+    if um_per_px:
+        values["nuclei_rank"] = np.nan_to_num(
+            _weighted_correlation(
+                w, *(rankdata(scores[c]) for c in ("nuclei_primary", "nuclei_synthetic"))
+            )
+        )
     lows = [np.stack([_lowres(x) for x in images[side]]) for side in ("privileged", "primary")]
-    if (spread := _mean_distance(w, lows[1]))[0] > 1e-3: values["diversity"] = _mean_distance(w, lows[0])/spread
+    if (spread := _mean_distance(w, lows[1]))[0] > 1e-3:
+        values["diversity"] = _mean_distance(w, lows[0]) / spread
     features = "not computed"
     if true is not None:
         extractor = encoder if encoder is not None else PhantomEncoder()
-        features = f"the given encoder ({type(encoder).__name__})" if encoder is not None else "the PhantomEncoder of synthpi, trained on simulated tissue only: weak, and not comparable with the KID of any paper"
-        values["kid"] = _kid_range(*(embed_images(extractor, images[side]) for side in ("privileged", "true")), groups, 100, seed)
+        features = (
+            f"the given encoder ({type(encoder).__name__})"
+            if encoder is not None
+            else "the PhantomEncoder of synthpi, trained on simulated tissue only: weak, and not "
+                 "comparable with the KID of any paper"
+        )
+        values["kid"] = _kid_range(
+            *(embed_images(extractor, images[side]) for side in ("privileged", "true")),
+            groups,
+            100,
+            seed,
+        )
     rows = {}
     for name, x in values.items():
         if x is None: continue
         rest = x[1:][np.isfinite(x[1:])]
-        low, high = np.percentile(rest, [2.5, 97.5]) if len(rest) and len(set(groups)) > 1 else (np.nan, np.nan)
-        rows[name] = {"mean": x[0], "low": low, "high": high, "n": int(scores[name].notna().sum()) if name in scores else len(index),
-                      "better": "higher" if MEASURES[name][0] > 0 else "lower", "says": MEASURES[name][1]}
-    notes = [f"{len(index)} of {n} pairs, kind: {kind}{' (inferred)' if inferred else ''}; 95 % intervals over {len(set(groups))} {'groups' if grouped else 'pairs, no group is known: too narrow when a patient has several'}."]
-    if not um_per_px: notes.append("Nuclei were not counted: that takes the resolution, um_per_px= (micrometres per pixel).")
-    if true is not None: notes.append(f"Features of KID: {features}; its interval is over random halves{'' if np.isfinite(rows['kid']['low']) else ', for which there are too few groups'}.")
-    result = Quality(pd.DataFrame.from_dict(rows, orient="index").rename_axis("measure"), scores, kind, features, notes)
-    if result.collapsed: notes.append("COLLAPSED: the synthetic images differ far less than their inputs.")
+        low, high = (
+            np.percentile(rest, [2.5, 97.5])
+            if len(rest) and len(set(groups)) > 1
+            else (np.nan, np.nan)
+        )
+        rows[name] = {
+            "mean": x[0],
+            "low": low,
+            "high": high,
+            "n": int(scores[name].notna().sum()) if name in scores else len(index),
+            "better": "higher" if MEASURES[name][0] > 0 else "lower",
+            "says": MEASURES[name][1],
+        }
+    notes = [
+        f"{len(index)} of {n} pairs, kind: {kind}{' (inferred)' if inferred else ''}; 95 % "
+        f"intervals over {len(set(groups))} "
+        f"{'groups' if grouped else 'pairs, no group is known: too narrow when a patient has several'}."
+    ]
+    if not um_per_px:
+        notes.append(
+            "Nuclei were not counted: that takes the resolution, um_per_px= (micrometres per "
+            "pixel)."
+        )
+    if true is not None:
+        notes.append(
+            f"Features of KID: {features}; its interval is over random "
+            f"halves{'' if np.isfinite(rows['kid']['low']) else ', for which there are too few groups'}."
+        )
+    result = Quality(
+        pd.DataFrame.from_dict(rows, orient="index").rename_axis("measure"),
+        scores,
+        kind,
+        features,
+        notes,
+    )
+    if result.collapsed:
+        notes.append("COLLAPSED: the synthetic images differ far less than their inputs.")
     notes.append("Synthetic images are training aids, not findings.")
     return result
 
 # %% ../../nbs/pairs/quality.ipynb #799dead6
-DAMAGES = ("control", "shuffled", "blurred", "shifted", "inverted", "checkerboard", "collapsed", "saturated", "seams")
+DAMAGES = (
+    "control",
+    "shuffled",
+    "blurred",
+    "shifted",
+    "inverted",
+    "checkerboard",
+    "collapsed",
+    "saturated",
+    "seams",
+)
 
 def damage(
     images:Sequence, # Images, anything `to_rgb` reads
@@ -217,11 +432,14 @@ def damage(
     seed:int=0, # Of the random ones
 )->list[np.ndarray]: # (H, W, 3) uint8 each
     "Images that are spoilt on purpose, to see whether a measure notices."
-    if how not in DAMAGES: raise ValueError(f"damage {how!r} arrived; expected one of {', '.join(DAMAGES)}.")
+    if how not in DAMAGES:
+        raise ValueError(f"damage {how!r} arrived; expected one of {', '.join(DAMAGES)}.")
     rng, images = np.random.default_rng(seed), [to_rgb(x) for x in images]
     if how == "shuffled":
         order = rng.permutation(len(images))
-        back = np.empty_like(order); back[order] = np.roll(order, 1)           # one cycle: nobody keeps the own image
+        # one cycle: nobody keeps the own image
+        back = np.empty_like(order)
+        back[order] = np.roll(order, 1)
         return [images[i] for i in back]
     if how == "collapsed": return [images[0]]*len(images)
     def one(x):
@@ -231,9 +449,14 @@ def damage(
         if how == "blurred": v = gaussian_filter(v, (3, 3, 0))
         if how == "shifted": v = np.roll(v, (h//6, w//6), (0, 1))
         if how == "inverted": v = 255 - v
-        if how == "checkerboard": v = np.abs(v - 16*(np.add.outer(np.arange(h), np.arange(w)) % 2)[..., None])
+        if how == "checkerboard":
+            v = np.abs(v - 16 * (np.add.outer(np.arange(h), np.arange(w)) % 2)[..., None])
         if how == "saturated": v = 255*(v > v.mean()) if v.std() < 1 else (v - 127.5)*4 + 127.5
-        if how == "seams": v = v*(1 - .15*(((np.arange(h)//32)[:, None] + np.arange(w)//32) % 2))[..., None]
+        if how == "seams":
+            v = (
+                v
+                * (1 - 0.15 * (((np.arange(h) // 32)[:, None] + np.arange(w) // 32) % 2))[..., None]
+            )
         return np.uint8(np.round(v).clip(0, 255))
     return [one(x) for x in images]
 
@@ -247,18 +470,48 @@ def worst_pairs(
 )->Figure: # Primary above synthetic above true; not shown
     "Gallery of the pairs with the worst value of a measure, the worst first."
     known = [m for m in MEASURES if m in quality.scores]
-    if measure not in known: raise ValueError(f"measure {measure!r} arrived; expected one that every pair has: {', '.join(known)}.")
-    worst = quality.scores.dropna(subset=measure).sort_values(measure, ascending=MEASURES[measure][0] > 0, kind="stable").head(n)
-    if n < 1 or worst.empty: raise ValueError(f"n={n} and {len(worst)} pairs with a value of {measure} arrived; expected at least one.")
+    if measure not in known:
+        raise ValueError(
+            f"measure {measure!r} arrived; expected one that every pair has: {', '.join(known)}."
+        )
+    worst = (
+        quality.scores.dropna(subset=measure)
+        .sort_values(measure, ascending=MEASURES[measure][0] > 0, kind="stable")
+        .head(n)
+    )
+    if n < 1 or worst.empty:
+        raise ValueError(
+            f"n={n} and {len(worst)} pairs with a value of {measure} arrived; expected at least "
+            "one."
+        )
     rows = ["primary", "privileged"] + ["true"]*(true is not None)
-    fig, axes = plt.subplots(len(rows), len(worst), figsize=(max(3., 1.2*len(worst)), 1.2*len(rows) + .8), squeeze=False)
+    fig, axes = plt.subplots(
+        len(rows),
+        len(worst),
+        figsize=(max(3.0, 1.2 * len(worst)), 1.2 * len(rows) + 0.8),
+        squeeze=False,
+    )
     for column, (_, score) in zip(axes.T, worst.iterrows()):
         i = int(score["pair"])
         for ax, side in zip(column, rows):
-            ax.imshow(to_rgb(pairs[i][true if side == "true" else side] if side != "true" or isinstance(true, str) else true[i]))
+            ax.imshow(
+                to_rgb(
+                    pairs[i][true if side == "true" else side]
+                    if side != "true" or isinstance(true, str)
+                    else true[i]
+                )
+            )
             ax.set(xticks=[], yticks=[])
-        column[0].set_title(f"pair {i}\n{str(score['group'])[:16]}\n{score[measure]:.3f}", fontsize=8)
-    for ax, side in zip(axes[:, 0], rows): ax.set_ylabel({"privileged": "synthetic"}.get(side, side), fontsize=8)
-    fig.suptitle(f"worst {measure} ({'higher' if MEASURES[measure][0] > 0 else 'lower'} is better)\nSynthetic images are training aids, not findings.", fontsize=8)
-    fig.tight_layout(pad=.3, rect=(0, 0, 1, .97)); plt.close(fig)
+        column[0].set_title(
+            f"pair {i}\n{str(score['group'])[:16]}\n{score[measure]:.3f}", fontsize=8
+        )
+    for ax, side in zip(axes[:, 0], rows):
+        ax.set_ylabel({"privileged": "synthetic"}.get(side, side), fontsize=8)
+    fig.suptitle(
+        f"worst {measure} ({'higher' if MEASURES[measure][0] > 0 else 'lower'} is "
+        "better)\nSynthetic images are training aids, not findings.",
+        fontsize=8,
+    )
+    fig.tight_layout(pad=0.3, rect=(0, 0, 1, 0.97))
+    plt.close(fig)
     return fig

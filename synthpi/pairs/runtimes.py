@@ -38,37 +38,78 @@ class Adapted(nn.Module):
     ):
         super().__init__()
         if network.channels not in (1, 3):
-            raise ValueError(f"the network takes {network.channels} channels; expected 1 or 3. Networks that take several images at once (the segmentation networks of DeepLIIF) need a "
-                             "function that calls the others first: give that function instead.")
-        self.inner, self.channels, (self.takes, self.gives) = network.module, network.channels, network.range
+            raise ValueError(
+                f"the network takes {network.channels} channels; expected 1 or 3. Networks that "
+                "take several images at once (the segmentation networks of DeepLIIF) need a "
+                "function that calls the others first: give that function instead."
+            )
+        self.inner, self.channels, (self.takes, self.gives) = (
+            network.module,
+            network.channels,
+            network.range,
+        )
 
     def forward(self, x): # `(B, 3, H, W)` in [0, 1] to `(B, 1 or 3, H, W)` in [0, 1]
-        if self.channels == 1: x = (x*x.new_tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True)
+        if self.channels == 1:
+            x = (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
         low, high = self.takes
         y = self.inner(low + (high - low)*x)
-        if not isinstance(y, Tensor) or y.ndim != 4 or len(y) != len(x) or y.shape[1] not in (1, 3) or y.shape[2:] != x.shape[2:]:
+        if (
+            not isinstance(y, Tensor)
+            or y.ndim != 4
+            or len(y) != len(x)
+            or y.shape[1] not in (1, 3)
+            or y.shape[2:] != x.shape[2:]
+        ):
             got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"type {type(y).__name__}"
-            raise ValueError(f"the network gave {got} for images {tuple(x.shape)}; expected (B, 1 or 3, H, W) of the same size: give multiple= (the sides that it can take), or a function around it.")
+            raise ValueError(
+                f"the network gave {got} for images {tuple(x.shape)}; expected (B, 1 or 3, H, W) "
+                "of the same size: give multiple= (the sides that it can take), or a function "
+                "around it."
+            )
         if self.gives == "logits": return y.float().sigmoid()
         low, high = self.gives
         slack = .02*(high - low)
         if not y.isfinite().all() or y.min() < low - slack or y.max() > high + slack:
-            raise ValueError(f"the network gave values {y.min():.3g} to {y.max():.3g}; expected {low:g} to {high:g}: give range=, for example range=(-1, 1) or range=((0, 1), 'logits').")
+            raise ValueError(
+                f"the network gave values {y.min():.3g} to {y.max():.3g}; expected {low:g} to "
+                f"{high:g}: give range=, for example range=(-1, 1) or range=((0, 1), 'logits')."
+            )
         return ((y.float() - low)/(high - low)).clamp(0, 1)
 
 def as_range(
-    given, # `(low, high)` for both sides, or `(taken, given)` with a pair, or "logits" for what is given
+    # `(low, high)` for both sides, or `(taken, given)` with a pair, or "logits" for what is given
+    given,
 )->tuple: # `((low, high), (low, high) or "logits")`
     "The values that a network takes and gives, from either way of writing them."
-    pair = lambda p: isinstance(p, (tuple, list)) and len(p) == 2 and all(isinstance(v, (int, float)) for v in p) and p[0] < p[1]
+    def pair(p):
+        return (
+            isinstance(p, (tuple, list))
+            and len(p) == 2
+            and all(isinstance(v, (int, float)) for v in p)
+            and p[0] < p[1]
+        )
     if pair(given): return (tuple(map(float, given)),)*2
-    if isinstance(given, (tuple, list)) and len(given) == 2 and pair(given[0]) and (given[1] == "logits" or pair(given[1])):
-        return tuple(map(float, given[0])), given[1] if given[1] == "logits" else tuple(map(float, given[1]))
-    raise ValueError(f"range={given!r} arrived; expected (low, high), ((low, high), (low, high)), or ((low, high), 'logits').")
+    if (
+        isinstance(given, (tuple, list))
+        and len(given) == 2
+        and pair(given[0])
+        and (given[1] == "logits" or pair(given[1]))
+    ):
+        return tuple(map(float, given[0])), given[1] if given[1] == "logits" else tuple(
+            map(float, given[1])
+        )
+    raise ValueError(
+        f"range={given!r} arrived; expected (low, high), ((low, high), (low, high)), or ((low, "
+        "high), 'logits')."
+    )
 
 # %% ../../nbs/pairs/runtimes.ipynb #d13e9fca
-_CONVERT = ("Convert it where the program that wrote it is installed: load it there, then write the weights alone by torch.save(network.state_dict(), 'generator.pth'), or the network as "
-            "TorchScript by torch.jit.trace(network.eval(), example).save('generator.pt').")
+_CONVERT = (
+    "Convert it where the program that wrote it is installed: load it there, then write the "
+    "weights alone by torch.save(network.state_dict(), 'generator.pth'), or the network as "
+    "TorchScript by torch.jit.trace(network.eval(), example).save('generator.pt')."
+)
 
 def file_kind(
     path:Path, # An existing file or folder
@@ -78,13 +119,23 @@ def file_kind(
     with open(path, "rb") as f: head = f.read(8)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z: names = z.namelist()
-        return "torchscript" if any("/code/" in n for n in names) and any(n.endswith("/constants.pkl") for n in names) else "torch"
-    if head[:4] == b"PK\3\4" or head[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"): return "torch"
+        return (
+            "torchscript"
+            if any("/code/" in n for n in names)
+            and any(n.endswith("/constants.pkl") for n in names)
+            else "torch"
+        )
+    if head[:4] == b"PK\3\4" or head[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"):
+        return "torch"
     if path.suffix.lower() == ".onnx": return "onnx"
     try:
         with safe_open(str(path), "pt") as f: header = f.metadata() or {}
     except (SafetensorError, OSError): return None
-    return "synthpi" if "synthpi" in header or header.get("format", "").startswith("synthpi-") else "safetensors"
+    return (
+        "synthpi"
+        if "synthpi" in header or header.get("format", "").startswith("synthpi-")
+        else "safetensors"
+    )
 
 def read_weights(
     path:Path, # A PyTorch or safetensors file
@@ -95,76 +146,182 @@ def read_weights(
         with safe_open(str(path), "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
     try: found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        reason = next((line.strip() for line in str(e).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(e).strip().splitlines()[0])
-        raise ValueError(f"{path} holds more than weights and is not opened, because a pickle can run code ({reason[:160]}). {_CONVERT}") from None
-    except Exception as e:              # the reader for weights alone stops at damage with whatever its bytes lead it to
-        raise ValueError(f"{path} is not a whole PyTorch file ({str(e).strip().splitlines()[0][:160] if str(e) else type(e).__name__}): copy or download it again.") from e
-    if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}; expected the weights of a network by name (`network.state_dict()`).")
+        reason = next(
+            (
+                line.strip()
+                for line in str(e).splitlines()
+                if "GLOBAL" in line or "Unsupported" in line
+            ),
+            str(e).strip().splitlines()[0],
+        )
+        raise ValueError(
+            f"{path} holds more than weights and is not opened, because a pickle can run code "
+            f"({reason[:160]}). {_CONVERT}"
+        ) from None
+    # the reader for weights alone stops at damage with whatever its bytes lead it to
+    except Exception as e:
+        raise ValueError(
+            f"{path} is not a whole PyTorch file "
+            f"({str(e).strip().splitlines()[0][:160] if str(e) else type(e).__name__}): copy or "
+            "download it again."
+        ) from e
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds a {type(found).__name__}; expected the weights of a network by name "
+            "(`network.state_dict()`)."
+        )
     return found
 
 # %% ../../nbs/pairs/runtimes.ipynb #b7b85c85
 def _script(path, device, **options):
-    try: module = torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as e: raise ValueError(f"{path} is not a whole TorchScript file ({str(e).strip().splitlines()[0][:160]}): copy or download it again.") from e
+    try:
+        module = torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as e:
+        raise ValueError(
+            f"{path} is not a whole TorchScript file ({str(e).strip().splitlines()[0][:160]}): "
+            "copy or download it again."
+        ) from e
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     try: known = recognise(dict(module.state_dict()), **options)
     except ValueError: known = None
     graph = module.inlined_graph
     last = next(graph.outputs()).node().kind()
-    if known and "found under" not in known.facts and last.endswith("tanh"):       # else something stands around the network, perhaps the scaling of values
-        facts = {"family": f"TorchScript of a {known.facts['family']}", **{k: v for k, v in known.facts.items() if k in ("levels", "blocks", "channels", "width")}}
-        return Network(module, facts, known.channels, known.multiple, known.least, known.range, known.assumed[:1], content=content)
+    # else something stands around the network, perhaps the scaling of values
+    if known and "found under" not in known.facts and last.endswith("tanh"):
+        facts = {
+            "family": f"TorchScript of a {known.facts['family']}",
+            **{
+                k: v
+                for k, v in known.facts.items()
+                if k in ("levels", "blocks", "channels", "width")
+            },
+        }
+        return Network(
+            module,
+            facts,
+            known.channels,
+            known.multiple,
+            known.least,
+            known.range,
+            known.assumed[:1],
+            content=content,
+        )
     weights = next((p for p in module.parameters() if p.ndim == 4), None)
     channels = weights.shape[1] if weights is not None and weights.shape[1] in (1, 3) else 3
-    return Network(module, {"family": "TorchScript", "last operation": last, "takes": f"{channels} channels"}, channels, 32, 32, _range_of(last.rpartition(":")[2]),
-                   ["sides of multiples of 32 (give multiple=)"] + ["values of [-1, 1] in, as its tanh gives out"]*last.endswith("tanh"), content=content)
+    return Network(
+        module,
+        {"family": "TorchScript", "last operation": last, "takes": f"{channels} channels"},
+        channels,
+        32,
+        32,
+        _range_of(last.rpartition(":")[2]),
+        ["sides of multiples of 32 (give multiple=)"]
+        + ["values of [-1, 1] in, as its tanh gives out"] * last.endswith("tanh"),
+        content=content,
+    )
 
 def _range_of(last): return ((-1., 1.), (-1., 1.)) if last.lower().rstrip("_") == "tanh" else None
 
 class _Onnx(nn.Module):
-    "An ONNX graph as a module: one image at a time where its batch is fixed, channels last where it wants them."
+    """An ONNX graph as a module: one image at a time where its batch is fixed, channels last where
+    it wants them."""
     def __init__(self, session):
         super().__init__()
         self.session, (self.feed,) = session, session.get_inputs()
-        if len(self.feed.shape) != 4: raise ValueError(f"the ONNX graph takes an input of shape {self.feed.shape}; expected four dimensions (B, C, H, W).")
+        if len(self.feed.shape) != 4:
+            raise ValueError(
+                f"the ONNX graph takes an input of shape {self.feed.shape}; expected four "
+                "dimensions (B, C, H, W)."
+            )
         self.last = self.feed.shape[1] not in (1, 3) and self.feed.shape[3] in (1, 3)
         b, *dims = self.feed.shape
         self.channels, self.sides = (dims[2], dims[:2]) if self.last else (dims[0], dims[1:])
         self.fixed = [n for n in self.sides if isinstance(n, int)]
-        if isinstance(b, int) and b > 1: raise ValueError(f"the ONNX graph takes {b} images at once only; expected one or any number: export it with a dynamic batch.")
+        if isinstance(b, int) and b > 1:
+            raise ValueError(
+                f"the ONNX graph takes {b} images at once only; expected one or any number: "
+                "export it with a dynamic batch."
+            )
         self.one = b == 1
         self.type = "float16" if "float16" in self.feed.type else "float32"
 
     def forward(self, x):
         if any(isinstance(n, int) and n != given for n, given in zip(self.sides, x.shape[2:])):
-            raise ValueError(f"the ONNX graph takes {self.sides[0]} x {self.sides[1]} pixels only, and images of {x.shape[2]} x {x.shape[3]} arrived (at its resolution, padded): cut smaller tiles.")
-        given = (x.permute(0, 2, 3, 1) if self.last else x).contiguous().cpu().numpy().astype(self.type)
-        outs = [torch.from_numpy(self.session.run(None, {self.feed.name: part})[0]) for part in ([given[i:i+1] for i in range(len(given))] if self.one else [given])]
+            raise ValueError(
+                f"the ONNX graph takes {self.sides[0]} x {self.sides[1]} pixels only, and images "
+                f"of {x.shape[2]} x {x.shape[3]} arrived (at its resolution, padded): cut smaller "
+                "tiles."
+            )
+        given = (
+            (x.permute(0, 2, 3, 1) if self.last else x).contiguous().cpu().numpy().astype(self.type)
+        )
+        outs = [
+            torch.from_numpy(self.session.run(None, {self.feed.name: part})[0])
+            for part in ([given[i : i + 1] for i in range(len(given))] if self.one else [given])
+        ]
         y = torch.cat(outs).float()
         return (y.permute(0, 3, 1, 2) if self.last else y).to(x.device)
 
 def _onnx(path, device):
     runtime = _need("onnxruntime", "to run ONNX files", "onnxruntime")
     providers = ["CUDAExecutionProvider"]*str(device).startswith("cuda") + ["CPUExecutionProvider"]
-    try: session = runtime.InferenceSession(str(path), providers=providers)
-    except Exception as e: raise ValueError(f"{path} is not an ONNX graph that onnxruntime can run ({str(e).strip().splitlines()[0][:160]}).") from e
-    if len(session.get_inputs()) != 1: raise ValueError(f"the ONNX graph takes {len(session.get_inputs())} inputs ({', '.join(i.name for i in session.get_inputs())}); expected one image.")
+    try:
+        session = runtime.InferenceSession(str(path), providers=providers)
+    except Exception as e:
+        raise ValueError(
+            f"{path} is not an ONNX graph that onnxruntime can run "
+            f"({str(e).strip().splitlines()[0][:160]})."
+        ) from e
+    if len(session.get_inputs()) != 1:
+        raise ValueError(
+            f"the ONNX graph takes {len(session.get_inputs())} inputs "
+            f"({', '.join(i.name for i in session.get_inputs())}); expected one image."
+        )
     module = _Onnx(session)
-    if len(set(module.fixed)) > 1: raise ValueError(f"the ONNX graph takes {module.sides[0]} x {module.sides[1]} pixels; expected equal sides, or sides that are free: export it with dynamic axes.")
+    if len(set(module.fixed)) > 1:
+        raise ValueError(
+            f"the ONNX graph takes {module.sides[0]} x {module.sides[1]} pixels; expected equal "
+            "sides, or sides that are free: export it with dynamic axes."
+        )
     side = module.fixed[0] if module.fixed else 32
-    try: last = importlib.import_module("onnx").load(str(path), load_external_data=False).graph.node[-1].op_type
-    except ImportError: last = "not read (onnx is not installed)"
-    facts = {"family": "ONNX graph", "input": f"{module.feed.name} {list(module.feed.shape)}", "last operation": last}
-    assumed = ["values of [-1, 1] in, as its Tanh gives out"]*(last == "Tanh") + ["sides of multiples of 32 (give multiple=)"]*(not module.fixed)
-    return Network(module, facts, module.channels if isinstance(module.channels, int) else 3, side, side, _range_of(last), assumed, content=hashlib.sha256(path.read_bytes()).hexdigest())
+    try:
+        last = (
+            importlib.import_module("onnx")
+            .load(str(path), load_external_data=False)
+            .graph.node[-1]
+            .op_type
+        )
+    except ImportError:
+        last = "not read (onnx is not installed)"
+    facts = {
+        "family": "ONNX graph",
+        "input": f"{module.feed.name} {list(module.feed.shape)}",
+        "last operation": last,
+    }
+    assumed = ["values of [-1, 1] in, as its Tanh gives out"] * (last == "Tanh") + [
+        "sides of multiples of 32 (give multiple=)"
+    ] * (not module.fixed)
+    return Network(
+        module,
+        facts,
+        module.channels if isinstance(module.channels, int) else 3,
+        side,
+        side,
+        _range_of(last),
+        assumed,
+        content=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
 
 def _need(module, why, extra):
-    try: return importlib.import_module(module)
-    except ImportError as e: raise ImportError(f"{module} is needed {why}: pip install {extra}") from e
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ImportError(f"{module} is needed {why}: pip install {extra}") from e
 
 # %% ../../nbs/pairs/runtimes.ipynb #498e8aff
 class _Diffusion(nn.Module):
-    "A diffusers image-to-image pipeline as a module: images in [0, 1] on both sides, the same noise for every image."
+    """A diffusers image-to-image pipeline as a module: images in [0, 1] on both sides, the same
+    noise for every image."""
     def __init__(self, pipe, seed, options):
         super().__init__()
         self.pipe, self.seed, self.options = pipe, seed, {"prompt": "", **options}
@@ -172,27 +329,54 @@ class _Diffusion(nn.Module):
         self.takes = None if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else set(takes)
         if self.takes is not None:
             if lacks := {"image", "generator", "output_type"} - self.takes:
-                raise ValueError(f"a {type(pipe).__name__} without {', '.join(sorted(lacks))} arrived; expected an image-to-image pipeline whose noise can be seeded.")
-            if unknown := set(options) - self.takes: raise ValueError(f"options {', '.join(sorted(unknown))} arrived; the {type(pipe).__name__} takes {', '.join(sorted(self.takes))}.")
+                raise ValueError(
+                    f"a {type(pipe).__name__} without {', '.join(sorted(lacks))} arrived; "
+                    "expected an image-to-image pipeline whose noise can be seeded."
+                )
+            if unknown := set(options) - self.takes:
+                raise ValueError(
+                    f"options {', '.join(sorted(unknown))} arrived; the {type(pipe).__name__} "
+                    f"takes {', '.join(sorted(self.takes))}."
+                )
 
     def forward(self, x):
         n = len(x)
-        call = {**self.options, "image": x, "generator": [torch.Generator().manual_seed(self.seed) for _ in range(n)], "output_type": "pt"}
-        call = {k: [v]*n if k in ("prompt", "negative_prompt") and isinstance(v, str) else v for k, v in call.items() if self.takes is None or k in self.takes}
+        call = {
+            **self.options,
+            "image": x,
+            "generator": [torch.Generator().manual_seed(self.seed) for _ in range(n)],
+            "output_type": "pt",
+        }
+        call = {
+            k: [v] * n if k in ("prompt", "negative_prompt") and isinstance(v, str) else v
+            for k, v in call.items()
+            if self.takes is None or k in self.takes
+        }
         out = self.pipe(**call)
         if any(flags := getattr(out, "nsfw_content_detected", None) or []):
-            raise ValueError(f"the pipeline blanked {sum(flags)} of {n} images by its safety checker: load it without (safety_checker=None) and give the pipeline instead of the folder.")
+            raise ValueError(
+                f"the pipeline blanked {sum(flags)} of {n} images by its safety checker: load it "
+                "without (safety_checker=None) and give the pipeline instead of the folder."
+            )
         return out.images.to(x)
 
 def _diffusion(source, device, seed, options):
     settings, content = {"seed": seed, **(options or {})}, hashlib.sha256()
     if isinstance(source, Path):
         diffusers = _need("diffusers", "to run a diffusion pipeline", "'synthpi[diffusion]'")
-        try: pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), use_safetensors=True, local_files_only=True)
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                str(source), use_safetensors=True, local_files_only=True
+            )
         except OSError as e:
-            raise ValueError(f"the pipeline in {source} cannot be loaded from safetensors alone ({str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__}). "
-                             "Convert it where it was made: pipe.save_pretrained(folder, safe_serialization=True).") from e
-        if "image" not in inspect.signature(pipe.__call__).parameters: pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+            raise ValueError(
+                f"the pipeline in {source} cannot be loaded from safetensors alone "
+                f"({str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__}). "
+                "Convert it where it was made: pipe.save_pretrained(folder, "
+                "safe_serialization=True)."
+            ) from e
+        if "image" not in inspect.signature(pipe.__call__).parameters:
+            pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
         for p in sorted(p for p in source.rglob("*") if p.is_file()):
             content.update(p.relative_to(source).as_posix().encode())
             with open(p, "rb") as f:
@@ -202,28 +386,49 @@ def _diffusion(source, device, seed, options):
         for name, part in sorted(pipe.components.items()):
             content.update(name.encode())
             if isinstance(part, nn.Module):
-                for block in tensor_bytes(part.state_dict()): content.update(block)
-            else: content.update(json.dumps(dict(getattr(part, "config", None) or {}), sort_keys=True, default=str).encode())
+                for block in tensor_bytes(part.state_dict()):
+                    content.update(block)
+            else:
+                content.update(
+                    json.dumps(
+                        dict(getattr(part, "config", None) or {}), sort_keys=True, default=str
+                    ).encode()
+                )
     content.update(json.dumps(settings, sort_keys=True, default=str).encode())
     if hasattr(pipe, "set_progress_bar_config"): pipe.set_progress_bar_config(disable=True)
     multiple = getattr(pipe, "vae_scale_factor", 8)
     module = _Diffusion(pipe.to(device), seed, options or {})
-    return Network(module, {"family": f"diffusion pipeline {type(pipe).__name__}", **settings}, 3, multiple, 8*multiple, ((0., 1.), (0., 1.)), content=content.hexdigest())
+    return Network(
+        module,
+        {"family": f"diffusion pipeline {type(pipe).__name__}", **settings},
+        3,
+        multiple,
+        8 * multiple,
+        ((0.0, 1.0), (0.0, 1.0)),
+        content=content.hexdigest(),
+    )
 
 # %% ../../nbs/pairs/runtimes.ipynb #5cce1a47
 def read_network(
-    source, # Path of a file or pipeline folder; or a module, a pipeline, a function `(B, 3, H, W) -> (B, 1 or 3, H, W)`
+    # Path of a file or pipeline folder; or a module, a pipeline, a function `(B, 3, H, W) -> (B, 1
+    # or 3, H, W)`
+    source,
     device:str="cpu", # Where it runs
     name:str|None=None, # Needed for a function, which has no weights to be told apart by
     seed:int=0, # Of a diffusion pipeline's noise
-    options:dict|None=None, # Arguments of a diffusion pipeline's call: prompt, strength, num_inference_steps
+    # Arguments of a diffusion pipeline's call: prompt, strength, num_inference_steps
+    options:dict|None=None,
     **told, # `entry`, `norm`, `padding`, `batch_statistics` of `recognise`
 )->Network: # Ready to run, with what was found
     "Any published network, by whatever it is handed on as."
     told = {k: v for k, v in told.items() if v is not None}
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if not path.exists(): raise FileNotFoundError(f"no generator file at {path}: give the path of a file, or a module, pipeline or function.")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no generator file at {path}: give the path of a file, or a module, pipeline or "
+                "function."
+            )
         kind = file_kind(path)
         if kind == "torchscript": return _script(path, device, **told)
         if kind == "onnx": return _onnx(path, device)
@@ -233,19 +438,62 @@ def read_network(
             network.module.to(device)
             return network
         if path.is_dir():
-            files = sorted(p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".onnx", ".safetensors"))
-            raise ValueError(f"{path} is a folder without a model_index.json and no pipeline; expected one generator: " + (f"give one of its files ({', '.join(files[:5])})." if files else "give a file."))
-        raise ValueError(f"{path} is no PyTorch, TorchScript, ONNX or safetensors file, or not a whole one: copy or download it again.")
+            files = sorted(
+                p.name
+                for p in path.iterdir()
+                if p.suffix in (".pth", ".pt", ".onnx", ".safetensors")
+            )
+            raise ValueError(
+                f"{path} is a folder without a model_index.json and no pipeline; expected one "
+                "generator: "
+                + (f"give one of its files ({', '.join(files[:5])})." if files else "give a file.")
+            )
+        raise ValueError(
+            f"{path} is no PyTorch, TorchScript, ONNX or safetensors file, or not a whole one: "
+            "copy or download it again."
+        )
     if isinstance(source, dict): return recognise(source, **told)
-    if hasattr(source, "components") and callable(source): return _diffusion(source, device, seed, options)
+    if hasattr(source, "components") and callable(source):
+        return _diffusion(source, device, seed, options)
     if isinstance(source, nn.Module):
-        facts = {"family": f"module {type(source).__name__}", "weights": sum(p.numel() for p in source.parameters())}
-        return Network(source.to(device), facts, 3, 16, 32, ((0., 1.), (0., 1.)), ["values of [0, 1] on both sides (give range=)", "sides of multiples of 16 (give multiple=)"],
-                       {"module": hashlib.sha256(repr(source).encode()).hexdigest()})
-    if not isinstance(source, Callable): raise TypeError(f"a {type(source).__name__} arrived; expected a path, a module, a pipeline, or a function from images to images.")
-    if not name: raise ValueError(f"the function {getattr(source, '__name__', type(source).__name__)} arrived without a name; a function has no weights to be told apart by in a cache: "
-                                  "give name='...', and another one when it changes.")
-    return Network(_Function(source), {"family": "function", "name": name}, 3, 1, 1, ((0., 1.), (0., 1.)), ["values of [0, 1] on both sides (give range=)"], content=hashlib.sha256(name.encode()).hexdigest())
+        facts = {
+            "family": f"module {type(source).__name__}",
+            "weights": sum(p.numel() for p in source.parameters()),
+        }
+        return Network(
+            source.to(device),
+            facts,
+            3,
+            16,
+            32,
+            ((0.0, 1.0), (0.0, 1.0)),
+            [
+                "values of [0, 1] on both sides (give range=)",
+                "sides of multiples of 16 (give multiple=)",
+            ],
+            {"module": hashlib.sha256(repr(source).encode()).hexdigest()},
+        )
+    if not isinstance(source, Callable):
+        raise TypeError(
+            f"a {type(source).__name__} arrived; expected a path, a module, a pipeline, or a "
+            "function from images to images."
+        )
+    if not name:
+        raise ValueError(
+            f"the function {getattr(source, '__name__', type(source).__name__)} arrived without a "
+            "name; a function has no weights to be told apart by in a cache: "
+            "give name='...', and another one when it changes."
+        )
+    return Network(
+        _Function(source),
+        {"family": "function", "name": name},
+        3,
+        1,
+        1,
+        ((0.0, 1.0), (0.0, 1.0)),
+        ["values of [0, 1] on both sides (give range=)"],
+        content=hashlib.sha256(name.encode()).hexdigest(),
+    )
 
 class _Function(nn.Module):
     def __init__(self, function):

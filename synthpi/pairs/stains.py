@@ -28,15 +28,18 @@ from .generators import _check, make_unet, ModuleGenerator
 
 # %% ../../nbs/pairs/stains.ipynb #1b6ac1d4
 class StainGenerator:
-    "One stain of the haematoxylin-eosin-DAB separation as a gray image: dark where there is much stain."
-    _rgb_of = torch.tensor([[.65, .70, .29], [.07, .99, .11], [.27, .57, .78]])     # optical density of each stain, Ruifrok & Johnston (2001)
+    """One stain of the haematoxylin-eosin-DAB separation as a gray image: dark where there is much
+    stain."""
+    # optical density of each stain, Ruifrok & Johnston (2001)
+    _rgb_of = torch.tensor([[.65, .70, .29], [.07, .99, .11], [.27, .57, .78]])
     um_per_px, training_ids, scale_free, licence = None, [], True, None
     def __init__(self,
         stain:str="haematoxylin", # "haematoxylin", "eosin" or "dab"
         full:float=1., # Amount of stain that is shown black
     ):
         names = ("haematoxylin", "eosin", "dab")
-        if stain not in names: raise ValueError(f"stain {stain!r} arrived; expected one of {', '.join(names)}.")
+        if stain not in names:
+            raise ValueError(f"stain {stain!r} arrived; expected one of {', '.join(names)}.")
         self.stain, self.full, self.name = names.index(stain), full, stain
 
     @property
@@ -50,7 +53,9 @@ class StainGenerator:
         "The amount of one stain in every pixel, inverted."
         _check(images)
         unmix = torch.linalg.inv(F.normalize(self._rgb_of, dim=1)).to(images)
-        amount = torch.einsum("bchw,cs->bshw", -images.clamp(min=1e-6).log10(), unmix)[:, self.stain:self.stain+1]
+        amount = torch.einsum("bchw,cs->bshw", -images.clamp(min=1e-6).log10(), unmix)[
+            :, self.stain : self.stain + 1
+        ]
         return (1 - amount/self.full).clamp(0, 1).repeat(1, 3, 1, 1)
 
 # %% ../../nbs/pairs/stains.ipynb #4fece977
@@ -59,62 +64,106 @@ _COLOURS = dict(zip(("haematoxylin", "eosin", "dab"), F.normalize(StainGenerator
 def _density(images): return -images.clamp(min=1/255).log10()
 
 def _check_pair(pair):
-    if len(pair) != 2 or len({*pair}) != 2 or not {*pair} <= _COLOURS.keys(): raise ValueError(f"pair={pair!r} arrived; expected two of {', '.join(_COLOURS)}.")
+    if len(pair) != 2 or len({*pair}) != 2 or not {*pair} <= _COLOURS.keys():
+        raise ValueError(f"pair={pair!r} arrived; expected two of {', '.join(_COLOURS)}.")
 
 def macenko_stains(
     images:Tensor, # `(B, 3, H, W)` in [0, 1], of one slide or one laboratory
-    pair:tuple[str, str]=("haematoxylin", "eosin"), # The two stains of the slide: of "haematoxylin", "eosin", "dab"
+    # The two stains of the slide: of "haematoxylin", "eosin", "dab"
+    pair:tuple[str, str]=("haematoxylin", "eosin"),
     percentile:float=1., # Part of the pixels outside of the wedge on either side, in percent
     background:float=.15, # Pixels with an optical density of less in some channel are no tissue
     max_pixels:int=1_000_000, # Evenly spaced pixels that are looked at
 )->Tensor: # `(2, 3)`: optical density of each stain in red, green and blue, of length 1
-    "The two stain colours of a set of images, in the order of `pair`. `ValueError` when they hold too little tissue or one stain only."
+    """The two stain colours of a set of images, in the order of `pair`. `ValueError` when they hold
+    too little tissue or one stain only."""
     _check_pair(pair)
     od = _density(images.cpu().double()).permute(0, 2, 3, 1).reshape(-1, 3)
     od = od[::max(1, len(od)//max_pixels)]
     od = od[(od >= background).all(1)]
-    if len(od) < 50: raise ValueError(f"images with {len(od)} pixels of tissue arrived; expected at least 50: give more tiles, or lower background={background}.")
-    values, directions = torch.linalg.eigh(od.T@od/len(od))                    # ascending; the squared singular values of the densities
+    if len(od) < 50:
+        raise ValueError(
+            f"images with {len(od)} pixels of tissue arrived; expected at least 50: give more "
+            f"tiles, or lower background={background}."
+        )
+    # ascending; the squared singular values of the densities
+    values, directions = torch.linalg.eigh(od.T@od/len(od))
     plane = directions[:, [2, 1]]
     plane = plane*torch.where((od@plane).mean(0) < 0, -1., 1.)
     along = od@plane
     angle = torch.atan2(along[:, 1], along[:, 0]).sort().values
     edges = angle[[round((len(angle) - 1)*p/100) for p in (percentile, 100 - percentile)]]
-    if edges[1] - edges[0] < .1: raise ValueError(f"images with one stain only arrived (their colours lie within {edges[1] - edges[0]:.3f} rad); expected two: give tiles of several tissues.")
-    found = F.normalize((torch.stack([edges.cos(), edges.sin()], 1)@plane.T).clamp(min=0), dim=1).float()
-    like = found@torch.stack([_COLOURS[p] for p in pair]).T                    # which edge is which stain: the assignment that is nearer to the published colours
+    if edges[1] - edges[0] < 0.1:
+        raise ValueError(
+            "images with one stain only arrived (their colours lie within "
+            f"{edges[1] - edges[0]:.3f} rad); expected two: give tiles of several tissues."
+        )
+    found = F.normalize(
+        (torch.stack([edges.cos(), edges.sin()], 1) @ plane.T).clamp(min=0), dim=1
+    ).float()
+    # which edge is which stain: the assignment that is nearer to the published colours
+    like = found@torch.stack([_COLOURS[p] for p in pair]).T
     return found if like[0, 0] + like[1, 1] >= like[0, 1] + like[1, 0] else found.flip(0)
 
 class Macenko:
-    "One stain of a slide by the slide's own colours, as a gray image: dark where there is much of it."
+    """One stain of a slide by the slide's own colours, as a gray image: dark where there is much of
+    it."""
     um_per_px, training_ids, scale_free, licence = None, [], True, None
     def __init__(self,
         stain:str="haematoxylin", # One of `pair`
-        stains:Tensor|None=None, # `(2, 3)` of `macenko_stains`, for a whole set; None: found in every tile by itself
+        # `(2, 3)` of `macenko_stains`, for a whole set; None: found in every tile by itself
+        stains:Tensor|None=None,
         pair:tuple[str, str]=("haematoxylin", "eosin"), # The two stains of the slide
         full:float=1., # Amount of stain that is shown black, in units of optical density
         percentile:float=1., # As for `macenko_stains`
         background:float=.15, # As for `macenko_stains`
     ):
-        if stain not in pair: raise ValueError(f"stain {stain!r} arrived; expected one of {', '.join(pair)}.")
+        if stain not in pair:
+            raise ValueError(f"stain {stain!r} arrived; expected one of {', '.join(pair)}.")
         _check_pair(pair)
-        if stains is not None and (tuple(stains.shape) != (2, 3) or torch.linalg.matrix_rank(stains) < 2):
-            raise ValueError(f"stains of shape {tuple(stains.shape)} arrived; expected the (2, 3) of macenko_stains, two different colours.")
-        self.stain, self.pair, self.stains, self.full, self.percentile, self.background = stain, tuple(pair), stains, full, percentile, background
+        if stains is not None and (
+            tuple(stains.shape) != (2, 3) or torch.linalg.matrix_rank(stains) < 2
+        ):
+            raise ValueError(
+                f"stains of shape {tuple(stains.shape)} arrived; expected the (2, 3) of "
+                "macenko_stains, two different colours."
+            )
+        self.stain, self.pair, self.stains, self.full, self.percentile, self.background = (
+            stain,
+            tuple(pair),
+            stains,
+            full,
+            percentile,
+            background,
+        )
         self.name = f"{stain}, Macenko per {'tile' if stains is None else 'set'}"
 
     @property
     def key(self)->str:
-        return fingerprint(["macenko", self.stain, self.pair, self.full, self.percentile, self.background, None if self.stains is None else self.stains.tolist()])
+        return fingerprint(
+            [
+                "macenko",
+                self.stain,
+                self.pair,
+                self.full,
+                self.percentile,
+                self.background,
+                None if self.stains is None else self.stains.tolist(),
+            ]
+        )
 
     @torch.no_grad()
     def translate(self,
         images:Tensor, # `(B, 3, H, W)` in [0, 1]
         um_per_px:float|None=None, # Not used: a pixel's colour has no scale
     )->Tensor: # `(B, 3, H, W)` in [0, 1], three equal channels
-        "The amount of one stain in every pixel, inverted. A tile whose own colours cannot be found is separated by the published ones."
+        """The amount of one stain in every pixel, inverted. A tile whose own colours cannot be
+        found is separated by the published ones."""
         _check(images)
-        out = [self._amount(image, self.stains if self.stains is not None else self._own(image)) for image in images]
+        out = [
+            self._amount(image, self.stains if self.stains is not None else self._own(image))
+            for image in images
+        ]
         return (1 - torch.stack(out)/self.full).clamp(0, 1)[:, None].repeat(1, 3, 1, 1).to(images)
 
     def _own(self, image):
@@ -122,8 +171,11 @@ class Macenko:
         except ValueError: return torch.stack([_COLOURS[p] for p in self.pair])
 
     def _amount(self, image, stains):
-        unmix = torch.linalg.pinv(stains.to(image).float())                    # least squares: two stains in three channels
-        return torch.einsum("chw,cs->shw", _density(image.float()), unmix)[self.pair.index(self.stain)]
+        # least squares: two stains in three channels
+        unmix = torch.linalg.pinv(stains.to(image).float())
+        return torch.einsum("chw,cs->shw", _density(image.float()), unmix)[
+            self.pair.index(self.stain)
+        ]
 
 # %% ../../nbs/pairs/stains.ipynb #832c4e72
 class Blank:
@@ -132,7 +184,8 @@ class Blank:
     def __init__(self,
         value:float=0., # In [0, 1]; 0 black, 1 white
     ):
-        if not 0 <= value <= 1: raise ValueError(f"value={value} arrived; expected a gray in [0, 1].")
+        if not 0 <= value <= 1:
+            raise ValueError(f"value={value} arrived; expected a gray in [0, 1].")
         self.value, self.name = float(value), "blank"
 
     @property
@@ -145,29 +198,53 @@ class Blank:
         "A gray image of the size of each image."
         return torch.full_like(images, self.value)
 
-def _content(image): return hashlib.sha256((image*255).round().byte().cpu().numpy().tobytes() + str(tuple(image.shape)).encode()).hexdigest()
+def _content(image):
+    return hashlib.sha256(
+        (image * 255).round().byte().cpu().numpy().tobytes() + str(tuple(image.shape)).encode()
+    ).hexdigest()
 
 class Shuffled:
     "A generator's image of another tile, drawn from a pool by the content of the tile."
     def __init__(self,
         generator, # Whose images are given
-        pool:Sequence[Tensor], # Other tiles, `(3, H, W)` in [0, 1], of the sizes that will be asked for and at their resolution; some hundred are plenty
+        # Other tiles, `(3, H, W)` in [0, 1], of the sizes that will be asked for and at their
+        # resolution; some hundred are plenty
+        pool:Sequence[Tensor],
         seed:int=0, # Decides the draws
     ):
-        self.generator, self.pool, self.seed, self.name = generator, list(pool), seed, f"shuffled {generator.name}"
-        self.um_per_px, self.training_ids, self.licence, self.scale_free = generator.um_per_px, list(generator.training_ids), getattr(generator, "licence", None), getattr(generator, "scale_free", False)
+        self.generator, self.pool, self.seed, self.name = (
+            generator,
+            list(pool),
+            seed,
+            f"shuffled {generator.name}",
+        )
+        self.um_per_px, self.training_ids, self.licence, self.scale_free = (
+            generator.um_per_px,
+            list(generator.training_ids),
+            getattr(generator, "licence", None),
+            getattr(generator, "scale_free", False),
+        )
         self._contents = [_content(image) for image in self.pool]
 
     @property
-    def key(self)->str: return fingerprint(["shuffled", self.generator.key, self.seed, self._contents])
+    def key(self) -> str:
+        return fingerprint(["shuffled", self.generator.key, self.seed, self._contents])
 
     def donor(self,
         image:Tensor, # `(3, H, W)` in [0, 1]
     )->int: # Its place in the pool
         "Whose image a tile gets."
         own = _content(image)
-        others = [i for i, (c, other) in enumerate(zip(self._contents, self.pool)) if c != own and other.shape == image.shape]
-        if not others: raise ValueError(f"a tile of shape {tuple(image.shape)} arrived, and the pool of {len(self.pool)} holds no other of that shape; expected at least one.")
+        others = [
+            i
+            for i, (c, other) in enumerate(zip(self._contents, self.pool))
+            if c != own and other.shape == image.shape
+        ]
+        if not others:
+            raise ValueError(
+                f"a tile of shape {tuple(image.shape)} arrived, and the pool of {len(self.pool)} "
+                "holds no other of that shape; expected at least one."
+            )
         return others[seed_for(self.seed, "shuffled", own) % len(others)]
 
     @torch.no_grad()
@@ -182,23 +259,43 @@ class Shuffled:
 class RandomWeights(ModuleGenerator):
     "A generator's network before it has learnt anything: the same layers, weights drawn anew."
     def __init__(self,
-        generator:ModuleGenerator|None=None, # Whose network, of PyTorch's own layers; None: that of `make_unet`
+        # Whose network, of PyTorch's own layers; None: that of `make_unet`
+        generator:ModuleGenerator|None=None,
         seed:int=0, # Decides the weights
     ):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "random weights"))
-            self.__dict__.update(copy.deepcopy((generator or ModuleGenerator(make_unet(), name="unet")).__dict__))
+            self.__dict__.update(
+                copy.deepcopy((generator or ModuleGenerator(make_unet(), name="unet")).__dict__)
+            )
             self.name, self.training_ids, self.seed = f"random {self.name}", [], seed
-            if not any(True for _ in self.module.parameters()): raise ValueError(f"the generator {self.name!r} has no weights to draw anew; expected a ModuleGenerator around a network.")
+            if not any(True for _ in self.module.parameters()):
+                raise ValueError(
+                    f"the generator {self.name!r} has no weights to draw anew; expected a "
+                    "ModuleGenerator around a network."
+                )
             device = next(self.module.parameters()).device
-            for path, layer in self.module.cpu().named_modules():               # drawn there, so that every device gets the same
+            # drawn there, so that every device gets the same
+            for path, layer in self.module.cpu().named_modules():
                 if hasattr(layer, "reset_parameters"): layer.reset_parameters()
                 elif own := [f"{path}.{n}".lstrip(".") for n, _ in layer.named_parameters(recurse=False)]:
-                    raise ValueError(f"the weights {', '.join(own)} of a {type(layer).__name__} arrived, which PyTorch cannot draw anew; expected PyTorch's own layers "
+                    raise ValueError(f"the weights {', '.join(own)} of a {type(layer).__name__} "
+                                     "arrived, which PyTorch cannot draw anew; expected "
+                                     "PyTorch's own layers "
                                      "(a TorchScript or ONNX network has none).")
         self.module.to(device).eval().requires_grad_(False)
 
     @property
     def key(self)->str:
         read = [self.network.settings, self.network.range] if hasattr(self, "network") else []
-        return fingerprint(self.module, ["random", self.um_per_px, self.multiple, self.least, getattr(self.activation, "__name__", str(self.activation)), *read])
+        return fingerprint(
+            self.module,
+            [
+                "random",
+                self.um_per_px,
+                self.multiple,
+                self.least,
+                getattr(self.activation, "__name__", str(self.activation)),
+                *read,
+            ],
+        )

@@ -27,18 +27,23 @@ from .measures import _floats
 
 # %% ../../nbs/pairs/tiling.ipynb #e4188b7d
 _ONE = 1 << 12          # a weight of one along an axis
-_UNIT = 1 << 24         # a value of one; 2^(12+12+24) leaves 15 bits of an int64 for the sign and for values beyond [0, 1]
+# a value of one; 2^(12+12+24) leaves 15 bits of an int64 for the sign and for values beyond [0, 1]
+_UNIT = 1 << 24
 
 class _Axis:
     "Where the tiles lie along one axis of `length` pixels."
     def __init__(self, length, tile, overlap, shift):
         self.length, self.overlap, single = length, overlap, length + overlap <= tile
-        self.tile = length + overlap if single else tile                       # an image smaller than a tile is one smaller tile
+        # an image smaller than a tile is one smaller tile
+        self.tile = length + overlap if single else tile
         self.stride, shift = self.tile - overlap, 0 if single else shift
         self.n = 1 if single else -(-(length + overlap + shift - tile)//self.stride) + 1
         self.start = [k*self.stride - overlap//2 - shift for k in range(self.n)]
-        self.edge = [0, *(max(s, 0) for s in self.start[1:]), length]          # cell k, from edge k to edge k + 1, is complete with the tiles k - 1 and k
-        self.rise = np.rint(_ONE*np.sin(np.pi/2*(np.arange(overlap) + .5)/max(overlap, 1))**2).astype(np.int64)
+        # cell k, from edge k to edge k + 1, is complete with the tiles k - 1 and k
+        self.edge = [0, *(max(s, 0) for s in self.start[1:]), length]
+        self.rise = np.rint(
+            _ONE * np.sin(np.pi / 2 * (np.arange(overlap) + 0.5) / max(overlap, 1)) ** 2
+        ).astype(np.int64)
 
     def weights(self, k):
         w = np.full(self.tile, _ONE)
@@ -47,55 +52,106 @@ class _Axis:
         return w
 
     def source(self, k):
-        "Pixels of the image that tile `k` shows: reflected at its ends without repeating them, as often as needed"
+        """Pixels of the image that tile `k` shows: reflected at its ends without repeating them, as
+        often as needed"""
         i = np.arange(self.start[k], self.start[k] + self.tile) % max(2*self.length - 2, 1)
         return np.minimum(i, max(2*self.length - 2, 0) - i) if self.length > 1 else 0*i
 
     def parts(self, k):
         "The cells that tile `k` meets: (number, slice of the cell, slice of the tile)"
         for c in (k, k + 1)[:1 + (k < self.n - 1)]:
-            a, b = max(self.edge[c], self.start[k]), min(self.edge[c + 1], self.start[k] + self.tile)
-            if a < b: yield c, slice(a - self.edge[c], b - self.edge[c]), slice(a - self.start[k], b - self.start[k])
+            a, b = (
+                max(self.edge[c], self.start[k]),
+                min(self.edge[c + 1], self.start[k] + self.tile),
+            )
+            if a < b:
+                yield (
+                    c,
+                    slice(a - self.edge[c], b - self.edge[c]),
+                    slice(a - self.start[k], b - self.start[k]),
+                )
 
 # %% ../../nbs/pairs/tiling.ipynb #895e78dd
 def _reader(image):
     "Height, width, and a function that gives a tile as (C, h, w) float32 from its rows and columns"
     if isinstance(image, Tensor):
         if image.ndim != 3 or not image.is_floating_point():
-            raise ValueError(f"a tensor of shape {tuple(image.shape)} and type {image.dtype} arrived; expected floats (C, H, W) in [0, 1], one image.")
-        size, read = image.shape[1:], lambda rows, cols: image.detach().cpu()[:, torch.from_numpy(rows)][:, :, torch.from_numpy(cols)].float()
+            raise ValueError(
+                f"a tensor of shape {tuple(image.shape)} and type {image.dtype} arrived; expected "
+                "floats (C, H, W) in [0, 1], one image."
+            )
+        size, read = (
+            image.shape[1:],
+            lambda rows, cols: (
+                image.detach()
+                .cpu()[:, torch.from_numpy(rows)][:, :, torch.from_numpy(cols)]
+                .float()
+            ),
+        )
     else:
         image = np.asarray(image) if isinstance(image, Image.Image) else image
-        if getattr(image, "ndim", 0) not in (2, 3): raise ValueError(f"{type(image).__name__} of shape {getattr(image, 'shape', None)} arrived; expected one image (H, W) or (H, W, C).")
+        if getattr(image, "ndim", 0) not in (2, 3):
+            raise ValueError(
+                f"{type(image).__name__} of shape {getattr(image, 'shape', None)} arrived; "
+                "expected one image (H, W) or (H, W, C)."
+            )
         def read(rows, cols):
-            top, left = rows.min(), cols.min()          # a contiguous block first: a memory map is then read once, and only there
-            block = np.asarray(image[top:rows.max() + 1, left:cols.max() + 1])[rows - top][:, cols - left]
+            # a contiguous block first: a memory map is then read once, and only there
+            top, left = rows.min(), cols.min()
+            block = np.asarray(image[top : rows.max() + 1, left : cols.max() + 1])[rows - top][
+                :, cols - left
+            ]
             return torch.from_numpy(to_rgb(block)).permute(2, 0, 1).float()/255
         size = image.shape[:2]
-    if 0 in size: raise ValueError(f"an image of {size[0]} x {size[1]} pixels arrived; expected at least one pixel.")
+    if 0 in size:
+        raise ValueError(
+            f"an image of {size[0]} x {size[1]} pixels arrived; expected at least one pixel."
+        )
     return *size, read
 
 def _orderly(order, n):
     if order is None: return range(n)
     if isinstance(order, (int, np.integer)): return np.random.default_rng(order).permutation(n)
-    if sorted(order) != list(range(n)): raise ValueError(f"an order of {len(order)} tiles arrived that is no permutation of the {n} tiles 0 to {n - 1}.")
+    if sorted(order) != list(range(n)):
+        raise ValueError(
+            f"an order of {len(order)} tiles arrived that is no permutation of the {n} tiles 0 to "
+            f"{n - 1}."
+        )
     return order
 
 def translate_large(
-    generator, # `.translate(images, um_per_px)`: `(B, C, H, W)` floats in [0, 1] to `(B, any, H, W)`
-    image, # `(H, W)` or `(H, W, C)` array, memory map or PIL image as for `to_rgb`, or a tensor `(C, H, W)` in [0, 1]
+    # `.translate(images, um_per_px)`: `(B, C, H, W)` floats in [0, 1] to `(B, any, H, W)`
+    generator,
+    # `(H, W)` or `(H, W, C)` array, memory map or PIL image as for `to_rgb`, or a tensor `(C, H,
+    # W)` in [0, 1]
+    image,
     um_per_px:float|None=None, # Resolution of the image, micrometres per pixel
-    tile:int=512, # Edge of a tile, pixels; `tile - overlap` a multiple of the generator's own grid (16 for a U-Net of four levels)
-    overlap:int=64, # Pixels that neighbours share: even, at most `tile/2`, at least twice the reach of the generator's border effects; 0 for hard borders
+    # Edge of a tile, pixels; `tile - overlap` a multiple of the generator's own grid (16 for a
+    # U-Net of four levels)
+    tile:int=512,
+    # Pixels that neighbours share: even, at most `tile/2`, at least twice the reach of the
+    # generator's border effects; 0 for hard borders
+    overlap:int=64,
     batch_size:int=4, # Tiles per call of the generator
-    order:int|Sequence[int]|None=None, # Order of the tiles: None row by row, a seed, or a permutation; changes nothing but the memory
+    # Order of the tiles: None row by row, a seed, or a permutation; changes nothing but the memory
+    order:int|Sequence[int]|None=None,
     shift:int=0, # Pixels by which the grid is moved up and left, less than `tile - overlap`
-    out:np.ndarray|None=None, # `(H, W, C)` `uint8` or float array to write to, for example a memory map
+    # `(H, W, C)` `uint8` or float array to write to, for example a memory map
+    out:np.ndarray|None=None,
 )->np.ndarray|Tensor: # `out`; or a float tensor `(C, H, W)` for a tensor, a `uint8` array `(H, W, C)` for anything else
     "The synthetic second image of an image of any size, blended from overlapping tiles."
     height, width, read = _reader(image)
-    if tile < 1 or overlap < 0 or overlap % 2 or 2*overlap > tile or not 0 <= shift < tile - overlap:
-        raise ValueError(f"tile={tile}, overlap={overlap}, shift={shift} arrived; expected an even overlap of at most half a tile, and a shift from 0 to tile - overlap - 1.")
+    if (
+        tile < 1
+        or overlap < 0
+        or overlap % 2
+        or 2 * overlap > tile
+        or not 0 <= shift < tile - overlap
+    ):
+        raise ValueError(
+            f"tile={tile}, overlap={overlap}, shift={shift} arrived; expected an even overlap of "
+            "at most half a tile, and a shift from 0 to tile - overlap - 1."
+        )
     if batch_size < 1: raise ValueError(f"batch_size={batch_size} arrived; expected at least 1.")
     ys, xs = (_Axis(length, tile, overlap, shift) for length in (height, width))
     tensor, result = out is None and isinstance(image, Tensor), out
@@ -106,17 +162,36 @@ def translate_large(
         x = [read(ys.source(i), xs.source(j)) for i, j in places]
         y = generator.translate(torch.stack(x + x[-1:]*(batch_size - len(x))), um_per_px=um_per_px)
         if y.ndim != 4 or len(y) != batch_size or y.shape[2:] != x[0].shape[1:]:
-            raise ValueError(f"the generator gave shape {tuple(y.shape)} for {batch_size} tiles of {tuple(x[0].shape[1:])} pixels; expected (B, C, H, W) of the same size.")
+            raise ValueError(
+                f"the generator gave shape {tuple(y.shape)} for {batch_size} tiles of "
+                f"{tuple(x[0].shape[1:])} pixels; expected (B, C, H, W) of the same size."
+            )
         y = y.detach().cpu().double().numpy()
-        if not (np.abs(y) < 2**14).all(): raise ValueError("the generator gave values that are not finite, or beyond 16384; expected images in [0, 1]: look at its weights and its output activation.")
-        if result is None: result = torch.empty(y.shape[1], height, width) if tensor else np.empty((height, width, y.shape[1]), np.uint8)
+        if not (np.abs(y) < 2**14).all():
+            raise ValueError(
+                "the generator gave values that are not finite, or beyond 16384; expected images "
+                "in [0, 1]: look at its weights and its output activation."
+            )
+        if result is None:
+            result = (
+                torch.empty(y.shape[1], height, width)
+                if tensor
+                else np.empty((height, width, y.shape[1]), np.uint8)
+            )
         if not tensor and result.shape != (height, width, y.shape[1]):
-            raise ValueError(f"out has shape {result.shape} but the generator makes {(height, width, y.shape[1])}; expected the same.")
+            raise ValueError(
+                f"out has shape {result.shape} but the generator makes "
+                f"{(height, width, y.shape[1])}; expected the same."
+            )
         for (i, j), values in zip(places, np.rint(y*_UNIT).astype(np.int64)):
             values *= ys.weights(i)[:, None]*xs.weights(j)
             for (a, to_y, from_y), (b, to_x, from_x) in itertools.product(ys.parts(i), xs.parts(j)):
                 box = slice(ys.edge[a], ys.edge[a + 1]), slice(xs.edge[b], xs.edge[b + 1])
-                if (a, b) not in cells: cells[a, b] = [np.zeros((len(values), *(s.stop - s.start for s in box)), np.int64), sum(1 for _ in _tiles_of(ys, xs, a, b))]
+                if (a, b) not in cells:
+                    cells[a, b] = [
+                        np.zeros((len(values), *(s.stop - s.start for s in box)), np.int64),
+                        sum(1 for _ in _tiles_of(ys, xs, a, b)),
+                    ]
                 cells[a, b][0][:, to_y, to_x] += values[:, from_y, from_x]
                 cells[a, b][1] -= 1
                 if cells[a, b][1] == 0: _finish(result, tensor, box, cells.pop((a, b))[0])
@@ -124,12 +199,20 @@ def translate_large(
 
 def _tiles_of(ys, xs, a, b):
     "The tiles that meet cell (a, b)"
-    return ((i, j) for i, j in itertools.product({max(a - 1, 0), a}, {max(b - 1, 0), b}) if any(c == a for c, *_ in ys.parts(i)) and any(c == b for c, *_ in xs.parts(j)))
+    return (
+        (i, j)
+        for i, j in itertools.product({max(a - 1, 0), a}, {max(b - 1, 0), b})
+        if any(c == a for c, *_ in ys.parts(i)) and any(c == b for c, *_ in xs.parts(j))
+    )
 
 def _finish(result, tensor, box, total):
     value = total/float(_ONE*_ONE*_UNIT)
-    if tensor: result[:, box[0], box[1]] = torch.from_numpy(value)
-    else: result[box] = (np.rint(255*value.clip(0, 1)) if result.dtype == np.uint8 else value).transpose(1, 2, 0)
+    if tensor:
+        result[:, box[0], box[1]] = torch.from_numpy(value)
+    else:
+        result[box] = (
+            np.rint(255 * value.clip(0, 1)) if result.dtype == np.uint8 else value
+        ).transpose(1, 2, 0)
 
 # %% ../../nbs/pairs/tiling.ipynb #b1c5df88
 def grid_noise(
@@ -141,7 +224,11 @@ def grid_noise(
     batch_size:int=4, # Tiles per call of the generator
     shift:int|None=None, # Pixels between the two grids; None for half of `tile - overlap`
 )->float: # Mean absolute difference, grey levels of [0, 1]
-    "The generator's own noise: how much its image changes when nothing but the place of the tiles does."
+    """The generator's own noise: how much its image changes when nothing but the place of the tiles
+    does."""
     shift = (tile - overlap)//2 if shift is None else shift
-    a, b = (_floats(translate_large(generator, image, um_per_px, tile, overlap, batch_size, shift=s)) for s in (0, shift))
+    a, b = (
+        _floats(translate_large(generator, image, um_per_px, tile, overlap, batch_size, shift=s))
+        for s in (0, shift)
+    )
     return float(np.abs(a - b).mean())

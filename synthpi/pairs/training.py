@@ -51,8 +51,19 @@ def validate(
     for group in sorted(held):
         rows = [i for i, g in enumerate(groups) if g == group]
         out = [generator.translate(images[i][None].float()/255)[0] for i in rows]
-        if kind == "mask": scores.append(dice_score(torch.cat([o[0].flatten() > .5 for o in out]).float(), torch.cat([targets[i][0].flatten() > 0 for i in rows]).float()))
-        else: scores.append(-torch.stack([(o - targets[i]/255).abs().mean() for o, i in zip(out, rows)]).mean())
+        if kind == "mask":
+            scores.append(
+                dice_score(
+                    torch.cat([o[0].flatten() > 0.5 for o in out]).float(),
+                    torch.cat([targets[i][0].flatten() > 0 for i in rows]).float(),
+                )
+            )
+        else:
+            scores.append(
+                -torch.stack(
+                    [(o - targets[i] / 255).abs().mean() for o, i in zip(out, rows)]
+                ).mean()
+            )
     return float(torch.stack(scores).mean())
 
 @torch.no_grad()
@@ -61,11 +72,15 @@ def validate_unpaired(
     images, # `(3, H, W)` `uint8` tensors, of held-out groups
     targets, # `(1 or 3, H, W)` `uint8` tensors, of held-out groups, of other images
 )->float: # Minus the kernel distance of the two sets
-    "How much the answers look like real ones, as a set; higher is better. Blind to answers at the wrong place."
+    """How much the answers look like real ones, as a set; higher is better. Blind to answers at the
+    wrong place."""
     see = RandomFeatures()
-    rgb = lambda t: (t.expand(3, -1, -1) if len(t) == 1 else t)[None]
+    def rgb(t): return (t.expand(3, -1, -1) if len(t) == 1 else t)[None]
     made = [see(generator.translate(i[None].float()/255)) for i in images]
-    return -kid(torch.cat(made).double().numpy(), torch.cat([see(rgb(t).float()/255) for t in targets]).double().numpy())
+    return -kid(
+        torch.cat(made).double().numpy(),
+        torch.cat([see(rgb(t).float() / 255) for t in targets]).double().numpy(),
+    )
 
 # %% ../../nbs/pairs/training.ipynb #655f0608
 def translate_records(
@@ -77,7 +92,14 @@ def translate_records(
     read, out = Regression("mask" if kind == "mask" else "image").target, []
     for r in records:
         x = torch.from_numpy(to_rgb(r["primary"])).permute(2, 0, 1)[None].float()/255
-        out.append({"primary": r["primary"], "privileged": generator.translate(x)[0].permute(1, 2, 0).cpu().numpy(), "true": read(r["privileged"]), "group": r["group"]})
+        out.append(
+            {
+                "primary": r["primary"],
+                "privileged": generator.translate(x)[0].permute(1, 2, 0).cpu().numpy(),
+                "true": read(r["privileged"]),
+                "group": r["group"],
+            }
+        )
     return out
 
 # %% ../../nbs/pairs/training.ipynb #32d7c42f
@@ -89,62 +111,127 @@ def check_training(
     patience:int|None,
 )->None:
     "`ValueError` for numbers that cannot work."
-    if crop % 16 or crop < 32: raise ValueError(f"crop={crop} arrived; expected a multiple of 16, the U-Net's down-sampling, of at least 32.")
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size} arrived; expected at least 1 crop.")
-    if lr is not None and not 0 < lr < float("inf"): raise ValueError(f"lr={lr} arrived; expected a learning rate above 0.")
+    if crop % 16 or crop < 32:
+        raise ValueError(
+            f"crop={crop} arrived; expected a multiple of 16, the U-Net's down-sampling, of at "
+            "least 32."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} arrived; expected at least 1 crop.")
+    if lr is not None and not 0 < lr < float("inf"):
+        raise ValueError(f"lr={lr} arrived; expected a learning rate above 0.")
     for name, x in (("evaluate_every", evaluate_every), ("patience", patience)):
         if x is not None and x < 1: raise ValueError(f"{name}={x} arrived; expected at least 1.")
 
 def fit_generator(
-    pairs:Dataset|Examples, # Columns `primary`, `privileged`, `group`, with `other` `primary` and `group`; or what `read_examples` has read, which needs an objective and no `um_per_px`, `val`, `other`
-    objective:Objective|None=None, # What to learn from: `Regression`, `Pix2Pix`, `CycleGAN`, `CUT`; default: `Regression` to a mask when the privileged images have one channel, else to an image
-    um_per_px:float|None=None, # Resolution of the images, micrometres per pixel; default: the column of that name, else it is not known, and tiles can only be translated at "same"
+    # Columns `primary`, `privileged`, `group`, with `other` `primary` and `group`; or what
+    # `read_examples` has read, which needs an objective and no `um_per_px`, `val`, `other`
+    pairs:Dataset|Examples,
+    # What to learn from: `Regression`, `Pix2Pix`, `CycleGAN`, `CUT`; default: `Regression` to a
+    # mask when the privileged images have one channel, else to an image
+    objective:Objective|None=None,
+    # Resolution of the images, micrometres per pixel; default: the column of that name, else it is
+    # not known, and tiles can only be translated at "same"
+    um_per_px:float|None=None,
     steps:int|None=None, # Budget in steps; 400 if no budget is given
     batch_size:int=16, # Crops per step, of all processes together
     crop:int=96, # Side of a training crop, pixels; a multiple of 16
     lr:float|None=None, # Peak learning rate; None: the objective's own
     val=.2, # Part of the groups that is held out to choose the checkpoint; or their names
     seed:int=0, # Decides split, weights, crops
-    run_dir:str|Path|None=None, # Folder for checkpoints, history.csv and samples/, from which the same call goes on
+    # Folder for checkpoints, history.csv and samples/, from which the same call goes on
+    run_dir:str|Path|None=None,
     accelerator:Accelerator|None=None, # Device and precision
     on_step:Callable|None=None, # Called with the trainer after every step
     progress:str|None="generator", # Name of the progress bar; None shows none
     *,
-    other:Dataset|None=None, # For objectives without pairs: a second set, with columns `privileged` and `group`
+    # For objectives without pairs: a second set, with columns `privileged` and `group`
+    other:Dataset|None=None,
     minutes:float|None=None, # Budget in time
-    evaluate_every:int|None=None, # Steps between evaluations, each with a sample sheet; default: an eighth of `steps`, in a run by the clock one pass over the pixels
-    patience:int|None=None, # Evaluations without a better score after which training ends; None: never
+    # Steps between evaluations, each with a sample sheet; default: an eighth of `steps`, in a run
+    # by the clock one pass over the pixels
+    evaluate_every:int|None=None,
+    # Evaluations without a better score after which training ends; None: never
+    patience:int|None=None,
     licence:str|None=None, # Of the images; goes with the generator
 )->ModuleGenerator: # With `training_ids` = the groups trained on, `about`: validation figures, steps, seconds, evaluations; `history`: one row per step
-    "Train a generator, choosing by its score on held-out groups. `KeyboardInterrupt` saves the checkpoint and is passed on."
+    """Train a generator, choosing by its score on held-out groups. `KeyboardInterrupt` saves the
+    checkpoint and is passed on."""
     check_training(crop, batch_size, lr, evaluate_every, patience)
     if steps is None and minutes is None: steps = 400
     if objective is None:
-        if isinstance(pairs, Examples): raise ValueError("examples arrived without an objective; expected the one that they were read for.")
+        if isinstance(pairs, Examples):
+            raise ValueError(
+                "examples arrived without an objective; expected the one that they were read for."
+            )
         second = pairs if other is None else other
-        objective = Regression(kind_of(second["privileged"]) if "privileged" in second.column_names else "mask")
-    examples = pairs if isinstance(pairs, Examples) else read_examples(pairs, objective, um_per_px, val, seed, other)
+        objective = Regression(
+            kind_of(second["privileged"]) if "privileged" in second.column_names else "mask"
+        )
+    examples = (
+        pairs
+        if isinstance(pairs, Examples)
+        else read_examples(pairs, objective, um_per_px, val, seed, other)
+    )
     images, targets, groups, held, rows = examples[:5]
     unpaired = None if objective.paired else rows["y"]
-    every = evaluate_every or (max(1, steps//8) if steps else max(1, round(sum(images[i].shape[1]*images[i].shape[2] for i in rows["x"])/(batch_size*crop**2))))
+    every = evaluate_every or (
+        max(1, steps // 8)
+        if steps
+        else max(
+            1,
+            round(
+                sum(images[i].shape[1] * images[i].shape[2] for i in rows["x"])
+                / (batch_size * crop**2)
+            ),
+        )
+    )
 
     set_seed(seed_for(seed, "generator"))
     model = objective.model(crop)
     run_dir = Path(run_dir) if run_dir else None
-    choice = _Choice("kid" if not examples.paired else "dice" if objective.kind == "mask" else "l1", run_dir, patience, {"data": [len(images), len(targets), sorted(held["x"])], "objective": repr(objective), "every": every, "seed": seed, "pixels": _digest(images, targets)})
+    choice = _Choice(
+        "kid" if not examples.paired else "dice" if objective.kind == "mask" else "l1",
+        run_dir,
+        patience,
+        {
+            "data": [len(images), len(targets), sorted(held["x"])],
+            "objective": repr(objective),
+            "every": every,
+            "seed": seed,
+            "pixels": _digest(images, targets),
+        },
+    )
 
     def score(trainer):
-        generator = ModuleGenerator(objective.finish(trainer.accelerator.unwrap_model(trainer.model).generator))
-        if examples.paired: return generator, validate(generator, images, targets, groups["x"], held["x"], objective.kind)
-        pick = lambda k, things: [t for t, g in zip(things, groups[k]) if g in held[k]]
+        generator = ModuleGenerator(
+            objective.finish(trainer.accelerator.unwrap_model(trainer.model).generator)
+        )
+        if examples.paired:
+            return generator, validate(
+                generator, images, targets, groups["x"], held["x"], objective.kind
+            )
+        def pick(k, things): return [t for t, g in zip(things, groups[k]) if g in held[k]]
         return generator, validate_unpaired(generator, pick("x", images), pick("y", targets))
 
     def look(trainer):
         generator, value = score(trainer)
         choice.take(trainer, value, generator.module)
         if run_dir and trainer.accelerator.is_main_process:
-            try: _sheet(run_dir/"samples"/f"step-{trainer.done:06d}.png", generator, images, targets if examples.paired else None, [i for i, g in enumerate(groups["x"]) if g in held["x"]], f"step {trainer.done}, {choice.name} {choice.measure(value):.3f}")
-            except OSError as error: warnings.warn(f"the sample sheet of step {trainer.done} could not be written ({error}). Training goes on.")
+            try:
+                _sheet(
+                    run_dir / "samples" / f"step-{trainer.done:06d}.png",
+                    generator,
+                    images,
+                    targets if examples.paired else None,
+                    [i for i, g in enumerate(groups["x"]) if g in held["x"]],
+                    f"step {trainer.done}, {choice.name} {choice.measure(value):.3f}",
+                )
+            except OSError as error:
+                warnings.warn(
+                    f"the sample sheet of step {trainer.done} could not be written ({error}). "
+                    "Training goes on."
+                )
         trainer.model.train()
 
     def watch(trainer):
@@ -153,46 +240,117 @@ def fit_generator(
         look(trainer)
         if choice.tired: trainer.stop()
 
-    trainer = Trainer(model, None, objective.optimizer(model, lr), run_dir=run_dir, steps=steps, minutes=minutes, on_step=watch, clip=objective.clip,
-                      schedule=warmup_cosine(steps or 1000) if objective.decay == "cosine" else _linear(steps or 1000), step=_step, accelerator=accelerator, progress=progress,
-                      train_dl=lambda start: _crops(images, targets, rows["x"], unpaired, crop, batch_size, seed, start, objective, trainer.accelerator))
-    if trainer.load() and not trainer.done % every and (not choice.trace or choice.trace[-1][0] < trainer.done): look(trainer)       # it was interrupted while it evaluated
+    trainer = Trainer(
+        model,
+        None,
+        objective.optimizer(model, lr),
+        run_dir=run_dir,
+        steps=steps,
+        minutes=minutes,
+        on_step=watch,
+        clip=objective.clip,
+        schedule=warmup_cosine(steps or 1000)
+        if objective.decay == "cosine"
+        else _linear(steps or 1000),
+        step=_step,
+        accelerator=accelerator,
+        progress=progress,
+        train_dl=lambda start: _crops(
+            images,
+            targets,
+            rows["x"],
+            unpaired,
+            crop,
+            batch_size,
+            seed,
+            start,
+            objective,
+            trainer.accelerator,
+        ),
+    )
+    # it was interrupted while it evaluated
+    if (
+        trainer.load()
+        and not trainer.done % every
+        and (not choice.trace or choice.trace[-1][0] < trainer.done)
+    ):
+        look(trainer)
     history = trainer.history if choice.tired else trainer.fit()
     if trainer.interrupted: raise KeyboardInterrupt
     if not choice.trace or choice.trace[-1][0] != trainer.done: look(trainer)
     module = objective.generator().to(trainer.accelerator.device)
     module.load_state_dict(choice.best["state"])
     ids = dict.fromkeys(g for k in "xy" for g in [groups[k][i] for i in rows[k]])
-    generator = ModuleGenerator(module.requires_grad_(False), examples.um_per_px, training_ids=sorted(ids), name=f"{objective.network}_{objective.kind}", licence=licence)
-    generator.about = {"objective": objective.name, "objective_settings": objective.settings, f"{choice.name}_validation": choice.measure(choice.best["score"]), "best_step": choice.best["step"], "steps": trainer.done,
-                       "seconds": round(trainer.seconds, 1), "pairs": len(rows["x"]), "privileged_images": len(rows["y"]), "unpaired": unpaired is not None, "validation_groups": sorted(held["x"]),
-                       "evaluations": [[step, choice.measure(v)] for step, v in choice.trace], "stopped_early": choice.tired, "seed": seed}
+    generator = ModuleGenerator(
+        module.requires_grad_(False),
+        examples.um_per_px,
+        training_ids=sorted(ids),
+        name=f"{objective.network}_{objective.kind}",
+        licence=licence,
+    )
+    generator.about = {
+        "objective": objective.name,
+        "objective_settings": objective.settings,
+        f"{choice.name}_validation": choice.measure(choice.best["score"]),
+        "best_step": choice.best["step"],
+        "steps": trainer.done,
+        "seconds": round(trainer.seconds, 1),
+        "pairs": len(rows["x"]),
+        "privileged_images": len(rows["y"]),
+        "unpaired": unpaired is not None,
+        "validation_groups": sorted(held["x"]),
+        "evaluations": [[step, choice.measure(v)] for step, v in choice.trace],
+        "stopped_early": choice.tired,
+        "seed": seed,
+    }
     generator.history, generator.seed = history, seed
     return generator
 
 def _digest(*sets):
     sha = sha256()
-    for t in (t for part in sets for t in part): sha.update(str(tuple(t.shape)).encode()); sha.update(t.contiguous().numpy())
+    for t in (t for part in sets for t in part):
+        sha.update(str(tuple(t.shape)).encode())
+        sha.update(t.contiguous().numpy())
     return sha.hexdigest()[:16]
 
 class _Choice:
-    "The best generator so far, by its validation score; on the disk, too, where there is a run folder"
+    """The best generator so far, by its validation score; on the disk, too, where there is a run
+    folder"""
     def __init__(self, name, run_dir, patience, run):
-        self.best, self.trace, self.patience, self.run, self.name = {"score": -np.inf}, [], patience, run, name
+        self.best, self.trace, self.patience, self.run, self.name = (
+            {"score": -np.inf},
+            [],
+            patience,
+            run,
+            name,
+        )
         self.path = run_dir/"checkpoints"/"best.pt" if run_dir else None
         if not (self.path and self.path.exists()): return
         kept = torch.load(self.path, weights_only=True)
-        if kept["run"] != run: raise ValueError(f"{run_dir} holds the training of another generator ({'; '.join(f'{k} was {v}, is {run.get(k)}' for k, v in kept['run'].items() if v != run.get(k))}): use another run folder.")
+        if kept["run"] != run:
+            raise ValueError(
+                f"{run_dir} holds the training of another generator "
+                f"({'; '.join(f'{k} was {v}, is {run.get(k)}' for k, v in kept['run'].items() if v != run.get(k))}): "
+                "use another run folder."
+            )
         self.best, self.trace = kept["best"], kept["trace"]
 
-    def measure(self, score): return score if self.name == "dice" else -score          # scores are higher where better
+    # scores are higher where better
+    def measure(self, score): return score if self.name == "dice" else -score
 
     def take(self, trainer, score, module):
-        self.trace = [t for t in self.trace if t[0] < trainer.done] + [[trainer.done, score]]       # after a resume, evaluations that lie ahead are made again
-        if score > self.best["score"]: self.best = {"score": score, "step": trainer.done, "state": {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}}
+        # after a resume, evaluations that lie ahead are made again
+        self.trace = [t for t in self.trace if t[0] < trainer.done] + [[trainer.done, score]]
+        if score > self.best["score"]:
+            self.best = {
+                "score": score,
+                "step": trainer.done,
+                "state": {k: v.detach().cpu().clone() for k, v in module.state_dict().items()},
+            }
         if not self.path or not trainer.accelerator.is_main_process: return
         whole = io.BytesIO()
-        torch.save({"best": self.best, "trace": self.trace, "run": self.run}, whole)                 # to a file, torch would not say that the disk is full
+        # to a file, torch would not say that the disk is full
+        torch.save({"best": self.best, "trace": self.trace, "run": self.run}, whole)
         with atomic_path(self.path) as tmp: tmp.write_bytes(whole.getvalue())
 
     @property
@@ -210,9 +368,19 @@ def _sheet(path, generator, images, targets, rows, title, n=6):
     "Primary, synthetic and real image of a few held-out records"
     rows = rows[::max(1, len(rows)//n)][:n]
     made = [generator.translate(images[i][None].float()/255)[0] for i in rows]
-    real = [t.expand(3, -1, -1).float()/255 for t in (targets[i] for i in rows)] if targets is not None else []
-    fig = show_images([images[i].float()/255 for i in rows] + made + real, ncols=len(rows), size=1.1)
-    fig.suptitle(f"{title}; primary, synthetic{', real' if real else ''}. Synthetic images are training aids, not findings.", fontsize=7)
+    real = (
+        [t.expand(3, -1, -1).float() / 255 for t in (targets[i] for i in rows)]
+        if targets is not None
+        else []
+    )
+    fig = show_images(
+        [images[i].float() / 255 for i in rows] + made + real, ncols=len(rows), size=1.1
+    )
+    fig.suptitle(
+        f"{title}; primary, synthetic{', real' if real else ''}. Synthetic images are training "
+        "aids, not findings.",
+        fontsize=7,
+    )
     fig.tight_layout(pad=.3, rect=(0, 0, 1, .97))
     with atomic_path(path) as tmp: fig.savefig(tmp, dpi=110)
     plt.close(fig)
@@ -220,24 +388,49 @@ def _sheet(path, generator, images, targets, rows, title, n=6):
 def _step(model, loss, batch): return model(batch["primary"], batch["privileged"])
 
 def _crops(images, targets, rows, unpaired, crop, batch_size, seed, start, objective, accelerator):
-    "Batches of recoloured crops: scaled by 0.7 to 1.4, turned by right angles, mirrored; step k is keyed by (seed, k), and of several processes each makes its share."
+    """Batches of recoloured crops: scaled by 0.7 to 1.4, turned by right angles, mirrored; step k
+    is keyed by (seed, k), and of several processes each makes its share."""
     k, world = start, accelerator.num_processes
     share = batch_size//world + (accelerator.process_index < batch_size % world)
-    if not share: raise ValueError(f"batch_size={batch_size} arrived for {world} processes; expected at least one crop for each.")
+    if not share:
+        raise ValueError(
+            f"batch_size={batch_size} arrived for {world} processes; expected at least one crop "
+            "for each."
+        )
     while True:
-        g = torch.Generator().manual_seed(seed_for(seed, "generator crops", k, *([accelerator.process_index] if world > 1 else [])))
-        rand = lambda lo, hi: lo + (hi - lo)*torch.rand((), generator=g).item()
+        g = torch.Generator().manual_seed(
+            seed_for(
+                seed, "generator crops", k, *([accelerator.process_index] if world > 1 else [])
+            )
+        )
+        def rand(lo, hi): return lo + (hi - lo)*torch.rand((), generator=g).item()
         def cut(both):
             side = min(round(crop/rand(.7, 1.4)), *both.shape[1:])
             y, x = (round(rand(0, n - side)) for n in both.shape[1:])
             both = torch.rot90(both[:, y:y+side, x:x+side], int(rand(0, 4)), (1, 2))
             if rand(0, 1) < .5: both = both.flip(2)
-            return F.interpolate(both[None].float()/255, size=(crop, crop), mode="bilinear", antialias=True)[0]
+            return F.interpolate(
+                both[None].float() / 255, size=(crop, crop), mode="bilinear", antialias=True
+            )[0]
         chosen = torch.randint(len(rows), (share,), generator=g).tolist()
-        if unpaired is None: out = torch.stack([cut(torch.cat([images[rows[i]], targets[rows[i]]])) for i in chosen])
+        if unpaired is None:
+            out = torch.stack([cut(torch.cat([images[rows[i]], targets[rows[i]]])) for i in chosen])
         else:
             others = torch.randint(len(unpaired), (share,), generator=g).tolist()
-            out = torch.stack([torch.cat([cut(images[rows[i]]), cut(targets[unpaired[j]])]) for i, j in zip(chosen, others)])
-        noise = .02*torch.randn(len(out), 3, crop, crop, generator=g)*torch.rand(len(out), 1, 1, 1, generator=g)
-        yield {"primary": (recolour(out[:, :3], g, objective.recolour) + noise).clamp(0, 1), "privileged": out[:, 3:], "index": torch.tensor([])}
+            out = torch.stack(
+                [
+                    torch.cat([cut(images[rows[i]]), cut(targets[unpaired[j]])])
+                    for i, j in zip(chosen, others)
+                ]
+            )
+        noise = (
+            0.02
+            * torch.randn(len(out), 3, crop, crop, generator=g)
+            * torch.rand(len(out), 1, 1, 1, generator=g)
+        )
+        yield {
+            "primary": (recolour(out[:, :3], g, objective.recolour) + noise).clamp(0, 1),
+            "privileged": out[:, 3:],
+            "index": torch.tensor([]),
+        }
         k += 1

@@ -46,21 +46,34 @@ def _columns(store, i, batch, sides, frame, rules, values):
     "What is known of a batch of `grid_crops` in the frame voxel_local"
     middle, n = batch["center_mm"].double().numpy() + store.items[i]["box"][0], len(batch["crop"])
     start, at = np.rint(middle - (sides - 1)/2).astype(np.int32), store.position(i, middle, frame)
-    columns = {"volume": [store.names[i]]*n, "subject": [store.subjects[i]]*n, "split": [store.splits[i]]*n}
-    columns |= {f"{axis}_mm" if "mm" in frame else axis: at[:, k] for k, axis in enumerate("xyz")} | {f"start_{axis}": start[:, k] for k, axis in enumerate("ijk")}
+    columns = {
+        "volume": [store.names[i]] * n,
+        "subject": [store.subjects[i]] * n,
+        "split": [store.splits[i]] * n,
+    }
+    columns |= {
+        f"{axis}_mm" if "mm" in frame else axis: at[:, k] for k, axis in enumerate("xyz")
+    } | {f"start_{axis}": start[:, k] for k, axis in enumerate("ijk")}
     columns["tissue"] = batch["tissue"].numpy()
-    if "center" in rules: columns["label_center"] = batch["label"][(slice(None), *(sides//2).tolist())].numpy().astype(np.int32)
+    if "center" in rules:
+        columns["label_center"] = (
+            batch["label"][(slice(None), *(sides // 2).tolist())].numpy().astype(np.int32)
+        )
     if "any" in rules:
         label = batch["label"].flatten(1).numpy()
         top = max(int(label.max()), values[-1]) + 1
-        counts = np.bincount((label + top*np.arange(n)[:, None]).ravel(), minlength=top*n).reshape(n, top)
+        counts = np.bincount(
+            (label + top * np.arange(n)[:, None]).ravel(), minlength=top * n
+        ).reshape(n, top)
         columns |= {f"label_{r}": counts[:, r].astype(np.int32) for r in values}
     return columns
 
 def _table(columns, h):
     "Columns and embeddings (n, R) as Arrow"
     h = np.ascontiguousarray(h, np.float32)
-    return pa.table({**columns, "embedding": pa.FixedSizeListArray.from_arrays(pa.array(h.ravel()), h.shape[1])})
+    return pa.table(
+        {**columns, "embedding": pa.FixedSizeListArray.from_arrays(pa.array(h.ravel()), h.shape[1])}
+    )
 
 # %% ../../nbs/studies/embeddings.ipynb #abf23e52
 _FORMAT = "synthpi-embeddings-1"
@@ -68,20 +81,49 @@ _TEXT = ("volume", "subject", "split")
 
 def _check_run(encoder, store, out, volumes, labels, frame, overwrite):
     "Volumes, rules and label values of a run that can begin"
-    if not isinstance(encoder, nn.Module): raise TypeError(f"a {type(encoder).__name__} arrived as encoder; expected a module (K, 1, X, Y, Z) to (K, R): open a file with load_encoder.")
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(
+            f"a {type(encoder).__name__} arrived as encoder; expected a module (K, 1, X, Y, Z) to "
+            "(K, R): open a file with load_encoder."
+        )
     spec = getattr(encoder, "spec", {})
-    if spec.get("spatial_dims", 3) != 3 or spec.get("in_channels", 1) != 1: raise ValueError(f"an encoder for {spec['in_channels']} channels in {spec['spatial_dims']} dimensions arrived; expected one for volumes: make_encoder(..., in_channels=1, spatial_dims=3).")
-    if out.suffix != ".parquet": raise ValueError(f"out={str(out)!r} arrived; expected the name of a file that ends in .parquet.")
-    if out.exists() and not overwrite: raise ValueError(f"{out} exists already: choose another name, or overwrite=True to replace it.")
+    if spec.get("spatial_dims", 3) != 3 or spec.get("in_channels", 1) != 1:
+        raise ValueError(
+            f"an encoder for {spec['in_channels']} channels in {spec['spatial_dims']} dimensions "
+            "arrived; expected one for volumes: make_encoder(..., in_channels=1, spatial_dims=3)."
+        )
+    if out.suffix != ".parquet":
+        raise ValueError(
+            f"out={str(out)!r} arrived; expected the name of a file that ends in .parquet."
+        )
+    if out.exists() and not overwrite:
+        raise ValueError(
+            f"{out} exists already: choose another name, or overwrite=True to replace it."
+        )
     volumes = list(range(len(store))) if volumes is None else [int(i) for i in volumes]
-    if odd := [i for i in volumes if not 0 <= i < len(store)]: raise IndexError(f"volume {odd[0]} of {len(store)}")
-    if not volumes or len(set(volumes)) < len(volumes): raise ValueError(f"the volumes {volumes} arrived; expected one at least, and each once.")
+    if odd := [i for i in volumes if not 0 <= i < len(store)]:
+        raise IndexError(f"volume {odd[0]} of {len(store)}")
+    if not volumes or len(set(volumes)) < len(volumes):
+        raise ValueError(f"the volumes {volumes} arrived; expected one at least, and each once.")
     store.position(volumes[0], [[0., 0, 0]], frame)
     rules = (labels,) if isinstance(labels, str) else tuple(labels or ())
-    if set(rules) - {"center", "any"}: raise ValueError(f"labels={labels!r} arrived; expected None, 'center', 'any', or both of these.")
+    if set(rules) - {"center", "any"}:
+        raise ValueError(
+            f"labels={labels!r} arrived; expected None, 'center', 'any', or both of these."
+        )
     values = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
-    if rules and (bare := [store.names[i] for i in volumes if "label.npy" not in store.items[i]["sha256"]]): raise ValueError(f"labels={labels!r} arrived and {some_names(bare)} have none: leave these out, or labels=None.")
-    if rules and not values: raise ValueError(f"labels={labels!r} arrived and no voxel of these volumes is labelled: give labels=None.")
+    if rules and (
+        bare := [store.names[i] for i in volumes if "label.npy" not in store.items[i]["sha256"]]
+    ):
+        raise ValueError(
+            f"labels={labels!r} arrived and {some_names(bare)} have none: leave these out, or "
+            "labels=None."
+        )
+    if rules and not values:
+        raise ValueError(
+            f"labels={labels!r} arrived and no voxel of these volumes is labelled: give "
+            "labels=None."
+        )
     return volumes, rules, values
 
 def embed_volumes(
@@ -89,8 +131,10 @@ def embed_volumes(
     store, # `VolumeStore`
     out:str|Path, # Parquet file to write
     size:int|Sequence[int], # Sides of a crop, voxels: those of training
-    stride:int|Sequence[int]|None=None, # Voxels between neighbouring crops; None is the side of a crop
-    volumes:Sequence[int]|None=None, # Their numbers, for example `store.indices("test")`; None is all
+    # Voxels between neighbouring crops; None is the side of a crop
+    stride:int|Sequence[int]|None=None,
+    # Their numbers, for example `store.indices("test")`; None is all
+    volumes:Sequence[int]|None=None,
     frame:str="world_mm", # What positions are counted in, see `VolumeStore.position`
     tissue:float=0., # Crops with this share of foreground or less are left out; -1 keeps all
     batch:int=64, # Crops at a time: memory only
@@ -99,35 +143,77 @@ def embed_volumes(
     overwrite:bool=False, # Replace the file that is there
     progress:bool=True, # A bar, after two seconds
 )->Path: # Of the file
-    "Embeddings of grids of crops, as one file; `ValueError` before anything is computed when it cannot be done as told."
+    """Embeddings of grids of crops, as one file; `ValueError` before anything is computed when it
+    cannot be done as told."""
     out, sides = Path(out), crop_sides(size)
     steps = sides if stride is None else crop_sides(stride)
     device = choose_device(device)
     volumes, rules, values = _check_run(encoder, store, out, volumes, labels, frame, overwrite)
     keys = {store.names[i]: store.items[i]["key"] for i in volumes}
-    facts = {"format": _FORMAT, "encoder": fingerprint(encoder), "architecture": getattr(encoder, "spec", None) or {"custom": type(encoder).__name__}, "size": sides.tolist(), "stride": steps.tolist(), "frame": frame,
-             "tissue": float(tissue), "labels": list(rules), "values": values if rules else [], "preparation": store.settings, "volumes": keys, "store": hashlib.sha256(json.dumps(sorted(keys.items())).encode()).hexdigest()}
+    facts = {
+        "format": _FORMAT,
+        "encoder": fingerprint(encoder),
+        "architecture": getattr(encoder, "spec", None) or {"custom": type(encoder).__name__},
+        "size": sides.tolist(),
+        "stride": steps.tolist(),
+        "frame": frame,
+        "tissue": float(tissue),
+        "labels": list(rules),
+        "values": values if rules else [],
+        "preparation": store.settings,
+        "volumes": keys,
+        "store": hashlib.sha256(json.dumps(sorted(keys.items())).encode()).hexdigest(),
+    }
     writer, empty = None, []
     with atomic_path(out) as tmp, frozen(encoder, device) as place:
         try:
-            for i in tqdm(volumes, unit="volume", desc="Embedding", disable=not progress, delay=2, leave=False):
+            for i in tqdm(
+                volumes, unit="volume", desc="Embedding", disable=not progress, delay=2, leave=False
+            ):
                 parts = []
-                for b in grid_crops(store, i, sides, steps, batch, "voxel_local", tissue, labels=bool(rules)):
+                for b in grid_crops(
+                    store, i, sides, steps, batch, "voxel_local", tissue, labels=bool(rules)
+                ):
                     h = encoder(b["crop"].to(place)).float().cpu()
-                    if h.ndim != 2 or len(h) != len(b["crop"]): raise ValueError(f"the encoder gave shape {tuple(h.shape)} for {len(b['crop'])} crops; expected (K, R): pool and flatten inside it.")
-                    parts.append(_table(_columns(store, i, b, sides, frame, rules, values), check_finite(h.numpy(), f"embeddings of {store.names[i]}")))
+                    if h.ndim != 2 or len(h) != len(b["crop"]):
+                        raise ValueError(
+                            f"the encoder gave shape {tuple(h.shape)} for {len(b['crop'])} crops; "
+                            "expected (K, R): pool and flatten inside it."
+                        )
+                    parts.append(
+                        _table(
+                            _columns(store, i, b, sides, frame, rules, values),
+                            check_finite(h.numpy(), f"embeddings of {store.names[i]}"),
+                        )
+                    )
                 if not parts:
                     empty.append(store.names[i])
                     continue
                 table = pa.concat_tables(parts).combine_chunks()
                 if writer is None:
-                    schema = table.schema.with_metadata({"synthpi": json.dumps(facts, sort_keys=True)})
-                    writer = pq.ParquetWriter(tmp, schema, compression="zstd", use_dictionary=list(_TEXT), write_page_checksum=True)
+                    schema = table.schema.with_metadata(
+                        {"synthpi": json.dumps(facts, sort_keys=True)}
+                    )
+                    writer = pq.ParquetWriter(
+                        tmp,
+                        schema,
+                        compression="zstd",
+                        use_dictionary=list(_TEXT),
+                        write_page_checksum=True,
+                    )
                 writer.write_table(table, row_group_size=len(table))
-            if writer is None: raise ValueError(f"no crop of {some_names(empty)} has a share of foreground above tissue={tissue}: give a lower one.")
+            if writer is None:
+                raise ValueError(
+                    f"no crop of {some_names(empty)} has a share of foreground above "
+                    f"tissue={tissue}: give a lower one."
+                )
         finally:
             if writer is not None: writer.close()
-    if empty: warnings.warn(f"{len(empty)} of {len(volumes)} volumes have no crop with a share of foreground above tissue={tissue}, and are not in {out.name}: {some_names(empty)}.")
+    if empty:
+        warnings.warn(
+            f"{len(empty)} of {len(volumes)} volumes have no crop with a share of foreground "
+            f"above tissue={tissue}, and are not in {out.name}: {some_names(empty)}."
+        )
     return out
 
 # %% ../../nbs/studies/embeddings.ipynb #9c40e5b8
@@ -136,21 +222,39 @@ class Embeddings:
     "Embeddings and what is known of each; made by `read_embeddings` and `read_features`."
     h:np.ndarray # (N, R) float32
     table:pd.DataFrame # N rows, all other columns
-    facts:dict # Of a file of `embed_volumes`: `encoder`, `size`, `stride`, `frame`, `volumes`, ...; empty for another
+    # Of a file of `embed_volumes`: `encoder`, `size`, `stride`, `frame`, `volumes`, ...; empty for
+    # another
+    facts:dict
 
     def __len__(self): return len(self.h)
-    def __repr__(self): return f"Embeddings({len(self)} x {self.h.shape[1]}; {some_names(self.table.columns, 20)})"
+    def __repr__(self):
+        return f"Embeddings({len(self)} x {self.h.shape[1]}; {some_names(self.table.columns, 20)})"
 
     def column(self,
         name:str, # Of the table
     )->np.ndarray: # (N,)
         "One column; `ValueError` with those that there are, or when values are missing."
-        if name not in self.table: raise ValueError(f"there is no column {name!r}; there are {some_names(self.table.columns, 20)}.")
+        if name not in self.table:
+            raise ValueError(
+                f"there is no column {name!r}; there are {some_names(self.table.columns, 20)}."
+            )
         values = self.table[name]
-        if n := int((values.isna() | (values.astype(str).str.strip() == "")).sum()) if name != "split" else 0: raise ValueError(f"{n} of {len(values)} rows have no {name}: fill them in, or leave these rows out.")
+        if (
+            n := int((values.isna() | (values.astype(str).str.strip() == "")).sum())
+            if name != "split"
+            else 0
+        ):
+            raise ValueError(
+                f"{n} of {len(values)} rows have no {name}: fill them in, or leave these rows out."
+            )
         return values.to_numpy()
 
-    def _text(self, name): return self.table[name].fillna("").astype(str).to_numpy(object) if name in self.table else np.full(len(self), "", object)
+    def _text(self, name):
+        return (
+            self.table[name].fillna("").astype(str).to_numpy(object)
+            if name in self.table
+            else np.full(len(self), "", object)
+        )
     @property
     def volume(self)->np.ndarray: return self._text("volume") # (N,) names
     @property
@@ -159,61 +263,125 @@ class Embeddings:
     def split(self)->np.ndarray: return self._text("split") # (N,)
     @property
     def axes(self)->list[str]: # Columns of the position
-        return next((a for a in (["x_mm", "y_mm", "z_mm"], ["x_mm", "y_mm"], ["x", "y", "z"], ["x", "y"]) if set(a) <= set(self.table)), [])
+        return next(
+            (
+                a
+                for a in (["x_mm", "y_mm", "z_mm"], ["x_mm", "y_mm"], ["x", "y", "z"], ["x", "y"])
+                if set(a) <= set(self.table)
+            ),
+            [],
+        )
     @property
     def center(self)->np.ndarray: # (N, 3), or (N, 2) of tiles
-        if not self.axes: raise ValueError(f"there are no positions; expected columns x_mm, y_mm, z_mm, or x, y, z, or x, y among {some_names(self.table.columns, 20)}.")
-        try: return np.stack([self.column(a).astype(float) for a in self.axes], 1)
-        except ValueError as error: raise ValueError(f"the positions {', '.join(self.axes)} are not all numbers ({error}).") from error
+        if not self.axes:
+            raise ValueError(
+                "there are no positions; expected columns x_mm, y_mm, z_mm, or x, y, z, or x, y "
+                f"among {some_names(self.table.columns, 20)}."
+            )
+        try:
+            return np.stack([self.column(a).astype(float) for a in self.axes], 1)
+        except ValueError as error:
+            raise ValueError(
+                f"the positions {', '.join(self.axes)} are not all numbers ({error})."
+            ) from error
     @property
-    def start(self)->np.ndarray: return self.table[["start_i", "start_j", "start_k"]].to_numpy() # (N, 3), voxels of the stored array
+    # (N, 3), voxels of the stored array
+    def start(self)->np.ndarray: return self.table[["start_i", "start_j", "start_k"]].to_numpy()
     @property
-    def labels(self)->pd.DataFrame: return self.table[[c for c in self.table if c.startswith("label_")]] # `label_center`, and counts of voxels `label_r`
+    # `label_center`, and counts of voxels `label_r`
+    def labels(self) -> pd.DataFrame:
+        return self.table[[c for c in self.table if c.startswith("label_")]]
 
 def _vectors(column, path):
     "A column of lists as (N, R)"
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)) or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
-        raise ValueError(f"the column embedding of {path} is of type {kind}; expected lists of numbers.")
+    if not (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ) or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise ValueError(
+            f"the column embedding of {path} is of type {kind}; expected lists of numbers."
+        )
     flat = column.combine_chunks().flatten()
     lengths = set(pc.list_value_length(column).to_pylist())
-    if None in lengths or flat.null_count or len(lengths) != 1 or not max(lengths): raise ValueError(f"the column embedding of {path} has missing values, or lists of the lengths {some_names(lengths)}; expected one length, and a list in each row.")
+    if None in lengths or flat.null_count or len(lengths) != 1 or not max(lengths):
+        raise ValueError(
+            f"the column embedding of {path} has missing values, or lists of the lengths "
+            f"{some_names(lengths)}; expected one length, and a list in each row."
+        )
     return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
 
 def _read_parquet(path, filters=None):
     "An Arrow table and our facts"
-    if not path.is_file(): raise FileNotFoundError(f"no file {path}: give one that embed_volumes has written, or features of your own.")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no file {path}: give one that embed_volumes has written, or features of your own."
+        )
     try:
         facts = json.loads((pq.read_schema(path).metadata or {}).get(b"synthpi", b"{}"))
         return pq.read_table(path, filters=filters, page_checksum_verification=True), facts
-    except (pa.ArrowException, OSError, ValueError) as error: raise ValueError(f"{path} is no Parquet file, or a damaged one ({str(error)[:200]}): write it again.") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no Parquet file, or a damaged one ({str(error)[:200]}): write it again."
+        ) from error
 
 def read_embeddings(
     path:str|Path, # Of `embed_volumes`
     volumes:Sequence[str]|None=None, # Names of those to read; None is all
 )->Embeddings:
-    "Embeddings of volumes; `FileNotFoundError`, or `ValueError` when the file is another one or damaged, or has no such volume."
+    """Embeddings of volumes; `FileNotFoundError`, or `ValueError` when the file is another one or
+    damaged, or has no such volume."""
     path, wanted = Path(path), [volumes] if isinstance(volumes, str) else volumes
-    if wanted is not None and not len(wanted): raise ValueError("volumes=[] arrived; expected names of volumes, or None for all.")
-    table, facts = _read_parquet(path, None if wanted is None else [("volume", "in", [str(v) for v in wanted])])
-    if facts.get("format") != _FORMAT: raise ValueError(f"{path} was not written by embed_volumes (format {_FORMAT}): read_features reads features of your own.")
-    if lost := sorted({str(v) for v in wanted or ()} - set(table["volume"].unique().to_pylist())): raise ValueError(f"{path} has no crops of {some_names(lost)}; it was made of {some_names(facts['volumes'])}.")
-    return Embeddings(_vectors(table["embedding"], path), table.drop_columns("embedding").to_pandas(), facts)
+    if wanted is not None and not len(wanted):
+        raise ValueError("volumes=[] arrived; expected names of volumes, or None for all.")
+    table, facts = _read_parquet(
+        path, None if wanted is None else [("volume", "in", [str(v) for v in wanted])]
+    )
+    if facts.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} was not written by embed_volumes (format {_FORMAT}): read_features reads "
+            "features of your own."
+        )
+    if lost := sorted({str(v) for v in wanted or ()} - set(table["volume"].unique().to_pylist())):
+        raise ValueError(
+            f"{path} has no crops of {some_names(lost)}; it was made of "
+            f"{some_names(facts['volumes'])}."
+        )
+    return Embeddings(
+        _vectors(table["embedding"], path), table.drop_columns("embedding").to_pandas(), facts
+    )
 
 def read_features(
-    path:str|Path, # Parquet with a column `embedding` of lists of numbers, or CSV with one of text such as "[0.1, -2]"
+    # Parquet with a column `embedding` of lists of numbers, or CSV with one of text such as "[0.1,
+    # -2]"
+    path:str|Path,
 )->Embeddings:
     "Features from any file; `FileNotFoundError`, or `ValueError` when it holds none."
     path = Path(path)
     if path.suffix.lower() == ".csv":
-        if not path.is_file(): raise FileNotFoundError(f"no file {path}: give features as CSV or Parquet.")
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)                     # as text: patients 01 and 1 are two
-        if "embedding" not in frame: raise ValueError(f"{path} has no column embedding; it has {some_names(frame.columns, 20)}.")
-        try: column, facts = pa.chunked_array([pa.array([json.loads(t) for t in frame.pop("embedding")])]), {}
-        except (ValueError, pa.ArrowException) as error: raise ValueError(f"the column embedding of {path} is not lists of numbers such as [0.1, -2] ({error}).") from error
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}: give features as CSV or Parquet.")
+        # as text: patients 01 and 1 are two
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if "embedding" not in frame:
+            raise ValueError(
+                f"{path} has no column embedding; it has {some_names(frame.columns, 20)}."
+            )
+        try:
+            column, facts = (
+                pa.chunked_array([pa.array([json.loads(t) for t in frame.pop("embedding")])]),
+                {},
+            )
+        except (ValueError, pa.ArrowException) as error:
+            raise ValueError(
+                f"the column embedding of {path} is not lists of numbers such as [0.1, -2] "
+                f"({error})."
+            ) from error
     else:
         table, facts = _read_parquet(path)
-        if "embedding" not in table.column_names: raise ValueError(f"{path} has no column embedding; it has {some_names(table.column_names, 20)}.")
+        if "embedding" not in table.column_names:
+            raise ValueError(
+                f"{path} has no column embedding; it has {some_names(table.column_names, 20)}."
+            )
         column, frame = table["embedding"], table.drop_columns("embedding").to_pandas()
         facts = facts if facts.get("format") == _FORMAT else {}
     if not len(frame): raise ValueError(f"{path} has 0 rows; expected one for each crop or tile.")
@@ -223,31 +391,74 @@ def read_features(
 def _halves(groups, seed):
     "Rows of one half of the groups"
     names = sorted(set(groups), key=lambda g: (seed_for(seed, "half", g), g))
-    if len(names) < 3: raise ValueError(f"the file has no splits train and test, and {len(names)} groups ({some_names(names)}); expected 3 at least, to fit on some and score on others.")
+    if len(names) < 3:
+        raise ValueError(
+            f"the file has no splits train and test, and {len(names)} groups "
+            f"({some_names(names)}); expected 3 at least, to fit on some and score on others."
+        )
     return np.isin(groups, names[:(len(names) + 1)//2])
 
 def _probe_position(found, group, seed):
     groups, split = found.column(group).astype(str), found.split
     train, test, how = split == "train", split == "test", "fitted on train, scored on test"
-    if not train.any() or not test.any(): train, test, how = (half := _halves(groups, seed)), ~half, "fitted on half of the groups, scored on the others"
-    at, unit = found.center, "mm" if found.axes[0].endswith("_mm") else found.facts.get("frame", "units of the file")
-    probe = position_probe(found.h[train], at[train], groups[train], found.h[test], at[test], groups[test], seed=seed)
+    if not train.any() or not test.any():
+        train, test, how = (
+            (half := _halves(groups, seed)),
+            ~half,
+            "fitted on half of the groups, scored on the others",
+        )
+    at, unit = (
+        found.center,
+        "mm" if found.axes[0].endswith("_mm") else found.facts.get("frame", "units of the file"),
+    )
+    probe = position_probe(
+        found.h[train], at[train], groups[train], found.h[test], at[test], groups[test], seed=seed
+    )
     common = {"rows": int(test.sum()), "groups": len(set(groups[test])), "how": how}
-    return pd.DataFrame([{"target": "position", "metric": name, "mean": s["mean"], "low": s["ci"][0], "high": s["ci"][1], **common} for name, s in (("R2", probe.r2), (f"mean absolute error, {unit}", probe.mae_mm))])
+    return pd.DataFrame(
+        [
+            {
+                "target": "position",
+                "metric": name,
+                "mean": s["mean"],
+                "low": s["ci"][0],
+                "high": s["ci"][1],
+                **common,
+            }
+            for name, s in (("R2", probe.r2), (f"mean absolute error, {unit}", probe.mae_mm))
+        ]
+    )
 
 def _answers(found, target):
     "Names of the questions that a target asks, and the answers (N, T) bool"
     labels = found.labels
     if found.facts and target not in found.table:
         values = found.facts["values"]
-        if not values: raise ValueError(f"target={target!r} arrived and the embeddings have no labels: embed again with labels='center' or 'any', or take target='position'.")
+        if not values:
+            raise ValueError(
+                f"target={target!r} arrived and the embeddings have no labels: embed again with "
+                "labels='center' or 'any', or take target='position'."
+            )
         known = [str(r) for r in values]
-        if target != "labels" and target not in known: raise ValueError(f"target={target!r} arrived; expected 'position', 'labels' for all regions, or one of the regions {some_names(known, 30)}.")
+        if target != "labels" and target not in known:
+            raise ValueError(
+                f"target={target!r} arrived; expected 'position', 'labels' for all regions, or "
+                f"one of the regions {some_names(known, 30)}."
+            )
         chosen = values if target == "labels" else [int(target)]
-        if "label_center" in labels: return [f"centre in {r}" for r in chosen], labels["label_center"].to_numpy()[:, None] == chosen
-        return [f"voxels of {r}" for r in chosen], labels[[f"label_{r}" for r in chosen]].to_numpy() > 0
+        if "label_center" in labels:
+            return [f"centre in {r}" for r in chosen], labels["label_center"].to_numpy()[
+                :, None
+            ] == chosen
+        return [f"voxels of {r}" for r in chosen], labels[
+            [f"label_{r}" for r in chosen]
+        ].to_numpy() > 0
     classes, codes = np.unique(found.column(target).astype(str), return_inverse=True)
-    if len(classes) < 2 or len(classes) > max(20, len(found)//20): raise ValueError(f"the column {target} has {len(classes)} different values in {len(found)} rows ({some_names(classes)}); expected a few classes, 2 at least.")
+    if len(classes) < 2 or len(classes) > max(20, len(found) // 20):
+        raise ValueError(
+            f"the column {target} has {len(classes)} different values in {len(found)} rows "
+            f"({some_names(classes)}); expected a few classes, 2 at least."
+        )
     chosen = [1] if len(classes) == 2 else range(len(classes))
     return [f"{target} = {classes[k]}" for k in chosen], codes[:, None] == list(chosen)
 
@@ -255,27 +466,60 @@ def _probe_labels(found, target, group, split, folds, seed, device):
     if split not in (None, "all") or split is None and found.facts and "test" in found.split:
         split = split or "test"
         rows = found.split == split
-        if not rows.any(): raise ValueError(f"no row is in the split {split!r}; there are {some_names(sorted(set(found.split)))}.")
+        if not rows.any():
+            raise ValueError(
+                f"no row is in the split {split!r}; there are "
+                f"{some_names(sorted(set(found.split)))}."
+            )
         found = Embeddings(found.h[rows], found.table[rows].reset_index(drop=True), found.facts)
     names, answers = _answers(found, target)
     groups = found.column(group).astype(str)
     n = len(set(groups))
-    if n < 3: raise ValueError(f"{len(found)} rows of {n} groups arrived ({group}: {some_names(sorted(set(groups)))}); expected 3 groups at least: one to score on, and two to choose the penalty on.")
+    if n < 3:
+        raise ValueError(
+            f"{len(found)} rows of {n} groups arrived ({group}: "
+            f"{some_names(sorted(set(groups)))}); expected 3 groups at least: one to score on, "
+            "and two to choose the penalty on."
+        )
     able = np.flatnonzero([min(len(set(groups[y])), len(set(groups[~y]))) > 1 for y in answers.T])
-    if not len(able): raise ValueError(f"{some_names(names)}: expected rows that are and rows that are not, each in two groups at least; without, no fold can be scored.")
-    k, scored = min(folds, n) if n > 5 else n, np.full((len(names), 4), np.nan)             # two groups must remain outside of a fold
-    fit = cross_validate(found.h, answers[:, able], groups, k, seed=seed, device=device, inner=3 if k > 3 else 2)
-    scored[able] = [[t["mean"], *t["ci"], np.isfinite(f).sum()] for t, f in zip(auc_intervals(fit, seed=seed)["per_target"], fit.per_fold)]
+    if not len(able):
+        raise ValueError(
+            f"{some_names(names)}: expected rows that are and rows that are not, each in two "
+            "groups at least; without, no fold can be scored."
+        )
+    # two groups must remain outside of a fold
+    k, scored = min(folds, n) if n > 5 else n, np.full((len(names), 4), np.nan)
+    fit = cross_validate(
+        found.h, answers[:, able], groups, k, seed=seed, device=device, inner=3 if k > 3 else 2
+    )
+    scored[able] = [
+        [t["mean"], *t["ci"], np.isfinite(f).sum()]
+        for t, f in zip(auc_intervals(fit, seed=seed)["per_target"], fit.per_fold)
+    ]
     where = "all rows" if split in (None, "all") else f"the split {split}"
-    return pd.DataFrame({"target": names, "metric": "AUC", **dict(zip(("mean", "low", "high"), scored.T)), "rows": len(found), "positive": answers.sum(0), "groups": n,
-                         "how": [f"{int(f) if f == f else 0} of {k} folds of {where}" for f in scored[:, 3]]})
+    return pd.DataFrame(
+        {
+            "target": names,
+            "metric": "AUC",
+            **dict(zip(("mean", "low", "high"), scored.T)),
+            "rows": len(found),
+            "positive": answers.sum(0),
+            "groups": n,
+            "how": [f"{int(f) if f == f else 0} of {k} folds of {where}" for f in scored[:, 3]],
+        }
+    )
 
 def probe_table(
     features, # Path of a file for `read_features`, or `Embeddings`
-    target:str="position", # "position"; "labels" (every region) or the number of a region; or a column, for features made elsewhere
+    # "position"; "labels" (every region) or the number of a region; or a column, for features made
+    # elsewhere
+    target:str="position",
     group:str="subject", # Column of what must not be in training and test: subject, patient
-    split:str|None=None, # For labels, whose rows: a split or "all"; None is "test" for a file of `embed_volumes` that has one, and all rows of another
-    folds:int=10, # Of the cross-validation; one for each group where there are fewer groups, or at most five
+    # For labels, whose rows: a split or "all"; None is "test" for a file of `embed_volumes` that
+    # has one, and all rows of another
+    split:str|None=None,
+    # Of the cross-validation; one for each group where there are fewer groups, or at most five
+    folds:int=10,
     seed:int=0, # Of folds, halves and intervals
     device:str="cpu", # Where logistic regressions are fitted
 )->pd.DataFrame: # A row for each question: `target`, `metric`, `mean`, interval `low` to `high`, `rows`, `groups`, `how` it was asked, and for labels how many rows are `positive`
@@ -283,5 +527,6 @@ def probe_table(
     found = features if isinstance(features, Embeddings) else read_features(features)
     target = str(target)
     if folds < 2: raise ValueError(f"folds={folds} arrived; expected 2 or more.")
-    if target == "position" and target not in found.table: return _probe_position(found, group, seed)
+    if target == "position" and target not in found.table:
+        return _probe_position(found, group, seed)
     return _probe_labels(found, target, group, split, folds, seed, device)

@@ -58,49 +58,129 @@ class _Sample:
 
 def _agreed(runs, key):
     "What the encoders' headers say of their images, if they agree"
-    found = {tuple(v) if isinstance(v, list) else v for r in runs if (v := r.encoder.about.get(key)) is not None}
-    if len(found) > 1: raise ValueError(f"the encoders were trained with different {key}: {', '.join(map(str, sorted(found)))}; expected one: explain them in several calls, or give {key}.")
+    found = {
+        tuple(v) if isinstance(v, list) else v
+        for r in runs
+        if (v := r.encoder.about.get(key)) is not None
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"the encoders were trained with different {key}: "
+            f"{', '.join(map(str, sorted(found)))}; expected one: explain them in several calls, "
+            f"or give {key}."
+        )
     return next(iter(found), None)
 
 def _sample_tiles(runs, path, n, size, split, seed, group_column, on_bad):
     size = size or _agreed(runs, "size")
-    if size is None: raise ValueError("the encoder's file does not tell how large its images were: give size (--size), in pixels.")
+    if size is None:
+        raise ValueError(
+            "the encoder's file does not tell how large its images were: give size (--size), in "
+            "pixels."
+        )
     ds, checked = check_images(image_folder(path, group_column=group_column), on_bad=on_bad)
     splits = ds["split"][:]
     split = split or ("test" if "test" in splits else None)
     rows = [i for i, s in enumerate(splits) if split is None or s == split]
-    if not rows: raise ValueError(f"no image of {path} is in the split {split!r}; there are {', '.join(sorted(map(repr, set(splits))))}.")
-    rows = sorted(int(i) for i in np.random.default_rng(seed_for(seed, "explain")).permutation(rows)[:n])
+    if not rows:
+        raise ValueError(
+            f"no image of {path} is in the split {split!r}; there are "
+            f"{', '.join(sorted(map(repr, set(splits))))}."
+        )
+    rows = sorted(
+        int(i) for i in np.random.default_rng(seed_for(seed, "explain")).permutation(rows)[:n]
+    )
     labelled, part = "label" in ds.column_names, ds.select(rows)
     pixels = np.stack([image for image in Images(part, "primary", size)])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()/255
-    known, found = list(next((r.encoder.about["classes"] for r in runs if r.probe is not None and r.encoder.about.get("classes")), [])), []
+    known, found = (
+        list(
+            next(
+                (
+                    r.encoder.about["classes"]
+                    for r in runs
+                    if r.probe is not None and r.encoder.about.get("classes")
+                ),
+                [],
+            )
+        ),
+        [],
+    )
     labels = None
     if labelled:
         found = list(ds.features["label"].names)
-        if known and not set(known) & set(found): raise ValueError(f"the images are of the classes {', '.join(found[:6])}, the probe knows {', '.join(known[:6])}; expected some in common.")
+        if known and not set(known) & set(found):
+            raise ValueError(
+                f"the images are of the classes {', '.join(found[:6])}, the probe knows "
+                f"{', '.join(known[:6])}; expected some in common."
+            )
         known += [c for c in found if c not in known]
         labels = np.array([known.index(found[l]) if l >= 0 else -1 for l in part["label"][:]])
         if (labels < 0).all(): labels = None
-    about = {"images": len(rows), "of": len(ds), "split": split, "size": size, "classes": found,
-             "fingerprint": fingerprint(list(zip(part["path"][:], part["group"][:], part["label"][:] if labelled else rows)), [checked["bytes"]], pixels.tobytes())}
+    about = {
+        "images": len(rows),
+        "of": len(ds),
+        "split": split,
+        "size": size,
+        "classes": found,
+        "fingerprint": fingerprint(
+            list(zip(part["path"][:], part["group"][:], part["label"][:] if labelled else rows)),
+            [checked["bytes"]],
+            pixels.tobytes(),
+        ),
+    }
     return _Sample(x, part["path"][:], labels, known, np.array(part["group"][:]), None, about)
 
 def _sample_crops(runs, path, n, size, split, seed):
-    size, frame, spacing = size or _agreed(runs, "size"), _agreed(runs, "frame") or "world_mm", _agreed(runs, "spacing_mm")
+    size, frame, spacing = (
+        size or _agreed(runs, "size"),
+        _agreed(runs, "frame") or "world_mm",
+        _agreed(runs, "spacing_mm"),
+    )
     if not (Path(path)/"store.json").is_file():
-        raise ValueError(f"{path} is no folder of prepared volumes, which encoders of volumes need; a study leaves one in OUT/cache/volumes, and synthpi.volumes.scans.prepare_volumes makes one.")
-    if size is None: raise ValueError("the encoder's file does not tell how large its crops were: give size (--size), in voxels.")
+        raise ValueError(
+            f"{path} is no folder of prepared volumes, which encoders of volumes need; a study "
+            "leaves one in OUT/cache/volumes, and synthpi.volumes.scans.prepare_volumes makes "
+            "one."
+        )
+    if size is None:
+        raise ValueError(
+            "the encoder's file does not tell how large its crops were: give size (--size), in "
+            "voxels."
+        )
     store = VolumeStore(path)
-    if spacing and any(abs(a/b - 1) > .1 for a, b in zip(store.spacing_mm(0), spacing)): raise ValueError(f"the encoder was trained on voxels of {list(spacing)} mm and {path} has {store.spacing_mm(0).round(3).tolist()} mm: prepare the volumes with that spacing.")
+    if spacing and any(abs(a / b - 1) > 0.1 for a, b in zip(store.spacing_mm(0), spacing)):
+        raise ValueError(
+            f"the encoder was trained on voxels of {list(spacing)} mm and {path} has "
+            f"{store.spacing_mm(0).round(3).tolist()} mm: prepare the volumes with that spacing."
+        )
     split = split or ("test" if "test" in store.splits else None)
     volumes = store.indices(split) if split else list(range(len(store)))
     crops = make_crop_list(store, volumes, -(-n//len(volumes)), size, seed=seed)
     x = torch.cat([b["crop"] for b in crops.batches(store)])
     rows = np.sort(np.random.default_rng(seed_for(seed, "explain")).permutation(len(x))[:n])
     centers, subjects = crops.positions(store, frame)[rows], crops.subjects(store)[rows]
-    about = {"images": len(rows), "of": len(store), "split": split, "size": size, "frame": frame, "classes": [], "fingerprint": fingerprint([store.items[i]["key"] for i in volumes], subjects.tolist(), x[rows])}
-    return _Sample(x[rows], [f"{s} at {', '.join(f'{v:.0f}' for v in c)} mm" for s, c in zip(subjects, centers)], None, [], subjects, centers, about, tuple(store.spacing_mm(volumes[0])))
+    about = {
+        "images": len(rows),
+        "of": len(store),
+        "split": split,
+        "size": size,
+        "frame": frame,
+        "classes": [],
+        "fingerprint": fingerprint(
+            [store.items[i]["key"] for i in volumes], subjects.tolist(), x[rows]
+        ),
+    }
+    return _Sample(
+        x[rows],
+        [f"{s} at {', '.join(f'{v:.0f}' for v in c)} mm" for s, c in zip(subjects, centers)],
+        None,
+        [],
+        subjects,
+        centers,
+        about,
+        tuple(store.spacing_mm(volumes[0])),
+    )
 
 # %% ../../nbs/studies/explanation.ipynb #fefd549f
 def _target(run, asked, sample, h, rows, reference, size):
@@ -108,41 +188,85 @@ def _target(run, asked, sample, h, rows, reference, size):
     kind, _, number = asked.partition(":")
     if kind == "class": return run.model, None, "the score of the predicted class"
     if kind == "similarity" and reference is not None:
-        image = torch.from_numpy(square(to_rgb(Image.open(reference)), size)).permute(2, 0, 1)[None].float()/255
-        return run.encoder, Similarity(torch.from_numpy(extract_features(run.encoder, image))[0]), f"the similarity (cosine) of the embedding to that of {Path(reference).name}"
+        image = (
+            torch.from_numpy(square(to_rgb(Image.open(reference)), size))
+            .permute(2, 0, 1)[None]
+            .float()
+            / 255
+        )
+        return (
+            run.encoder,
+            Similarity(torch.from_numpy(extract_features(run.encoder, image))[0]),
+            f"the similarity (cosine) of the embedding to that of {Path(reference).name}",
+        )
     if kind == "similarity":
-        if sample.labels is None: raise ValueError("target 'similarity' arrived without labels; expected class folders or a manifest with labels, or a reference image (--reference).")
+        if sample.labels is None:
+            raise ValueError(
+                "target 'similarity' arrived without labels; expected class folders or a manifest "
+                "with labels, or a reference image (--reference)."
+            )
         means = []
         for i in rows:
             others = (sample.labels == sample.labels[i]) & (np.arange(len(h)) != i)
-            if not others.any(): raise ValueError(f"{sample.names[i]} is the only image of its class in the sample; expected two or more of each: raise n (--n).")
+            if not others.any():
+                raise ValueError(
+                    f"{sample.names[i]} is the only image of its class in the sample; expected "
+                    "two or more of each: raise n (--n)."
+                )
             means.append(h[others].mean(0))
-        return run.encoder, Similarity(torch.from_numpy(np.stack(means))), "the similarity (cosine) of the embedding to the mean of the other images of its class"
-    if kind == "dimension" and int(number) >= h.shape[1]: raise ValueError(f"dimension {number} arrived; the encoder gives the dimensions 0 to {h.shape[1] - 1}.")
-    if kind == "dimension": return run.encoder, Dimension(int(number)), f"dimension {number} of the embedding"
+        return (
+            run.encoder,
+            Similarity(torch.from_numpy(np.stack(means))),
+            "the similarity (cosine) of the embedding to the mean of the other images of its class",
+        )
+    if kind == "dimension" and int(number) >= h.shape[1]:
+        raise ValueError(
+            f"dimension {number} arrived; the encoder gives the dimensions 0 to {h.shape[1] - 1}."
+        )
+    if kind == "dimension":
+        return run.encoder, Dimension(int(number)), f"dimension {number} of the embedding"
     most = min(h.shape[0] - 1, h.shape[1])
-    if not 1 <= int(number) <= most: raise ValueError(f"component {number} arrived; {h.shape[0]} images with {h.shape[1]} features have the components 1 to {most}.")
+    if not 1 <= int(number) <= most:
+        raise ValueError(
+            f"component {number} arrived; {h.shape[0]} images with {h.shape[1]} features have the "
+            f"components 1 to {most}."
+        )
     mean = h.mean(0)
-    direction = torch.from_numpy(np.linalg.svd(h - mean, full_matrices=False)[2][int(number) - 1].astype(np.float32))
+    direction = torch.from_numpy(
+        np.linalg.svd(h - mean, full_matrices=False)[2][int(number) - 1].astype(np.float32)
+    )
     centre = torch.from_numpy(mean)
-    return run.encoder, lambda z: (z - centre.to(z)) @ direction.to(z), f"principal component {number} of the embeddings of these images"
+    return (
+        run.encoder,
+        lambda z: (z - centre.to(z)) @ direction.to(z),
+        f"principal component {number} of the embeddings of these images",
+    )
 
 # %% ../../nbs/studies/explanation.ipynb #df596b3e
 def _refuse(out, identity, overwrite, images):
-    "Say why `out` cannot take this report, before anything is computed; nothing is written or removed"
+    """Say why `out` cannot take this report, before anything is computed; nothing is written or
+    removed"""
     old = {}
     if (out/"study.json").is_file():
         try: old = json.loads((out/"study.json").read_text(encoding="utf-8"))
         except ValueError: pass
         if not isinstance(old, dict) or old.get("kind") != identity["kind"]:
-            raise ValueError(f"the folder {out} holds a study of another kind (its study.json is not of a report of `synthpi explain`), which is not replaced, even with overwrite (--overwrite): choose another folder.")
+            raise ValueError(
+                f"the folder {out} holds a study of another kind (its study.json is not of a "
+                "report of `synthpi explain`), which is not replaced, even with overwrite "
+                "(--overwrite): choose another folder."
+            )
     claim_folder(out, identity, overwrite, [images] if images.is_dir() else [], dry=True)
 
 def _try(runs, sample, tables):
     "The names of the encoders that can be guided, each tried on one image"
     able = [name for name, t in tables.items() if len(t) and t.guided.all()]
     for r in runs:
-        if r.name in able and not torch.isfinite(guided_gradcam(r.model, sample.x[:1])).all(): raise ValueError(f"the map of {r.file} for {sample.names[0]} holds values that are not finite: look at its weights, or repeat the run.")
+        if r.name in able and not torch.isfinite(guided_gradcam(r.model, sample.x[:1])).all():
+            raise ValueError(
+                f"the map of {r.file} for {sample.names[0]} holds values that are not finite: "
+                "look at its weights, or repeat the run."
+            )
     return able
 
 # %% ../../nbs/studies/explanation.ipynb #1b486156
@@ -156,12 +280,20 @@ def _chosen(sample, n, seed):
 
 # %% ../../nbs/studies/explanation.ipynb #e2311289
 def explain_run(
-    encoders:Sequence[str|Path], # Encoder files, or run folders of a study; one or several, of one kind
-    images:str|Path, # Folder or manifest of tiles, see `image_folder`; for encoders of volumes a folder of prepared volumes
+    # Encoder files, or run folders of a study; one or several, of one kind
+    encoders:Sequence[str|Path],
+    # Folder or manifest of tiles, see `image_folder`; for encoders of volumes a folder of prepared
+    # volumes
+    images:str|Path,
     out:str|Path, # Output folder
-    target:str="auto", # What to explain: class, similarity, component:K (from 1) or dimension:K (from 0), the same for all encoders; auto: class if each has a probe, else similarity with labels or a reference, else component:1
-    reference:str|Path|None=None, # Image for the target similarity; None: the other images of the class
-    size:int|None=None, # Side of the images, pixels or voxels; None: as in training, where the encoder's file tells it
+    # What to explain: class, similarity, component:K (from 1) or dimension:K (from 0), the same for
+    # all encoders; auto: class if each has a probe, else similarity with labels or a reference,
+    # else component:1
+    target:str="auto",
+    # Image for the target similarity; None: the other images of the class
+    reference:str|Path|None=None,
+    # Side of the images, pixels or voxels; None: as in training, where the encoder's file tells it
+    size:int|None=None,
     n:int=300, # Images, drawn at random, for the map
     shown:int=8, # Images with a saliency map, where there are no classes
     checked:int=12, # Images of the sanity check; 0: no check
@@ -175,55 +307,182 @@ def explain_run(
     command:str="", # For the record
     progress:bool=True, # Show the bar
 )->dict: # What results.json holds
-    "Coverage, saliency maps, sanity check and map of encoders; writes report.html, results.json, maps.npz and figures. `ValueError` or `FileNotFoundError` before anything is computed when it cannot be done as told; an old report is replaced when the new one is whole."
+    """Coverage, saliency maps, sanity check and map of encoders; writes report.html, results.json,
+    maps.npz and figures. `ValueError` or `FileNotFoundError` before anything is computed when it
+    cannot be done as told; an old report is replaced when the new one is whole."""
     device = choose_device(device)
-    if not re.fullmatch(r"auto|class|similarity|(component|dimension):\d+", target): raise ValueError(f"target {target!r} arrived; expected auto, class, similarity, component:K or dimension:K with a whole number K.")
-    if n < 8 or shown < 1 or checked < 0 or checked == 1 or batch_size < 1 or size is not None and size < 1:
-        raise ValueError(f"n={n}, shown={shown}, checked={checked}, batch_size={batch_size}, size={size} arrived; expected n of 8 or more, one or more shown, checked 0, or 2 or more, and a batch_size and size of 1 or more.")
+    if not re.fullmatch(r"auto|class|similarity|(component|dimension):\d+", target):
+        raise ValueError(
+            f"target {target!r} arrived; expected auto, class, similarity, component:K or "
+            "dimension:K with a whole number K."
+        )
+    if (
+        n < 8
+        or shown < 1
+        or checked < 0
+        or checked == 1
+        or batch_size < 1
+        or size is not None
+        and size < 1
+    ):
+        raise ValueError(
+            f"n={n}, shown={shown}, checked={checked}, batch_size={batch_size}, size={size} "
+            "arrived; expected n of 8 or more, one or more shown, checked 0, or 2 or more, and a "
+            "batch_size and size of 1 or more."
+        )
     out, images = Path(out), Path(images)
-    if not images.exists(): raise FileNotFoundError(f"no such file or folder: {images}. Check the path.")
+    if not images.exists():
+        raise FileNotFoundError(f"no such file or folder: {images}. Check the path.")
     runs = open_runs(encoders, device)
     volumes = runs[0].encoder.spec["spatial_dims"] == 3
-    if reference is not None and (volumes or target not in ("auto", "similarity")): raise ValueError(f"reference={str(reference)!r} arrived {'for an encoder of volumes' if volumes else f'with target {target}'}; expected it with the target similarity, of images.")
-    if reference is not None and not Path(reference).is_file(): raise FileNotFoundError(f"no reference image at {reference}. Check the path.")
-    sample = _sample_crops(runs, images, n, size, split, seed) if volumes else _sample_tiles(runs, images, n, size, split, seed, group_column, on_bad)
-    if len(sample.x) < 8: raise ValueError(f"{len(sample.x)} images were found in {images}; expected 8 or more: a map of fewer says nothing.")
-    if target == "class" and any(r.probe is None for r in runs): raise ValueError(f"target 'class' arrived, but beside {next(r.file for r in runs if r.probe is None)} there is no predictions.npz with a probe: give the run folder of a study, or target similarity, component:K or dimension:K.")
-    if volumes and target in ("class", "similarity"): raise ValueError(f"target {target!r} arrived for encoders of volumes, whose runs hold no probe of classes and whose crops have no class; expected component:K or dimension:K.")
-    if target == "auto": target = "similarity" if reference is not None else "class" if all(r.probe is not None for r in runs) else "similarity" if sample.labels is not None else "component:1"
+    if reference is not None and (volumes or target not in ("auto", "similarity")):
+        raise ValueError(
+            f"reference={str(reference)!r} arrived "
+            f"{'for an encoder of volumes' if volumes else f'with target {target}'}; expected it "
+            "with the target similarity, of images."
+        )
+    if reference is not None and not Path(reference).is_file():
+        raise FileNotFoundError(f"no reference image at {reference}. Check the path.")
+    sample = (
+        _sample_crops(runs, images, n, size, split, seed)
+        if volumes
+        else _sample_tiles(runs, images, n, size, split, seed, group_column, on_bad)
+    )
+    if len(sample.x) < 8:
+        raise ValueError(
+            f"{len(sample.x)} images were found in {images}; expected 8 or more: a map of fewer "
+            "says nothing."
+        )
+    if target == "class" and any(r.probe is None for r in runs):
+        raise ValueError(
+            f"target 'class' arrived, but beside {next(r.file for r in runs if r.probe is None)} "
+            "there is no predictions.npz with a probe: give the run folder of a study, or target "
+            "similarity, component:K or dimension:K."
+        )
+    if volumes and target in ("class", "similarity"):
+        raise ValueError(
+            f"target {target!r} arrived for encoders of volumes, whose runs hold no probe of "
+            "classes and whose crops have no class; expected component:K or dimension:K."
+        )
+    if target == "auto":
+        target = (
+            "similarity"
+            if reference is not None
+            else "class"
+            if all(r.probe is not None for r in runs)
+            else "similarity"
+            if sample.labels is not None
+            else "component:1"
+        )
     probes = {r.name: r.probe is not None and fingerprint(r.probe) for r in runs}
-    identity = {"synthpi": synthpi.__version__, "kind": "explain", "encoders": {r.name: fingerprint(r.file) for r in runs}, "probes": probes, "images": sample.about, "target": target, "reference": reference and fingerprint(Path(reference)), "shown": shown, "checked": checked, "seed": seed}
+    identity = {
+        "synthpi": synthpi.__version__,
+        "kind": "explain",
+        "encoders": {r.name: fingerprint(r.file) for r in runs},
+        "probes": probes,
+        "images": sample.about,
+        "target": target,
+        "reference": reference and fingerprint(Path(reference)),
+        "shown": shown,
+        "checked": checked,
+        "seed": seed,
+    }
     _refuse(out, identity, overwrite, images)
-    tables = {r.name: coverage(r.model, sample.x[:1].to(next(r.encoder.parameters()).device)) for r in runs}
+    tables = {
+        r.name: coverage(r.model, sample.x[:1].to(next(r.encoder.parameters()).device))
+        for r in runs
+    }
     able = _try(runs, sample, tables)
     bar = Progress(3 + 4*len(runs), progress)
-    report = Report("What did the encoder look at?", f"{len(runs)} encoder{'s'*(len(runs) > 1)}, {len(sample.x)} {'crops' if volumes else 'images'} of {len(set(sample.groups))} {'subjects' if volumes else 'groups'}")
+    report = Report(
+        "What did the encoder look at?",
+        f"{len(runs)} encoder{'s' * (len(runs) > 1)}, {len(sample.x)} "
+        f"{'crops' if volumes else 'images'} of {len(set(sample.groups))} "
+        f"{'subjects' if volumes else 'groups'}",
+    )
     bar.stage("Features")
     features = {}
     for r in runs:
         features[r.name] = extract_features(r.encoder, iter(sample.x.split(batch_size)))
         bar.work(1)
-    rows, checks = _chosen(sample, shown, seed), sorted(int(i) for i in np.random.default_rng(seed_for(seed, "sanity")).permutation(len(sample.x))[:checked])
-    asked = {(r.name, kind): _target(r, target, sample, features[r.name], k, reference, sample.about["size"]) for r in runs for kind, k in (("shown", rows), ("checked", checks)) if k}       # what cannot be asked is said before anything is written
+    rows, checks = (
+        _chosen(sample, shown, seed),
+        sorted(
+            int(i)
+            for i in np.random.default_rng(seed_for(seed, "sanity")).permutation(len(sample.x))[
+                :checked
+            ]
+        ),
+    )
+    # what cannot be asked is said before anything is written
+    asked = {
+        (r.name, kind): _target(
+            r, target, sample, features[r.name], k, reference, sample.about["size"]
+        )
+        for r in runs
+        for kind, k in (("shown", rows), ("checked", checks))
+        if k
+    }
     covered = _coverage_section(report, tables, able)
     guided = [r for r in runs if r.name in able]
-    results = {"schema": 1, "command": command, "seeds": [seed], "data": {"path": images.name, **sample.about}, "environment": environment(), "encoders": {r.name: {"file": r.file.name, "architecture": r.encoder.spec, "probe": r.probe is not None} for r in runs}, "coverage": covered}
+    results = {
+        "schema": 1,
+        "command": command,
+        "seeds": [seed],
+        "data": {"path": images.name, **sample.about},
+        "environment": environment(),
+        "encoders": {
+            r.name: {
+                "file": r.file.name,
+                "architecture": r.encoder.spec,
+                "probe": r.probe is not None,
+            }
+            for r in runs
+        },
+        "coverage": covered,
+    }
     if guided:
         bar.stage("Saliency")
-        results["target"], results["empty_maps"] = _saliency_section(report, guided, sample, features, rows, asked, batch_size)
+        results["target"], results["empty_maps"] = _saliency_section(
+            report, guided, sample, features, rows, asked, batch_size
+        )
         bar.work(len(runs))
         bar.stage("Sanity check")
-        if checked: results["sanity"] = _sanity_section(report, guided, sample, checks, asked, seed, batch_size)
+        if checked:
+            results["sanity"] = _sanity_section(
+                report, guided, sample, checks, asked, seed, batch_size
+            )
         bar.work(len(runs))
-    else: report.text("**None of these encoders can be guided**, so there is no saliency map. `synthpi.explain.saliency.saliency_maps` with `methods=['gradcam']` explains them by Grad-CAM, which needs no ReLU.")
+    else:
+        report.text(
+            "**None of these encoders can be guided**, so there is no saliency map. "
+            "`synthpi.explain.saliency.saliency_maps` with `methods=['gradcam']` explains them by "
+            "Grad-CAM, which needs no ReLU."
+        )
     bar.stage("Map")
     maps = _map_section(report, runs, sample, features, seed)
     results["maps"] = {n: {k: v for k, v in m.items() if k != "coords"} for n, m in maps.items()}
-    claim_folder(out, identity, overwrite, [images] if images.is_dir() else [], ("study.json", "results.json", "report.html", "figures", "maps.npz"))
+    claim_folder(
+        out,
+        identity,
+        overwrite,
+        [images] if images.is_dir() else [],
+        ("study.json", "results.json", "report.html", "figures", "maps.npz"),
+    )
     shutil.rmtree(out/"figures", ignore_errors=True)               # of the same report, made before
-    save_map(out/"maps.npz", maps, name=sample.names, group=sample.groups, **({"label": sample.labels} if sample.labels is not None else {}))
+    save_map(
+        out / "maps.npz",
+        maps,
+        name=sample.names,
+        group=sample.groups,
+        **({"label": sample.labels} if sample.labels is not None else {}),
+    )
     write_json(out/"results.json", results)
-    report.section("What this does not show", _LIMITS).record(results, "The folder of this report holds `results.json` with every number, `maps.npz` with the coordinates (`synthpi.explain.maps.load_map`), and `figures/`.")
+    report.section("What this does not show", _LIMITS).record(
+        results,
+        "The folder of this report holds `results.json` with every number, `maps.npz` with the "
+        "coordinates (`synthpi.explain.maps.load_map`), and `figures/`.",
+    )
     report.save(out)
     bar.close()
     return results

@@ -31,22 +31,59 @@ _LIMITS = """- A map shows where a small change of the image would raise one num
 
 def _rows_figure(sample, rows, maps, size=1.25)->Figure:
     "An image per row, an encoder per column"
-    fig, axes = plt.subplots(len(rows), 1 + len(maps), figsize=(size*(1 + len(maps)) + .3, (size + .05)*len(rows) + .3), squeeze=False, layout="constrained")
-    for ax in axes.flat: ax.set_xticks([]); ax.set_yticks([])
+    fig, axes = plt.subplots(
+        len(rows),
+        1 + len(maps),
+        figsize=(size * (1 + len(maps)) + 0.3, (size + 0.05) * len(rows) + 0.3),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
     for k, (line, i) in enumerate(zip(axes, rows)):
         line[0].imshow(to_rgb(sample.x[i].permute(1, 2, 0).numpy()))
-        line[0].set_ylabel(sample.classes[sample.labels[i]] if sample.labels is not None and sample.labels[i] >= 0 else f"image {k + 1}", fontsize=8, parse_math=False)
+        line[0].set_ylabel(
+            sample.classes[sample.labels[i]]
+            if sample.labels is not None and sample.labels[i] >= 0
+            else f"image {k + 1}",
+            fontsize=8,
+            parse_math=False,
+        )
         for ax, m in zip(line[1:], maps.values()): ax.imshow(saliency_display(m[k]))
-    for ax, name in zip(axes[0], ["input", *maps]): ax.set_title(name.replace("_", "\n", 1), fontsize=8, parse_math=False)
+    for ax, name in zip(axes[0], ["input", *maps]):
+        ax.set_title(name.replace("_", "\n", 1), fontsize=8, parse_math=False)
     plt.close(fig)
     return fig
 
 def _coverage_section(report, tables, able):
     "Which encoders can be guided; the numbers for results.json"
-    report.section("What is guided", "Guided back-propagation changes the gradient of every ReLU, through its module. What an encoder does by a function, or with another activation, would be missed, and its map would be another one than it is called. "
-                   "Such an encoder is refused here: it is mapped below, and not given a saliency map.")
-    report.table(pd.DataFrame([{"encoder": n, "ReLU modules guided": int(t.guided.sum()), "calls guided": int(t.calls[t.guided].sum()), "calls missed": int(t.calls[~t.guided].sum()), "missed": ", ".join(f"{r.operation} in {r.module}" for r in t[~t.guided].head(4).itertuples())
-                                or ("no ReLU at all" if t.empty else "nothing"), "saliency": n in able} for n, t in tables.items()]).set_index("encoder"), "Every rectifying operation of one forward pass, with the probe where there is one.")
+    report.section(
+        "What is guided",
+        "Guided back-propagation changes the gradient of every ReLU, through its module. What an "
+        "encoder does by a function, or with another activation, would be missed, and its map "
+        "would be another one than it is called. "
+        "Such an encoder is refused here: it is mapped below, and not given a saliency map.",
+    )
+    report.table(
+        pd.DataFrame(
+            [
+                {
+                    "encoder": n,
+                    "ReLU modules guided": int(t.guided.sum()),
+                    "calls guided": int(t.calls[t.guided].sum()),
+                    "calls missed": int(t.calls[~t.guided].sum()),
+                    "missed": ", ".join(
+                        f"{r.operation} in {r.module}" for r in t[~t.guided].head(4).itertuples()
+                    )
+                    or ("no ReLU at all" if t.empty else "nothing"),
+                    "saliency": n in able,
+                }
+                for n, t in tables.items()
+            ]
+        ).set_index("encoder"),
+        "Every rectifying operation of one forward pass, with the probe where there is one.",
+    )
     return {n: t.to_dict("records") for n, t in tables.items()}
 
 def _saliency_section(report, runs, sample, features, rows, asked, batch_size):
@@ -56,48 +93,139 @@ def _saliency_section(report, runs, sample, features, rows, asked, batch_size):
         model, target, what = asked[r.name, "shown"]
         maps[r.name] = guided_gradcam(model, sample.x[rows], target, batch_size=batch_size)
         if target is None:
-            with torch.no_grad(): pred[r.name] = r.probe(torch.from_numpy(features[r.name][rows]).to(r.probe.weight.device)).argmax(1).cpu().numpy()
+            with torch.no_grad():
+                pred[r.name] = (
+                    r.probe(torch.from_numpy(features[r.name][rows]).to(r.probe.weight.device))
+                    .argmax(1)
+                    .cpu()
+                    .numpy()
+                )
     kind = "crop" if sample.x.ndim == 5 else "image"
-    report.section("Where they look", f"Guided-GradCAM of {what}: where a small change of the {kind} would raise it. The {kind}s were drawn at random" + (", one of each class." if sample.labels is not None else "."))
+    report.section(
+        "Where they look",
+        f"Guided-GradCAM of {what}: where a small change of the {kind} would raise it. The "
+        f"{kind}s were drawn at random"
+        + (", one of each class." if sample.labels is not None else "."),
+    )
     empty = {n: int((m.flatten(1) == 0).all(1).sum()) for n, m in maps.items()}
-    if any(empty.values()): report.text(f"Maps that are zero everywhere, because no channel of the last convolution speaks for the score: {', '.join(f'{n} {k} of {len(rows)}' for n, k in empty.items())}.")
+    if any(empty.values()):
+        report.text(
+            "Maps that are zero everywhere, because no channel of the last convolution speaks "
+            f"for the score: {', '.join(f'{n} {k} of {len(rows)}' for n, k in empty.items())}."
+        )
     if sample.x.ndim == 5:
         for n, m in maps.items():
-            for k, i in enumerate(rows[:3]): report.figure(saliency_volume(sample.x[i], m[k], spacing_mm=sample.spacing_mm), f"saliency_{len(report.pngs) + 1}", f"`{n}`, {sample.names[i]}: three planes through the place where the map is strongest. Orange raises the score, violet lowers it.",
-                                                           f"Saliency of {n} over three planes of a crop")
+            for k, i in enumerate(rows[:3]):
+                report.figure(
+                    saliency_volume(sample.x[i], m[k], spacing_mm=sample.spacing_mm),
+                    f"saliency_{len(report.pngs) + 1}",
+                    f"`{n}`, {sample.names[i]}: three planes through the place where the map is "
+                    "strongest. Orange raises the score, violet lowers it.",
+                    f"Saliency of {n} over three planes of a crop",
+                )
     elif pred and sample.labels is not None: report.figure(saliency_grid(sample.x[rows], maps, sample.labels[rows], pred, sample.classes), "saliency", "One image of each class and the maps of the encoders; below each map predicted / true class.", "Grid of images and saliency maps, one column for each encoder")
     else: report.figure(_rows_figure(sample, rows, maps), "saliency", "Images and the maps of the encoders.", "Grid of images and saliency maps, one column for each encoder")
     return what, empty
 
 def _sanity_section(report, runs, sample, rows, asked, seed, batch_size):
     "Figures and numbers of the sanity checks"
-    report.section("Do the maps depend on what was learnt?", "The weights of each encoder are replaced by random ones, layer by layer from the output to the input (Adebayo et al., 2018), and the maps are compared with the original ones. **To pass** means that with all weights "
-                   "random a map is hardly more like the original than the map of another image is (no more than a fifth of the likeness beyond that is left). That can be the doing of the first layers alone, so read the curve: where it stays high while half of all layers are random, the map shows the image "
-                   "more than what the encoder makes of it. Guided back-propagation is known for this, because rectifiers alone let it paint the edges of the image, and Guided-GradCAM inherits a part of it.")
+    report.section(
+        "Do the maps depend on what was learnt?",
+        "The weights of each encoder are replaced by random ones, layer by layer from the output "
+        "to the input (Adebayo et al., 2018), and the maps are compared with the original ones. "
+        "**To pass** means that with all weights "
+        "random a map is hardly more like the original than the map of another image is (no more "
+        "than a fifth of the likeness beyond that is left). That can be the doing of the first "
+        "layers alone, so read the curve: where it stays high while half of all layers are "
+        "random, the map shows the image "
+        "more than what the encoder makes of it. Guided back-propagation is known for this, "
+        "because rectifiers alone let it paint the edges of the image, and Guided-GradCAM "
+        "inherits a part of it.",
+    )
     found = {}
     for k, r in enumerate(runs):
         model, target, _ = asked[r.name, "checked"]
         check = sanity_check(model, sample.x[rows], target, seed=seed, batch_size=batch_size)
-        report.text(f"What was found of `{r.name}`, by rank correlation with the maps of the intact network:\n\n{check.verdict()}")
-        report.figure(plot_sanity(check, next((i for i, m in enumerate(check.maps["guided_gradcam"][0]) if m.any()), 0)), f"sanity_{k + 1}", f"`{r.name}`: one image's maps as its layers become random (above), and the similarity to the intact maps over {len(rows)} images with 95 % intervals (below). Dotted: maps of different images.",
-                      f"Maps of {r.name} under randomised weights, and curves of their similarity to the original")
-        found[r.name] = {"passes": check.passes().to_dict(), "left": check.left().to_dict(), "layers": check.layers, "curve": check.table.to_dict("records"), "different_images": check.other.to_dict("index")}
+        report.text(
+            f"What was found of `{r.name}`, by rank correlation with the maps of the intact "
+            f"network:\n\n{check.verdict()}"
+        )
+        report.figure(
+            plot_sanity(
+                check,
+                next((i for i, m in enumerate(check.maps["guided_gradcam"][0]) if m.any()), 0),
+            ),
+            f"sanity_{k + 1}",
+            f"`{r.name}`: one image's maps as its layers become random (above), and the "
+            f"similarity to the intact maps over {len(rows)} images with 95 % intervals (below). "
+            "Dotted: maps of different images.",
+            f"Maps of {r.name} under randomised weights, and curves of their similarity to the "
+            "original",
+        )
+        found[r.name] = {
+            "passes": check.passes().to_dict(),
+            "left": check.left().to_dict(),
+            "layers": check.layers,
+            "curve": check.table.to_dict("records"),
+            "different_images": check.other.to_dict("index"),
+        }
     return found
 
 def _map_section(report, runs, sample, features, seed):
     "Figures of the maps, and the maps"
     groups = sample.groups if 1 < len(set(sample.groups)) < len(sample.groups) else None
-    maps = align_maps({r.name: embedding_map(features[r.name], seed=seed, labels=sample.labels, groups=groups) for r in runs})
-    report.section("How they arrange the images", "UMAP of the features, each turned onto the first. The scores count neighbours: *same class* among images of other patients (groups) where these are known, because images of a patient are alike for other reasons.")
-    if sample.labels is not None: report.figure(plot_map(maps, sample.labels, sample.classes), "map", "Coloured by class.", "Scatter plots of the images by class, one for each encoder")
+    maps = align_maps(
+        {
+            r.name: embedding_map(features[r.name], seed=seed, labels=sample.labels, groups=groups)
+            for r in runs
+        }
+    )
+    report.section(
+        "How they arrange the images",
+        "UMAP of the features, each turned onto the first. The scores count neighbours: *same "
+        "class* among images of other patients (groups) where these are known, because images of "
+        "a patient are alike for other reasons.",
+    )
+    if sample.labels is not None:
+        report.figure(
+            plot_map(maps, sample.labels, sample.classes),
+            "map",
+            "Coloured by class.",
+            "Scatter plots of the images by class, one for each encoder",
+        )
     if sample.center_mm is not None:
         axes = dict(zip(AXES, sample.center_mm.T))
-        report.figure(plot_map(maps, values=axes, unit="mm", size=2.4), "map_position", f"Coloured by the place of the crop in the body, in the frame {sample.about['frame']}.", "Scatter plots of the crops by position")
-    if groups is not None: report.figure(plot_map(maps, groups), "map_groups", "Coloured by patient (group): groups that lie apart are what a probe may learn in place of the class.", "Scatter plots by patient")
-    elif sample.labels is None and sample.center_mm is None: report.figure(plot_map(maps, np.zeros(len(sample.x), int), ["images"]), "map", "The images have neither classes nor groups.", "Scatter plots of the images")
+        report.figure(
+            plot_map(maps, values=axes, unit="mm", size=2.4),
+            "map_position",
+            f"Coloured by the place of the crop in the body, in the frame {sample.about['frame']}.",
+            "Scatter plots of the crops by position",
+        )
+    if groups is not None:
+        report.figure(
+            plot_map(maps, groups),
+            "map_groups",
+            "Coloured by patient (group): groups that lie apart are what a probe may learn in "
+            "place of the class.",
+            "Scatter plots by patient",
+        )
+    elif sample.labels is None and sample.center_mm is None:
+        report.figure(
+            plot_map(maps, np.zeros(len(sample.x), int), ["images"]),
+            "map",
+            "The images have neither classes nor groups.",
+            "Scatter plots of the images",
+        )
     rows = []
     for n, m in maps.items():
         for what in ("classes", "patients"):
-            for where, s in (m.get(what) or {}).items(): rows.append({"encoder": n, "of": what, "measured in": where, **s})
-    if rows: report.table(pd.DataFrame(rows).set_index("encoder"), "Separation of classes and of patients, in the features and in the map. *neighbours*: share of the 15 nearest with the same label; *other_patients*: of those from other patients. Beside each, its expectation by chance.")
+            for where, s in (m.get(what) or {}).items():
+                rows.append({"encoder": n, "of": what, "measured in": where, **s})
+    if rows:
+        report.table(
+            pd.DataFrame(rows).set_index("encoder"),
+            "Separation of classes and of patients, in the features and in the map. *neighbours*: "
+            "share of the 15 nearest with the same label; *other_patients*: of those from other "
+            "patients. Beside each, its expectation by chance.",
+        )
     return maps

@@ -28,34 +28,73 @@ _READABLE = {"position_r2": "R² of the place"}     # metrics whose key is no na
 
 # %% ../../nbs/studies/figures.ipynb #a628e102
 def plot_losses(
-    histories:Mapping[str, pd.DataFrame], # Arm to its history: `step` and any of `loss`, `invariance`, `variance`, `covariance`
+    # Arm to its history: `step` and any of `loss`, `invariance`, `variance`, `covariance`
+    histories:Mapping[str, pd.DataFrame],
     smooth:float=.05, # Running mean, as a fraction of the run
 )->Figure: # The figure, not shown
     "Training curves, a panel for the loss and for each of its terms, on logarithmic axes."
     check_arms(histories, "histories")
-    terms = [t for t in ("loss", "invariance", "variance", "covariance") if any(t in h for h in histories.values())]
+    terms = [
+        t
+        for t in ("loss", "invariance", "variance", "covariance")
+        if any(t in h for h in histories.values())
+    ]
     look = arm_looks(histories)
     with plt.rc_context(HOUSE_STYLE):
-        ncols = min(2, len(terms)); nrows = -(-len(terms)//ncols)
-        fig, axes = plt.subplots(nrows, ncols, figsize=(3.8*ncols, 2.1*nrows + .6), squeeze=False, layout="constrained", sharex=True)
+        ncols = min(2, len(terms))
+        nrows = -(-len(terms) // ncols)
+        fig, axes = plt.subplots(
+            nrows,
+            ncols,
+            figsize=(3.8 * ncols, 2.1 * nrows + 0.6),
+            squeeze=False,
+            layout="constrained",
+            sharex=True,
+        )
         for ax, term in zip(axes.flat, terms):
             for k, (arm, h) in enumerate(histories.items()):
-                if term not in h: continue
-                window = max(1, round(smooth*len(h)))
+                if term not in h:
+                    continue
+                window = max(1, round(smooth * len(h)))
                 y = h[term].rolling(window, min_periods=1).mean()
-                y = y[y > 0]                                    # a hinge that is fully met is zero, which has no place on this axis
-                if y.empty: continue
-                ax.plot(h["step"][y.index], y, color=look[arm][0], marker=look[arm][1],
-                        markevery=(.04 + .03*k, .3), markersize=5, linewidth=1.4, label=arm)
-            drawn = np.concatenate([[1.], *(line.get_ydata() for line in ax.lines)])[bool(ax.lines):]
+                # a hinge that is fully met is zero, which has no place on this axis
+                y = y[y > 0]
+                if y.empty:
+                    continue
+                ax.plot(
+                    h["step"][y.index],
+                    y,
+                    color=look[arm][0],
+                    marker=look[arm][1],
+                    markevery=(0.04 + 0.03 * k, 0.3),
+                    markersize=5,
+                    linewidth=1.4,
+                    label=arm,
+                )
+            drawn = np.concatenate([[1.0], *(line.get_ydata() for line in ax.lines)])[
+                bool(ax.lines) :
+            ]
             low, high = drawn.min(), drawn.max()
-            steps = (1, 2, 3, 4, 6) if high < 8*low else (1, 3) if high < 500*low else (1,)
-            ax.set_title(term, loc="left"); ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=steps)); ax.yaxis.set_major_formatter("{x:g}"); ax.yaxis.set_minor_locator(NullLocator())
-        for ax in axes[-1]: ax.set_xlabel("step")
-        for ax in list(axes.flat)[len(terms):]: ax.set_visible(False)
-        handles = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
+            steps = (1, 2, 3, 4, 6) if high < 8 * low else (1, 3) if high < 500 * low else (1,)
+            ax.set_title(term, loc="left")
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=steps))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(NullLocator())
+        for ax in axes[-1]:
+            ax.set_xlabel("step")
+        for ax in list(axes.flat)[len(terms) :]:
+            ax.set_visible(False)
+        handles = {
+            label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())
+        }
+        fig.legend(
+            handles.values(),
+            handles,
+            loc="outside lower center",
+            ncols=min(3, len(handles)),
+            frameon=False,
+        )
     plt.close(fig)
     return fig
 
@@ -69,52 +108,102 @@ def _metric(entry, key):
 def _interval(ax, x, y, look, label=None):
     mean, lo, hi, _ = x
     ax.plot([lo, hi], [y, y], color=look[0], linewidth=2, solid_capstyle="butt", zorder=2)
-    ax.plot(mean, y, look[1], color=look[0], markersize=7.5, markeredgecolor="white", markeredgewidth=.8, zorder=3, label=label)
+    ax.plot(
+        mean,
+        y,
+        look[1],
+        color=look[0],
+        markersize=7.5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        zorder=3,
+        label=label,
+    )
 
 # %% ../../nbs/studies/figures.ipynb #2dc31c14
 def plot_accuracy(
     arms:Mapping[str, Mapping], # Arm to its record in `results.json`
-    chance:float|None=None, # Accuracy of guessing; one over the number of classes in `per_class_recall` if None
+    # Accuracy of guessing; one over the number of classes in `per_class_recall` if None
+    chance:float|None=None,
     key:str="accuracy", # Which metric of the record
 )->Figure: # The figure, not shown
     "A metric with its interval, one arm per row, in the order given."
     check_arms(arms, "records")
     look = arm_looks(arms)
-    if chance is None: chance = next((1/len(a["per_class_recall"]) for a in arms.values() if a.get("per_class_recall")), None)
+    if chance is None:
+        chance = next(
+            (1 / len(a["per_class_recall"]) for a in arms.values() if a.get("per_class_recall")),
+            None,
+        )
     with plt.rc_context(HOUSE_STYLE):
-        fig, ax = plt.subplots(figsize=(7, .38*len(arms) + .9), layout="constrained")
+        fig, ax = plt.subplots(figsize=(7, 0.38 * len(arms) + 0.9), layout="constrained")
         for y, (arm, entry) in enumerate(arms.items()):
             m = _metric(entry, key)
             _interval(ax, m, y, look[arm])
-            ax.plot(m[3], np.full(len(m[3]), y + .25), "|", color=look[arm][0], markersize=5)
-            ax.annotate(f"{m[0]:.2f}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+            ax.plot(m[3], np.full(len(m[3]), y + 0.25), "|", color=look[arm][0], markersize=5)
+            ax.annotate(
+                f"{m[0]:.2f}",
+                (1.01, y),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=9,
+            )
         if chance is not None:
             ax.axvline(chance, color="#444444", linestyle="--", linewidth=1)
-            ax.annotate(" guessing", (chance, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center", fontsize=8, color="#444444")
-        ax.set_yticks(range(len(arms)), arms); ax.set_ylim(len(arms) - .4, -.6); ax.grid(axis="y", visible=False)
-        ax.set_xlabel(f"{_READABLE.get(key, key.replace('_', ' '))} (dot: mean, bar: 95 % interval, ticks: seeds)")
+            ax.annotate(
+                " guessing",
+                (chance, 1),
+                xycoords=("data", "axes fraction"),
+                va="bottom",
+                ha="center",
+                fontsize=8,
+                color="#444444",
+            )
+        ax.set_yticks(range(len(arms)), arms)
+        ax.set_ylim(len(arms) - 0.4, -0.6)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel(
+            f"{_READABLE.get(key, key.replace('_', ' '))} (dot: mean, bar: 95 % interval, ticks: "
+            "seeds)"
+        )
     plt.close(fig)
     return fig
 
 # %% ../../nbs/studies/figures.ipynb #6dcd5646
 def plot_augmentation(
-    by_augmentation:Mapping[str, Mapping], # Arm to `{"weak": record or metric, "strong": ...}`; a setting may be missing
+    # Arm to `{"weak": record or metric, "strong": ...}`; a setting may be missing
+    by_augmentation:Mapping[str, Mapping],
     key:str="accuracy", # Which metric of the record
 )->Figure: # The figure, not shown
     "A metric at each augmentation setting, one line per arm."
     check_arms(by_augmentation, "settings")
-    look, settings = arm_looks(by_augmentation), list(dict.fromkeys(s for a in by_augmentation.values() for s in a))
+    look, settings = (
+        arm_looks(by_augmentation),
+        list(dict.fromkeys(s for a in by_augmentation.values() for s in a)),
+    )
     with plt.rc_context(HOUSE_STYLE):
-        fig, ax = plt.subplots(figsize=(1.6*len(settings) + 1.4, 3.2), layout="constrained")
+        fig, ax = plt.subplots(figsize=(1.6 * len(settings) + 1.4, 3.2), layout="constrained")
         for k, (arm, values) in enumerate(by_augmentation.items()):
-            shift = .06*(k - (len(by_augmentation) - 1)/2)
+            shift = 0.06 * (k - (len(by_augmentation) - 1) / 2)
             points = [(settings.index(s) + shift, _metric(v, key)) for s, v in values.items()]
             colour, marker = look[arm]
-            for x, (_, lo, hi, _) in points: ax.plot([x, x], [lo, hi], color=colour, linewidth=2, solid_capstyle="butt")
-            ax.plot([x for x, _ in points], [m[0] for _, m in points], marker=marker, color=colour, linewidth=1, markersize=7.5,
-                    markeredgecolor="white", label=arm)
-        ax.set_xticks(range(len(settings)), settings); ax.set_xlim(-.5, len(settings) - .5); ax.grid(axis="x", visible=False)
-        ax.set_xlabel("augmentation"); ax.set_ylabel(f"{key.replace('_', ' ')}, 95 % interval")
+            for x, (_, lo, hi, _) in points:
+                ax.plot([x, x], [lo, hi], color=colour, linewidth=2, solid_capstyle="butt")
+            ax.plot(
+                [x for x, _ in points],
+                [m[0] for _, m in points],
+                marker=marker,
+                color=colour,
+                linewidth=1,
+                markersize=7.5,
+                markeredgecolor="white",
+                label=arm,
+            )
+        ax.set_xticks(range(len(settings)), settings)
+        ax.set_xlim(-0.5, len(settings) - 0.5)
+        ax.grid(axis="x", visible=False)
+        ax.set_xlabel("augmentation")
+        ax.set_ylabel(f"{key.replace('_', ' ')}, 95 % interval")
         fig.legend(loc="outside right upper", frameon=False)
     plt.close(fig)
     return fig
@@ -130,16 +219,35 @@ def plot_recall(
     look, ncols = arm_looks(recall), min(ncols, len(classes))
     nrows = -(-len(classes)//ncols)
     with plt.rc_context(HOUSE_STYLE):
-        fig, axes = plt.subplots(nrows, ncols, figsize=(1.9*ncols + 1.6, (.2*len(recall) + .45)*nrows + .3), squeeze=False, sharex=True,
-                                 sharey=True, layout="constrained")
+        fig, axes = plt.subplots(
+            nrows,
+            ncols,
+            figsize=(1.9 * ncols + 1.6, (0.2 * len(recall) + 0.45) * nrows + 0.3),
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
         for ax, name in zip(axes.flat, classes):
             values = [recall[arm].get(name) for arm in recall]
-            ax.barh(range(len(recall)), [np.nan if v is None else v for v in values], color=[look[arm][0] for arm in recall], height=.72)
-            for y, v in enumerate(values): ax.annotate("–" if v is None else f" {v:.2f}", (v or 0, y), va="center", fontsize=8)
-            ax.set_title(name, loc="left"); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
-        for ax in list(axes.flat)[len(classes):]: ax.set_visible(False)
+            ax.barh(
+                range(len(recall)),
+                [np.nan if v is None else v for v in values],
+                color=[look[arm][0] for arm in recall],
+                height=0.72,
+            )
+            for y, v in enumerate(values):
+                ax.annotate("–" if v is None else f" {v:.2f}", (v or 0, y), va="center", fontsize=8)
+            ax.set_title(name, loc="left")
+            ax.grid(axis="y", visible=False)
+            ax.tick_params(axis="y", length=0)
+        for ax in list(axes.flat)[len(classes) :]:
+            ax.set_visible(False)
         ax = axes[0, 0]
-        ax.set_yticks(range(len(recall)), recall); ax.set_ylim(len(recall) - .4, -.6); ax.set_xlim(0, 1.22); ax.set_xticks([0, .5, 1])
+        ax.set_yticks(range(len(recall)), recall)
+        ax.set_ylim(len(recall) - 0.4, -0.6)
+        ax.set_xlim(0, 1.22)
+        ax.set_xticks([0, 0.5, 1])
         fig.supxlabel("recall", fontsize=9)
     plt.close(fig)
     return fig
@@ -154,21 +262,45 @@ def plot_confusion(
     check_arms(matrices, "matrices")
     n = len(classes)
     for arm, m in matrices.items():
-        if np.shape(m) != (n, n): raise ValueError(f"the matrix of {arm} has shape {np.shape(m)}; expected ({n}, {n}) for {n} classes.")
-    ncols = min(ncols, len(matrices)); nrows = -(-len(matrices)//ncols)
+        if np.shape(m) != (n, n):
+            raise ValueError(
+                f"the matrix of {arm} has shape {np.shape(m)}; expected ({n}, {n}) for {n} classes."
+            )
+    ncols = min(ncols, len(matrices))
+    nrows = -(-len(matrices) // ncols)
     side = max(.34*n + .5, 1.8)
-    with plt.rc_context({**HOUSE_STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
-        fig, axes = plt.subplots(nrows, ncols, figsize=((side + .5)*ncols, (side + .9)*nrows), squeeze=False, layout="constrained")
-        for ax in list(axes.flat)[len(matrices):]: ax.set_visible(False)
+    with plt.rc_context(
+        {**HOUSE_STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
+    ):
+        fig, axes = plt.subplots(
+            nrows,
+            ncols,
+            figsize=((side + 0.5) * ncols, (side + 0.9) * nrows),
+            squeeze=False,
+            layout="constrained",
+        )
+        for ax in list(axes.flat)[len(matrices) :]:
+            ax.set_visible(False)
         for ax, (arm, m) in zip(axes.flat, matrices.items()):
             m = np.asarray(m)
-            share = m/np.maximum(m.sum(1, keepdims=True), 1)
+            share = m / np.maximum(m.sum(1, keepdims=True), 1)
             ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
             for i, j in zip(*np.nonzero(m)):
-                ax.text(j, i, f"{m[i, j]:g}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > .55 else "#1A1A1A")
-            ax.set_xticks(range(n), classes, rotation=90); ax.set_yticks(range(n), classes); ax.tick_params(length=0)
-            ax.set_xlabel("predicted"); ax.set_ylabel("true")
-            ax.set_title(f"{arm}\n{np.trace(m)/max(m.sum(), 1):.2f} on the diagonal")
+                ax.text(
+                    j,
+                    i,
+                    f"{m[i, j]:g}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if share[i, j] > 0.55 else "#1A1A1A",
+                )
+            ax.set_xticks(range(n), classes, rotation=90)
+            ax.set_yticks(range(n), classes)
+            ax.tick_params(length=0)
+            ax.set_xlabel("predicted")
+            ax.set_ylabel("true")
+            ax.set_title(f"{arm}\n{np.trace(m) / max(m.sum(), 1):.2f} on the diagonal")
     plt.close(fig)
     return fig
 
@@ -182,11 +314,17 @@ def pair_gallery(
 )->Figure: # The figure, not shown
     "Each image above its privileged image."
     if not len(primary) or len(primary) != len(privileged):
-        raise ValueError(f"{len(primary)} primary and {len(privileged)} privileged images arrived; expected as many of one as of the other, "
-                         "and at least one.")
-    ncols = min(ncols, len(primary)); nrows = -(-len(primary)//ncols)
+        raise ValueError(
+            f"{len(primary)} primary and {len(privileged)} privileged images arrived; expected as "
+            "many of one as of the other, "
+            "and at least one."
+        )
+    ncols = min(ncols, len(primary))
+    nrows = -(-len(primary) // ncols)
     with plt.rc_context(HOUSE_STYLE):
-        fig, axes = plt.subplots(2*nrows, ncols, figsize=(size*ncols + .2, (2*size + .25)*nrows), squeeze=False)
+        fig, axes = plt.subplots(
+            2 * nrows, ncols, figsize=(size * ncols + 0.2, (2 * size + 0.25) * nrows), squeeze=False
+        )
         for ax in axes.flat: ax.axis("off")
         for i, pair in enumerate(zip(primary, privileged)):
             for k, image in enumerate(pair):

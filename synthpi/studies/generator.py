@@ -47,41 +47,74 @@ from ..train.processes import make_accelerator
 from ..train.watch import plot_history
 
 # %% ../../nbs/studies/generator.ipynb #3b90e276
-OBJECTIVES = {"regression": Regression, "pix2pix": Pix2Pix, "cyclegan": CycleGAN, "cut": CUT}       # by their names on the command line
-_SETTINGS = {"regression": dict(lr=5e-3, batch_size=16), "pix2pix": dict(lr=1e-3, batch_size=8), "cyclegan": dict(lr=5e-4, batch_size=4), "cut": dict(lr=5e-4, batch_size=4)}
+# by their names on the command line
+OBJECTIVES = {"regression": Regression, "pix2pix": Pix2Pix, "cyclegan": CycleGAN, "cut": CUT}
+_SETTINGS = {
+    "regression": dict(lr=5e-3, batch_size=16),
+    "pix2pix": dict(lr=1e-3, batch_size=8),
+    "cyclegan": dict(lr=5e-4, batch_size=4),
+    "cut": dict(lr=5e-4, batch_size=4),
+}
 
 class Made(NamedTuple):
     "What a training leaves behind."
     generator:ModuleGenerator|None # None after an interrupt
     quality:Quality|None # On the test images; None without pairs to test on, or after an interrupt
     folder:Path # With generator.safetensors, report.html, results.json, samples, history.csv
-    patients_known:bool=False # Whether the test images are of patients that were not trained on, and not just other images
+    # Whether the test images are of patients that were not trained on, and not just other images
+    patients_known:bool=False
     interrupted:bool=False # By Ctrl-C: the same call goes on
 
 def read_training_images(
-    pairs:str|Path, # Folder of pairs (`image/`, `privileged/`); with `privileged`, a folder of primary images
+    # Folder of pairs (`image/`, `privileged/`); with `privileged`, a folder of primary images
+    pairs:str|Path,
     privileged:str|Path|None=None, # Folder of privileged images of other tissue
     group_column:str|None=None, # Column that names the patient
     on_bad:str="raise", # Unreadable images: "raise", or "skip" and count
 )->tuple[Dataset, Dataset|None]: # Pairs and None, or primary and privileged images
-    "The images to train a generator on, each looked at once. `ValueError` when one file is in both folders."
-    if privileged is None: return check_images(pair_folders(pairs, group_column=group_column), on_bad=on_bad)[0], None
-    x, y = (check_images(image_folder(f, group_column=group_column), on_bad=on_bad)[0] for f in (pairs, privileged))
-    files = lambda f, ds: {(Path(f) if Path(f).is_dir() else Path(f).parent).resolve()/p for p in ds["path"]}
-    if same := sorted(files(pairs, x) & files(privileged, y)): raise ValueError(f"{len(same)} files are in both folders ({same[0].name}); expected primary images in one and privileged ones in the other.")
+    """The images to train a generator on, each looked at once. `ValueError` when one file is in
+    both folders."""
+    if privileged is None:
+        return check_images(pair_folders(pairs, group_column=group_column), on_bad=on_bad)[0], None
+    x, y = (
+        check_images(image_folder(f, group_column=group_column), on_bad=on_bad)[0]
+        for f in (pairs, privileged)
+    )
+    def files(f, ds):
+        return {(Path(f) if Path(f).is_dir() else Path(f).parent).resolve()/p for p in ds["path"]}
+    if same := sorted(files(pairs, x) & files(privileged, y)):
+        raise ValueError(
+            f"{len(same)} files are in both folders ({same[0].name}); expected primary images in "
+            "one and privileged ones in the other."
+        )
     return x, y.rename_column("primary", "privileged")
 
 # %% ../../nbs/studies/generator.ipynb #dc10a005
-_FILES = ("generator.safetensors", "results.json", "report.html", "figures", "samples", "history.csv", "run.json", "checkpoints", "test")
+_FILES = (
+    "generator.safetensors",
+    "results.json",
+    "report.html",
+    "figures",
+    "samples",
+    "history.csv",
+    "run.json",
+    "checkpoints",
+    "test",
+)
 
 def train_generator(
-    pairs:str|Path, # Folder of pairs, see `pair_folders`; with `privileged`, a folder of primary images
+    # Folder of pairs, see `pair_folders`; with `privileged`, a folder of primary images
+    pairs:str|Path,
     out:str|Path, # Output folder; a call with the same arguments goes on there
     objective:str|Objective="regression", # A key of `OBJECTIVES`, or an objective
     *,
-    privileged:str|Path|None=None, # For "cyclegan" and "cut": a folder of privileged images of other tissue
-    um_per_px:float|str|None=None, # Resolution of the images, micrometres per pixel; it is asked for. "unknown": the generator can only translate images that are said to have its scale
-    kind:str|None=None, # "mask" or "image"; None: a mask when the privileged images have one channel
+    # For "cyclegan" and "cut": a folder of privileged images of other tissue
+    privileged:str|Path|None=None,
+    # Resolution of the images, micrometres per pixel; it is asked for. "unknown": the generator can
+    # only translate images that are said to have its scale
+    um_per_px:float|str|None=None,
+    # "mask" or "image"; None: a mask when the privileged images have one channel
+    kind:str|None=None,
     width:int=16, # Channels of the generator's first level
     options:dict|None=None, # Other arguments of the objective: `l1`, `cycle`, `network`, `blocks`
     steps:int|None=None, # Budget in steps; 400 if no budget is given
@@ -89,12 +122,18 @@ def train_generator(
     batch_size:int|None=None, # Crops per step; None: as suits the objective
     crop:int=96, # Side of a crop, pixels
     lr:float|None=None, # Peak learning rate; None: as suits the objective
-    val:float=.2, # Part of the training groups that chooses the checkpoint; a column `split` of pairs.csv goes before it
+    # Part of the training groups that chooses the checkpoint; a column `split` of pairs.csv goes
+    # before it
+    val:float=.2,
     test:float=.2, # Part of all groups that is kept to judge the generator; 0: none; likewise
     patience:int|None=5, # Evaluations without a better score that end the training; None: never
-    evaluate_every:int|None=None, # Steps between evaluations; default: a twentieth of `steps`, in a run by the clock one pass over the pixels
+    # Steps between evaluations; default: a twentieth of `steps`, in a run by the clock one pass
+    # over the pixels
+    evaluate_every:int|None=None,
     group_column:str|None=None, # Column of pairs.csv, or of the manifests, that names the patient
-    licence:str|None=None, # Of the images; goes with the generator and into the manifest of its pairs. Default: what provenance.json of a converted set says
+    # Of the images; goes with the generator and into the manifest of its pairs. Default: what
+    # provenance.json of a converted set says
+    licence:str|None=None,
     on_bad:str="raise", # Unreadable images: "raise", or "skip" and count
     seed:int=0, # Splits, weights, crops
     device:str="auto", # "auto", "cpu" or "cuda"
@@ -103,118 +142,396 @@ def train_generator(
     command:str="", # For the record
     progress:bool=True, # Show a bar
 )->Made: # Generator and its quality
-    "Train and judge a generator. `ValueError` for input or arguments that cannot work, before anything is written."
+    """Train and judge a generator. `ValueError` for input or arguments that cannot work, before
+    anything is written."""
     out = Path(out)
-    if isinstance(objective, str) and objective not in OBJECTIVES: raise ValueError(f"objective {objective!r} arrived; expected one of {', '.join(OBJECTIVES)}.")
+    if isinstance(objective, str) and objective not in OBJECTIVES:
+        raise ValueError(
+            f"objective {objective!r} arrived; expected one of {', '.join(OBJECTIVES)}."
+        )
     choose_device(device)
-    if not 0 <= test < 1: raise ValueError(f"test={test} arrived; expected a part of the groups, 0 or more and below 1.")
+    if not 0 <= test < 1:
+        raise ValueError(
+            f"test={test} arrived; expected a part of the groups, 0 or more and below 1."
+        )
     x, y = read_training_images(pairs, privileged, group_column, on_bad)
     if um_per_px is None and "um_per_px" not in x.column_names:
-        raise ValueError("the resolution of the images is not known, and tiles can only be matched to a generator that has one: give um_per_px (--um-per-px), in micrometres per pixel, for example 0.5 at 20x; or \"unknown\".")
-    if isinstance(um_per_px, str) and um_per_px != "unknown": raise ValueError(f"um_per_px={um_per_px!r} arrived; expected a number of micrometres per pixel, or 'unknown'.")
-    if isinstance(um_per_px, (int, float)) and not 0 < um_per_px < float("inf"): raise ValueError(f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at 20x.")
+        raise ValueError(
+            "the resolution of the images is not known, and tiles can only be matched to a "
+            "generator that has one: give um_per_px (--um-per-px), in micrometres per pixel, for "
+            "example 0.5 at 20x; or \"unknown\"."
+        )
+    if isinstance(um_per_px, str) and um_per_px != "unknown":
+        raise ValueError(
+            f"um_per_px={um_per_px!r} arrived; expected a number of micrometres per pixel, or "
+            "'unknown'."
+        )
+    if isinstance(um_per_px, (int, float)) and not 0 < um_per_px < float("inf"):
+        raise ValueError(
+            f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at "
+            "20x."
+        )
     if um_per_px == "unknown":
-        x, y, um_per_px = *(d.remove_columns("um_per_px") if d is not None and "um_per_px" in d.column_names else d for d in (x, y)), None
+        x, y, um_per_px = (
+            *(
+                d.remove_columns("um_per_px")
+                if d is not None and "um_per_px" in d.column_names
+                else d
+                for d in (x, y)
+            ),
+            None,
+        )
     if isinstance(objective, str):
-        able = [n for c in OBJECTIVES[objective].__mro__ for n in inspect.signature(c.__init__).parameters if n not in ("self", "args", "kwargs", "options", "kind", "width")]
-        able += [n for b in NETWORKS.values() for n in inspect.signature(b).parameters if n not in ("width", "out_channels")]
-        if strange := sorted(set(options or {}) - set(able)): raise ValueError(f"option {', '.join(strange)} arrived for {objective!r}; expected some of {', '.join(dict.fromkeys(able))}.")
-        if text := sorted(k for k, v in (options or {}).items() if isinstance(v, str) and k not in ("network", "criterion")): raise ValueError(f"option {text[0]}={options[text[0]]!r} arrived; expected a number.")
-        objective = OBJECTIVES[objective](kind or kind_of((x if y is None else y)["privileged"]), width, **(options or {}))
+        able = [
+            n
+            for c in OBJECTIVES[objective].__mro__
+            for n in inspect.signature(c.__init__).parameters
+            if n not in ("self", "args", "kwargs", "options", "kind", "width")
+        ]
+        able += [
+            n
+            for b in NETWORKS.values()
+            for n in inspect.signature(b).parameters
+            if n not in ("width", "out_channels")
+        ]
+        if strange := sorted(set(options or {}) - set(able)):
+            raise ValueError(
+                f"option {', '.join(strange)} arrived for {objective!r}; expected some of "
+                f"{', '.join(dict.fromkeys(able))}."
+            )
+        if text := sorted(
+            k
+            for k, v in (options or {}).items()
+            if isinstance(v, str) and k not in ("network", "criterion")
+        ):
+            raise ValueError(f"option {text[0]}={options[text[0]]!r} arrived; expected a number.")
+        objective = OBJECTIVES[objective](
+            kind or kind_of((x if y is None else y)["privileged"]), width, **(options or {})
+        )
     aim, kind = objective, objective.kind
     suits = _SETTINGS.get(aim.name, {})
     batch_size, lr = batch_size or suits.get("batch_size", 8), suits.get("lr") if lr is None else lr
     check_training(crop, batch_size, lr, evaluate_every, patience)
-    if evaluate_every is None and (steps or minutes is None): evaluate_every = max(1, (steps or 400)//20)
+    if evaluate_every is None and (steps or minutes is None):
+        evaluate_every = max(1, (steps or 400) // 20)
     provenance = Path(pairs)/"provenance.json"
-    if licence is None and provenance.is_file(): licence = json.loads(provenance.read_text(encoding="utf-8")).get("licence")
-    known = all(any(g != p for g, p in zip(d["group"], d["path"])) for d in (x, y) if d is not None)           # without a table each image is its own group
+    if licence is None and provenance.is_file():
+        licence = json.loads(provenance.read_text(encoding="utf-8")).get("licence")
+    # without a table each image is its own group
+    known = all(any(g != p for g, p in zip(d["group"], d["path"])) for d in (x, y) if d is not None)
     tested, splits = [], list(x["split"]) if y is None and "split" in x.column_names else []
     if any(splits):                                       # the set says what is for what
         assert_disjoint(x)
-        part = {s: sorted({g for g, t in zip(x["group"], splits) if t == s}) for s in ("train", "val", "test")}
-        if not part["train"]: raise ValueError(f"none of the {len(x)} pairs is in the training split; expected some, or no column 'split'.")
+        part = {
+            s: sorted({g for g, t in zip(x["group"], splits) if t == s})
+            for s in ("train", "val", "test")
+        }
+        if not part["train"]:
+            raise ValueError(
+                f"none of the {len(x)} pairs is in the training split; expected some, or no "
+                "column 'split'."
+            )
         tested, val = part["test"], part["val"] or val
     elif test and y is None:
-        if len(set(x["group"])) < 4: raise ValueError(f"pairs of {len(set(x['group']))} groups arrived; expected at least 4, to train on, to choose by and to test on: give test=0 (--test 0) to leave the test out.")
+        if len(set(x["group"])) < 4:
+            raise ValueError(
+                f"pairs of {len(set(x['group']))} groups arrived; expected at least 4, to train "
+                "on, to choose by and to test on: give test=0 (--test 0) to leave the test out."
+            )
         tested = sorted(hold_out(x["group"], test, seed_for(seed, "generator test")))
     kept = set(tested)
-    rest, tests = (x.select([i for i, g in enumerate(x["group"]) if (g in kept) is inside]) for inside in (False, True))
+    rest, tests = (
+        x.select([i for i, g in enumerate(x["group"]) if (g in kept) is inside])
+        for inside in (False, True)
+    )
     accelerator = make_accelerator(precision, cpu=device == "cpu")
-    if accelerator.num_processes > 1: raise ValueError(f"{accelerator.num_processes} processes arrived; expected one: a generator is small, and fit_generator is what trains on several devices.")
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"{accelerator.num_processes} processes arrived; expected one: a generator is small, "
+            "and fit_generator is what trains on several devices."
+        )
     examples = read_examples(rest, aim, um_per_px, val, seed, y)
-    if tested and len(tests) < 2: raise ValueError(f"{len(tests)} pair is kept for the test; expected at least 2: give a larger test (--test), or test=0 for none.")
+    if tested and len(tests) < 2:
+        raise ValueError(
+            f"{len(tests)} pair is kept for the test; expected at least 2: give a larger test "
+            "(--test), or test=0 for none."
+        )
     for r in tests:
-        aim.target(r["privileged"])                                                # a mask that cannot be read is told before the training
-        if min(r["primary"].size) < 32: raise ValueError("images of less than 32 pixels arrived to test on; expected at least 32, which the measures need: give test=0 (--test 0) to leave the test out.")
-    aim.model(crop)                                                                # what cannot be built is told before anything is written
-    names = lambda ds: None if ds is None else fingerprint(sorted(zip((Path(p).name for p in ds["path"]), ds["group"])), [_content(ds)])
-    settings = dict(objective=aim.name, objective_settings=aim.settings, um_per_px=um_per_px, steps=steps, minutes=minutes, batch_size=batch_size, crop=crop, lr=lr, val=val, test=test, patience=patience,
-                    evaluate_every=evaluate_every, licence=licence, seed=seed, precision=precision)
-    claim_folder(out, {"synthpi": synthpi.__version__, "images": names(x), "privileged": names(y), **settings}, overwrite, [f for f in (pairs, privileged) if f and Path(f).is_dir()], writes=_FILES)
+        # a mask that cannot be read is told before the training
+        aim.target(r["privileged"])
+        if min(r["primary"].size) < 32:
+            raise ValueError(
+                "images of less than 32 pixels arrived to test on; expected at least 32, which "
+                "the measures need: give test=0 (--test 0) to leave the test out."
+            )
+    # what cannot be built is told before anything is written
+    aim.model(crop)
+    def names(ds):
+        return (
+            None
+            if ds is None
+            else fingerprint(
+                sorted(zip((Path(p).name for p in ds["path"]), ds["group"])), [_content(ds)]
+            )
+        )
+    settings = dict(
+        objective=aim.name,
+        objective_settings=aim.settings,
+        um_per_px=um_per_px,
+        steps=steps,
+        minutes=minutes,
+        batch_size=batch_size,
+        crop=crop,
+        lr=lr,
+        val=val,
+        test=test,
+        patience=patience,
+        evaluate_every=evaluate_every,
+        licence=licence,
+        seed=seed,
+        precision=precision,
+    )
+    claim_folder(
+        out,
+        {"synthpi": synthpi.__version__, "images": names(x), "privileged": names(y), **settings},
+        overwrite,
+        [f for f in (pairs, privileged) if f and Path(f).is_dir()],
+        writes=_FILES,
+    )
     path, progress = out/"generator.safetensors", "generator" if progress else None
     try:
-        with FileLock(out/".lock", timeout=0):
-            write_json(out/"run.json", {"command": command, "arguments": settings, "images": len(x), "test_groups": tested, "environment": environment()})
+        with FileLock(out / ".lock", timeout=0):
+            write_json(
+                out / "run.json",
+                {
+                    "command": command,
+                    "arguments": settings,
+                    "images": len(x),
+                    "test_groups": tested,
+                    "environment": environment(),
+                },
+            )
             if not path.exists():
-                made = fit_generator(examples, aim, None, steps, batch_size, crop, lr, seed=seed, run_dir=out, accelerator=accelerator, progress=progress, minutes=minutes, evaluate_every=evaluate_every,
-                                     patience=patience, licence=licence)
+                made = fit_generator(
+                    examples,
+                    aim,
+                    None,
+                    steps,
+                    batch_size,
+                    crop,
+                    lr,
+                    seed=seed,
+                    run_dir=out,
+                    accelerator=accelerator,
+                    progress=progress,
+                    minutes=minutes,
+                    evaluate_every=evaluate_every,
+                    patience=patience,
+                    licence=licence,
+                )
                 save_generator(made, path, **made.about)
-                shutil.rmtree(out/"checkpoints", ignore_errors=True)         # finished: the generator file holds what is kept
+                # finished: the generator file holds what is kept
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)
             generator = load_generator(path, device=str(accelerator.device))
-            quality, records, why = _judge(generator, tests, known, seed) if tested else (None, None, "no test images were kept")
-            _report(out, generator, pd.read_csv(out/"history.csv"), quality, records, tested, known, why, command)
-            write_json(out/"results.json", {"schema": 1, "command": command, "generator": {"key": generator.key, "name": generator.name, "um_per_px": generator.um_per_px, "licence": generator.licence, **generator.about},
-                                            "test_groups": tested, "patients_known": known, "quality": quality.record() if quality else {"not_judged": why}, "environment": environment()})
-    except Timeout: raise ValueError(f"another training is running in {out}: wait for it, or choose another folder.") from None
-    except KeyboardInterrupt: return Made(None, None, out, interrupted=True)
+            quality, records, why = (
+                _judge(generator, tests, known, seed)
+                if tested
+                else (None, None, "no test images were kept")
+            )
+            _report(
+                out,
+                generator,
+                pd.read_csv(out / "history.csv"),
+                quality,
+                records,
+                tested,
+                known,
+                why,
+                command,
+            )
+            write_json(
+                out / "results.json",
+                {
+                    "schema": 1,
+                    "command": command,
+                    "generator": {
+                        "key": generator.key,
+                        "name": generator.name,
+                        "um_per_px": generator.um_per_px,
+                        "licence": generator.licence,
+                        **generator.about,
+                    },
+                    "test_groups": tested,
+                    "patients_known": known,
+                    "quality": quality.record() if quality else {"not_judged": why},
+                    "environment": environment(),
+                },
+            )
+    except Timeout:
+        raise ValueError(
+            f"another training is running in {out}: wait for it, or choose another folder."
+        ) from None
+    except KeyboardInterrupt:
+        return Made(None, None, out, interrupted=True)
     return Made(generator, quality, out, known)
 
 def _content(ds):
     "A hash of the stored bytes of all images"
     sha = sha256()
     for column in [c for c in ("primary", "privileged") if c in ds.column_names]:
-        for v in ds.cast_column(column, ImageFeature(decode=False))[column]: sha.update(v["bytes"] if v["bytes"] is not None else Path(v["path"]).read_bytes())
+        for v in ds.cast_column(column, ImageFeature(decode=False))[column]:
+            sha.update(v["bytes"] if v["bytes"] is not None else Path(v["path"]).read_bytes())
     return sha.hexdigest()
 
 def _judge(generator, ds, known, seed):
     "The quality on test records, at most 500 of them, and the records; or why there is none"
     kind = generator.about["objective_settings"]["kind"]
-    out = [r if known else {k: v for k, v in r.items() if k != "group"} for r in translate_records(generator, ds.select(range(0, len(ds), -(-len(ds)//500))), kind)]
-    try: return pair_quality(out, true="true", kind=kind, um_per_px=generator.um_per_px, seed=seed), out, None
-    except ValueError as error: return None, out, str(error)                       # told in the report; a training does not end here
+    out = [
+        r if known else {k: v for k, v in r.items() if k != "group"}
+        for r in translate_records(
+            generator, ds.select(range(0, len(ds), -(-len(ds) // 500))), kind
+        )
+    ]
+    try:
+        return (
+            pair_quality(out, true="true", kind=kind, um_per_px=generator.um_per_px, seed=seed),
+            out,
+            None,
+        )
+    # told in the report; a training does not end here
+    except ValueError as error:
+        return None, out, str(error)
 
 def tested_on(
     known:bool, # Whether patients are known
 )->str: # A phrase for reports
     "What the test images are."
-    return "patients that were never used" if known else "images that were not trained on (their patients are not known)"
+    return (
+        "patients that were never used"
+        if known
+        else "images that were not trained on (their patients are not known)"
+    )
 
 def _report(out, generator, history, quality, records, tested, known, why, command):
     about = generator.about
     name = next(k for k in about if k.endswith("_validation"))
-    report = Report("A generator, and how good it is", f"{about['objective']}, {about['pairs']} images" + ("" if not about["unpaired"] else f" and {about['privileged_images']} privileged images of other patients, without pairs") + f", {about['steps']} steps")
-    report.section("In short", "**Synthetic images are training aids, not findings.** A generator draws what its training set makes likely, also where the tissue says otherwise.")
-    row = None if quality is None else quality.table.loc["dice" if "dice" in quality.table.index else "l1"]
-    report.numbers([(f"{about[name]:.3f}", name.replace("_", ", "), f"of step {about['best_step']}, {len(about['validation_groups'])} groups held out")]
-                   + ([] if row is None else [(f"{row['mean']:.3f}", f"{row.name}, test", f"[{row['low']:.3f}, {row['high']:.3f}], {len(tested)} {'patients' if known else 'images'} not trained on" if np.isfinite(row["low"]) else "no interval: one patient")]) + [(f"{about['seconds']:.0f} s", "training", "")])
-    report.section("Training").figure(plot_history(history), "history", "Every term of the objective, over the steps. Of adversarial terms neither a low nor a high value is good by itself.", "Curves of the loss and its terms")
+    report = Report(
+        "A generator, and how good it is",
+        f"{about['objective']}, {about['pairs']} images"
+        + (
+            ""
+            if not about["unpaired"]
+            else f" and {about['privileged_images']} privileged images of other patients, without "
+                 "pairs"
+        )
+        + f", {about['steps']} steps",
+    )
+    report.section(
+        "In short",
+        "**Synthetic images are training aids, not findings.** A generator draws what its "
+        "training set makes likely, also where the tissue says otherwise.",
+    )
+    row = (
+        None
+        if quality is None
+        else quality.table.loc["dice" if "dice" in quality.table.index else "l1"]
+    )
+    report.numbers(
+        [
+            (
+                f"{about[name]:.3f}",
+                name.replace("_", ", "),
+                f"of step {about['best_step']}, {len(about['validation_groups'])} groups held out",
+            )
+        ]
+        + (
+            []
+            if row is None
+            else [
+                (
+                    f"{row['mean']:.3f}",
+                    f"{row.name}, test",
+                    f"[{row['low']:.3f}, {row['high']:.3f}], {len(tested)} "
+                    f"{'patients' if known else 'images'} not trained on"
+                    if np.isfinite(row["low"])
+                    else "no interval: one patient",
+                )
+            ]
+        )
+        + [(f"{about['seconds']:.0f} s", "training", "")]
+    )
+    report.section("Training").figure(
+        plot_history(history),
+        "history",
+        "Every term of the objective, over the steps. Of adversarial terms neither a low nor a "
+        "high value is good by itself.",
+        "Curves of the loss and its terms",
+    )
     fig, ax = plt.subplots(figsize=(4, 2.4), layout="constrained")
-    ax.plot(*zip(*about["evaluations"]), ".-"); ax.axvline(about["best_step"], color="0.7", zorder=0)
+    ax.plot(*zip(*about["evaluations"]), ".-")
+    ax.axvline(about["best_step"], color="0.7", zorder=0)
     ax.set(xlabel="step", ylabel=name.replace("_", ", "))
     plt.close(fig)
-    report.figure(fig, "validation", "The score that chose the checkpoint (line), on groups that were held out. `samples/` has a sheet for each point.", "Validation score over the steps")
+    report.figure(
+        fig,
+        "validation",
+        "The score that chose the checkpoint (line), on groups that were held out. `samples/` has "
+        "a sheet for each point.",
+        "Validation score over the steps",
+    )
     if quality is not None:
-        first = list(dict.fromkeys(np.linspace(0, len(records) - 1, 6).round().astype(int).tolist()))
-        fig = show_images([records[i][k] for k in ("primary", "privileged", "true") for i in first], ncols=len(first), size=1.2)
-        report.section(f"On {tested_on(known)}").figure(fig, "test", "Primary, synthetic and true image of test records, evenly spaced, not selected for quality.", "Three rows of images: primary, synthetic, true")
+        first = list(
+            dict.fromkeys(np.linspace(0, len(records) - 1, 6).round().astype(int).tolist())
+        )
+        fig = show_images(
+            [records[i][k] for k in ("primary", "privileged", "true") for i in first],
+            ncols=len(first),
+            size=1.2,
+        )
+        report.section(f"On {tested_on(known)}").figure(
+            fig,
+            "test",
+            "Primary, synthetic and true image of test records, evenly spaced, not selected for "
+            "quality.",
+            "Three rows of images: primary, synthetic, true",
+        )
         table = quality.table.reset_index()
-        table.insert(2, "95 %", [f"[{a:.3f}, {b:.3f}]" if np.isfinite(a) else "none" for a, b in zip(table.pop("low"), table.pop("high"))])
-        report.table(table.set_index("measure"), "Measures on the test records; intervals over groups. " + " ".join(n for n in quality.notes if "not findings" not in n))
-        measure = "dice" if "dice" in quality.scores and quality.scores["dice"].notna().any() else "ssim"
-        report.figure(worst_pairs(quality, records, measure, true="true"), "worst", f"The records with the worst {measure}: what the generator does where it fails. A study that uses its images inherits this.", "The worst records: primary, synthetic, true")
+        table.insert(
+            2,
+            "95 %",
+            [
+                f"[{a:.3f}, {b:.3f}]" if np.isfinite(a) else "none"
+                for a, b in zip(table.pop("low"), table.pop("high"))
+            ],
+        )
+        report.table(
+            table.set_index("measure"),
+            "Measures on the test records; intervals over groups. "
+            + " ".join(n for n in quality.notes if "not findings" not in n),
+        )
+        measure = (
+            "dice" if "dice" in quality.scores and quality.scores["dice"].notna().any() else "ssim"
+        )
+        report.figure(
+            worst_pairs(quality, records, measure, true="true"),
+            "worst",
+            f"The records with the worst {measure}: what the generator does where it fails. A "
+            "study that uses its images inherits this.",
+            "The worst records: primary, synthetic, true",
+        )
     if quality is None: report.section("Not judged", f"There is no table of quality: {why}.")
-    rows = {"command": command or "called from Python", "seed": about["seed"], "key": generator.key, "micrometres per pixel": generator.um_per_px or "not known", "licence": generator.licence or "not given",
-            "objective": json.dumps(about["objective_settings"]), "validation groups": ", ".join(about["validation_groups"]), "test groups": ", ".join(tested) or "none"}
-    report.section("How to make it again").table(pd.DataFrame({"value": rows}).rename_axis("what"), "Settings. `results.json` has every number, `samples/` a sheet for each evaluation.")
+    rows = {
+        "command": command or "called from Python",
+        "seed": about["seed"],
+        "key": generator.key,
+        "micrometres per pixel": generator.um_per_px or "not known",
+        "licence": generator.licence or "not given",
+        "objective": json.dumps(about["objective_settings"]),
+        "validation groups": ", ".join(about["validation_groups"]),
+        "test groups": ", ".join(tested) or "none",
+    }
+    report.section("How to make it again").table(
+        pd.DataFrame({"value": rows}).rename_axis("what"),
+        "Settings. `results.json` has every number, `samples/` a sheet for each evaluation.",
+    )
     report.save(out)

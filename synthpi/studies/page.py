@@ -28,8 +28,19 @@ from ..core.files import atomic_path
 
 # %% ../../nbs/studies/page.ipynb #977136c4
 def _inline(text):
-    def mark(m): return f"<code>{m[1]}</code>" if m[1] else f"<strong>{m[2]}</strong>" if m[2] else f"<em>{m[3]}</em>"
-    return Markup(re.sub(r"`([^`]+)`|\*\*(?=\S)(.+?)(?<=\S)\*\*|\*(?=\S)([^*]*?\S)\*", mark, str(escape(text))))
+    def mark(m):
+        return (
+            f"<code>{m[1]}</code>"
+            if m[1]
+            else f"<strong>{m[2]}</strong>"
+            if m[2]
+            else f"<em>{m[3]}</em>"
+        )
+    return Markup(
+        re.sub(
+            r"`([^`]+)`|\*\*(?=\S)(.+?)(?<=\S)\*\*|\*(?=\S)([^*]*?\S)\*", mark, str(escape(text))
+        )
+    )
 
 def _prose(text):
     "Paragraphs and lists as HTML; everything else is escaped."
@@ -37,19 +48,33 @@ def _prose(text):
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = [line.strip() for line in block.splitlines()]
         if lines and all(line.startswith("- ") for line in lines):
-            out.append("<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>")
+            out.append(
+                "<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>"
+            )
         elif lines: out.append(f"<p>{_inline(' '.join(lines))}</p>")
     return Markup("\n".join(out))
 
 # %% ../../nbs/studies/page.ipynb #d2fde048
 def _cell(value, digits):
     "What a table shows for a value, what it sorts by, and whether it is a number."
-    if value is None or value is pd.NA or isinstance(value, Real) and value != value: return {"text": "–", "sort": "", "number": True}
-    if type(value).__name__ in ("bool", "bool_"): return {"text": "yes" if value else "no", "sort": int(value), "number": False}
+    if value is None or value is pd.NA or isinstance(value, Real) and value != value:
+        return {"text": "–", "sort": "", "number": True}
+    if type(value).__name__ in ("bool", "bool_"):
+        return {"text": "yes" if value else "no", "sort": int(value), "number": False}
     if isinstance(value, Integral): return {"text": str(value), "sort": int(value), "number": True}
-    if isinstance(value, Real): return {"text": f"{value:.{digits if abs(value) < 1000 else 0}f}", "sort": float(value), "number": True}
-    number = re.match(r"\s*[-+]?\d+(\.\d+)?(?=\s*[\[(±]|\s*$)", str(value))          # "0.71 [0.66, 0.75]" sorts by its mean
-    return {"text": str(value), "sort": float(number[0]) if number else str(value), "number": bool(number)}
+    if isinstance(value, Real):
+        return {
+            "text": f"{value:.{digits if abs(value) < 1000 else 0}f}",
+            "sort": float(value),
+            "number": True,
+        }
+    # "0.71 [0.66, 0.75]" sorts by its mean
+    number = re.match(r"\s*[-+]?\d+(\.\d+)?(?=\s*[\[(±]|\s*$)", str(value))
+    return {
+        "text": str(value),
+        "sort": float(number[0]) if number else str(value),
+        "number": bool(number),
+    }
 
 # %% ../../nbs/studies/page.ipynb #60869912
 _PAGE = """<!doctype html>
@@ -168,10 +193,19 @@ class Report:
         title:str, # What the run was
         subtitle:str="", # One sentence below it
     ):
-        self.title, self.subtitle, self.sections, self.pngs, self.n_tables = title, subtitle, [], {}, 0
+        self.title, self.subtitle, self.sections, self.pngs, self.n_tables = (
+            title,
+            subtitle,
+            [],
+            {},
+            0,
+        )
 
     def _add(self, **block):
-        if not self.sections: raise ValueError(f"a {block['kind']} arrived before the first section: call .section(title) first.")
+        if not self.sections:
+            raise ValueError(
+                f"a {block['kind']} arrived before the first section: call .section(title) first."
+            )
         self.sections[-1]["blocks"].append(block)
         return self
 
@@ -203,15 +237,34 @@ class Report:
     )->"Report":
         "Add a figure."
         if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-            raise ValueError(f"figure name {name!r} arrived; expected letters, digits, '-' and '_' only: it becomes a file name.")
-        if name in self.pngs: raise ValueError(f"two figures are called {name!r}; give the second another name.")
-        if not alt.strip(): raise ValueError(f"figure {name!r} has no alt text: say in a sentence what it shows.")
+            raise ValueError(
+                f"figure name {name!r} arrived; expected letters, digits, '-' and '_' only: it "
+                "becomes a file name."
+            )
+        if name in self.pngs:
+            raise ValueError(f"two figures are called {name!r}; give the second another name.")
+        if not alt.strip():
+            raise ValueError(f"figure {name!r} has no alt text: say in a sentence what it shows.")
         png = io.BytesIO()
-        fig.savefig(png, format="png", dpi=160, bbox_inches="tight", pad_inches=.05, facecolor="white", metadata={"Software": None})
+        fig.savefig(
+            png,
+            format="png",
+            dpi=160,
+            bbox_inches="tight",
+            pad_inches=0.05,
+            facecolor="white",
+            metadata={"Software": None},
+        )
         self.pngs[name] = png.getvalue()
         width = round(Image.open(png).width/160*96*1.15)       # a little above print size
-        return self._add(kind="figure", number=len(self.pngs), data=base64.b64encode(self.pngs[name]).decode(), alt=alt, caption=_inline(caption),
-                         width=width)
+        return self._add(
+            kind="figure",
+            number=len(self.pngs),
+            data=base64.b64encode(self.pngs[name]).decode(),
+            alt=alt,
+            caption=_inline(caption),
+            width=width,
+        )
 
     def table(self,
         rows:pd.DataFrame|list[dict], # An index with a name becomes the first column
@@ -221,24 +274,49 @@ class Report:
         "Add a table whose columns the reader can sort."
         frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, dtype=object)
         if frame.index.name: frame = frame.reset_index()
-        if frame.empty: raise ValueError(f"a table of shape {frame.shape} arrived; expected at least one row and one column.")
-        columns = [[_cell(value, digits) for value in frame.iloc[:, i]] for i in range(frame.shape[1])]
-        head = [(str(name), all(cell["number"] for cell in column)) for name, column in zip(frame.columns, columns)]
+        if frame.empty:
+            raise ValueError(
+                f"a table of shape {frame.shape} arrived; expected at least one row and one column."
+            )
+        columns = [
+            [_cell(value, digits) for value in frame.iloc[:, i]] for i in range(frame.shape[1])
+        ]
+        head = [
+            (str(name), all(cell["number"] for cell in column))
+            for name, column in zip(frame.columns, columns)
+        ]
         self.n_tables += 1
-        return self._add(kind="table", number=self.n_tables, head=head, rows=list(zip(*columns)), caption=_inline(caption))
+        return self._add(
+            kind="table",
+            number=self.n_tables,
+            head=head,
+            rows=list(zip(*columns)),
+            caption=_inline(caption),
+        )
 
     def record(self,
-        results:dict, # As in results.json: `command`, `seeds`, `data` with `fingerprint`, `environment`
+        # As in results.json: `command`, `seeds`, `data` with `fingerprint`, `environment`
+        results:dict,
         text:str, # What the folder of the report holds
         more:dict|None=None, # Further rows
     )->"Report":
         "Add the section that says how to make the run again."
         e = results["environment"]
-        rows = {"command": results["command"] or "called from Python", "seeds": ", ".join(map(str, results["seeds"])), "data fingerprint": results["data"]["fingerprint"], **(more or {}),
-                "machine": f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads; GPU: {', '.join(e['gpus']) or 'none'}", "Python, system": f"{e['python']}, {e['system']}",
-                **{k: v or "not installed" for k, v in e["packages"].items()}}
+        rows = {
+            "command": results["command"] or "called from Python",
+            "seeds": ", ".join(map(str, results["seeds"])),
+            "data fingerprint": results["data"]["fingerprint"],
+            **(more or {}),
+            "machine": f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads; GPU: "
+                       f"{', '.join(e['gpus']) or 'none'}",
+            "Python, system": f"{e['python']}, {e['system']}",
+            **{k: v or "not installed" for k, v in e["packages"].items()},
+        }
         self.section("How to make it again", text)
-        return self.table(pd.DataFrame({"what": rows.keys(), "value": rows.values()}).set_index("what"), "Environment of the run.")
+        return self.table(
+            pd.DataFrame({"what": rows.keys(), "value": rows.values()}).set_index("what"),
+            "Environment of the run.",
+        )
 
     def save(self,
         folder:str|Path, # Made if missing
@@ -247,6 +325,10 @@ class Report:
         folder = Path(folder)
         for name, png in self.pngs.items():
             with atomic_path(folder/"figures"/f"{name}.png") as tmp: tmp.write_bytes(png)
-        page = Environment(autoescape=True).from_string(_PAGE).render(title=self.title, subtitle=self.subtitle, sections=self.sections)
+        page = (
+            Environment(autoescape=True)
+            .from_string(_PAGE)
+            .render(title=self.title, subtitle=self.subtitle, sections=self.sections)
+        )
         with atomic_path(folder/"report.html") as tmp: tmp.write_text(page, encoding="utf-8")
         return folder/"report.html"

@@ -51,8 +51,15 @@ from ..train.trainer import Trainer
 from ..train.watch import plot_history
 
 # %% ../../nbs/studies/pretraining.ipynb #0789d165
-LOSSES = {"vicreg": VICReg, "barlow": BarlowTwins, "simclr": SimCLR, "infonce": lambda: SimCLR(variant="infonce")}     # objectives by their names on the command line
-RECIPES = {"weak": weak, "strong": strong, "histology": histology, "farndale": farndale}                               # augmentations, likewise
+# objectives by their names on the command line
+LOSSES = {
+    "vicreg": VICReg,
+    "barlow": BarlowTwins,
+    "simclr": SimCLR,
+    "infonce": lambda: SimCLR(variant="infonce"),
+}
+# augmentations, likewise
+RECIPES = {"weak": weak, "strong": strong, "histology": histology, "farndale": farndale}
 
 def _column(k): return "privileged" if k == 1 else f"privileged_{k}"
 
@@ -61,8 +68,13 @@ def layout_of(
     sources:int, # Caches of synthetic images
 )->tuple[tuple[int, ...], tuple[str, ...]]: # Encoder of each branch, and column that it sees
     "The branches of a method: Siamese on one image, Siamese with the privileged images, TriDeNT."
-    if method not in ("siamese", "trident"): raise ValueError(f"method {method!r} arrived; expected 'siamese' or 'trident'.")
-    if method == "trident" and not sources: raise ValueError("method 'trident' arrived without a cache of pairs; it compares two views of a tile with a privileged image: give --pairs-cache, or use 'siamese'.")
+    if method not in ("siamese", "trident"):
+        raise ValueError(f"method {method!r} arrived; expected 'siamese' or 'trident'.")
+    if method == "trident" and not sources:
+        raise ValueError(
+            "method 'trident' arrived without a cache of pairs; it compares two views of a tile "
+            "with a privileged image: give --pairs-cache, or use 'siamese'."
+        )
     extra = tuple(map(_column, range(1, sources + 1)))
     primary = 1 if method == "siamese" and sources else 2
     return (0,)*primary + tuple(range(1, sources + 1)), ("primary",)*primary + extra
@@ -82,20 +94,35 @@ def tiles_to_train(
 )->tuple[Dataset, str]: # Records with `primary` and a column for each cache; fingerprint of their content
     "The tiles to train on, each looked at once, with their synthetic images."
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no group is known.*")      # groups are for splits, and nothing is split here
+        # groups are for splits, and nothing is split here
+        warnings.filterwarnings("ignore", message=".*no group is known.*")
         ds = image_folder(tiles)
     if any(ds["split"][:]): ds = ds.select([i for i, s in enumerate(ds["split"]) if s == "train"])
-    if not len(ds): raise ValueError(f"{tiles} has splits, and no tile in 'train'; expected some to train on.")
+    if not len(ds):
+        raise ValueError(f"{tiles} has splits, and no tile in 'train'; expected some to train on.")
     ds, checked = check_images(ds, on_bad=on_bad)
     for k, cache in enumerate(pairs_cache, 1): ds = cached_privileged(ds, cache, _column(k))
-    made_by = [sorted({Path(p["path"]).name for p in ds.cast_column(c, ds.features[c].__class__(decode=False))[c]}) for c in ds.column_names if c.startswith("privileged")]
+    made_by = [
+        sorted(
+            {
+                Path(p["path"]).name
+                for p in ds.cast_column(c, ds.features[c].__class__(decode=False))[c]
+            }
+        )
+        for c in ds.column_names
+        if c.startswith("privileged")
+    ]
     return ds, fingerprint(sorted(ds["path"][:]), [checked["bytes"], made_by])
 
 def pretrain(
     tiles:str|Path, # Folder or manifest of tiles; labels are not needed and not used
     out:str|Path, # Run folder
-    pairs_cache:Sequence[str|Path]=(), # Folders of synthetic images, filled by `add_privileged` or by a study; each gets an encoder of its own
-    method:str="siamese", # "siamese": two views of a tile, or with pairs the tile and its images; "trident": two views and the images
+    # Folders of synthetic images, filled by `add_privileged` or by a study; each gets an encoder of
+    # its own
+    pairs_cache:Sequence[str|Path]=(),
+    # "siamese": two views of a tile, or with pairs the tile and its images; "trident": two views
+    # and the images
+    method:str="siamese",
     loss:str="vicreg", # A key of `LOSSES`
     *,
     encoder:str="resnet18", # Name for `make_encoder`
@@ -104,48 +131,85 @@ def pretrain(
     size:int=224, # Side of the views, pixels
     augmentation:str="histology", # A key of `RECIPES`, for the views of the tile
     privileged_augmentation:str="weak", # A key of `RECIPES`, for the privileged images
-    same_geometry:bool=False, # The privileged images share crop, flips and turns with the first view
+    # The privileged images share crop, flips and turns with the first view
+    same_geometry:bool=False,
     batch_size:int=256, # Tiles per step, of all processes together
-    micro_batch:int|None=None, # Rows of activations in memory at once; the loss and its gradient stay those of the whole batch
+    # Rows of activations in memory at once; the loss and its gradient stay those of the whole batch
+    micro_batch:int|None=None,
     steps:int|None=None, # Budget in optimiser steps
     epochs:float|None=None, # Budget in passes over the tiles; 100 if no budget is given
     minutes:float|None=None, # Budget in time
     lr:float=1e-3, # Peak learning rate of AdamW
     weight_decay:float=1e-4, # Of AdamW
     clip:float|None=1., # Largest global gradient norm
-    precision:str|None=None, # "fp32", "bf16" or "fp16"; None: what `accelerate launch` was told, or float32
+    # "fp32", "bf16" or "fp16"; None: what `accelerate launch` was told, or float32
+    precision:str|None=None,
     compile:bool=False, # `torch.compile` the network
-    augment_on:str="auto", # "workers": in worker processes; "device": on the GPU (`BatchViews`); "auto": the GPU if there is one
+    # "workers": in worker processes; "device": on the GPU (`BatchViews`); "auto": the GPU if there
+    # is one
+    augment_on:str="auto",
     workers:int=0, # Worker processes for decoding, and for augmenting if it is done there
     device:str="auto", # "auto", "cpu" or "cuda"
     seed:int=0, # Weights, order, augmentation
     on_bad:str="raise", # Unreadable images: "raise", or "skip" and count
     save_every:float=60., # Seconds between checkpoints
-    track:str|None=None, # A tracker of accelerate, for example "tensorboard"; its files go to the run folder
+    # A tracker of accelerate, for example "tensorboard"; its files go to the run folder
+    track:str|None=None,
     resume:bool=False, # Go on from the checkpoints in `out`; begin if there are none
     overwrite:bool=False, # Replace what is in `out`
     command:str="", # For the record
     progress:bool=True, # Show a bar
 )->Run: # The encoder, and what happened
-    "Train an encoder on tiles by self-supervision. `ValueError` for input or arguments that cannot work, before anything is written."
+    """Train an encoder on tiles by self-supervision. `ValueError` for input or arguments that
+    cannot work, before anything is written."""
     out, pairs_cache = Path(out), [Path(c) for c in pairs_cache]
     layout, columns = layout_of(method, len(pairs_cache))
-    for name, value, known in (("loss", loss, LOSSES), ("augmentation", augmentation, RECIPES), ("privileged_augmentation", privileged_augmentation, RECIPES),
-                               ("augment_on", augment_on, ("auto", "workers", "device"))):
-        if value not in known: raise ValueError(f"{name} {value!r} arrived; expected one of {', '.join(known)}.")
+    for name, value, known in (
+        ("loss", loss, LOSSES),
+        ("augmentation", augmentation, RECIPES),
+        ("privileged_augmentation", privileged_augmentation, RECIPES),
+        ("augment_on", augment_on, ("auto", "workers", "device")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} arrived; expected one of {', '.join(known)}.")
     choose_device(device)
-    if resume and overwrite: raise ValueError("both resume and overwrite arrived; give resume to go on with what is in the folder, or overwrite to replace it.")
-    if steps is not None and epochs is not None: raise ValueError(f"steps={steps} and epochs={epochs} arrived; give one of them.")
+    if resume and overwrite:
+        raise ValueError(
+            "both resume and overwrite arrived; give resume to go on with what is in the folder, "
+            "or overwrite to replace it."
+        )
+    if steps is not None and epochs is not None:
+        raise ValueError(f"steps={steps} and epochs={epochs} arrived; give one of them.")
     if steps is None and epochs is None and minutes is None: epochs = 100
-    if batch_size < 2: raise ValueError(f"batch_size={batch_size} arrived; expected two tiles or more: they are compared with each other.")
-    if micro_batch == 1 and norm == "batch": raise ValueError("micro_batch=1 arrived with BatchNorm, which has no statistics of one row: use 2 or more.")
+    if batch_size < 2:
+        raise ValueError(
+            f"batch_size={batch_size} arrived; expected two tiles or more: they are compared with "
+            "each other."
+        )
+    if micro_batch == 1 and norm == "batch":
+        raise ValueError(
+            "micro_batch=1 arrived with BatchNorm, which has no statistics of one row: use 2 or "
+            "more."
+        )
     step = large_batch_step(micro_batch) if micro_batch is not None else paired_step
     ds, content = tiles_to_train(tiles, pairs_cache, on_bad)
-    if batch_size > len(ds): raise ValueError(f"batch_size={batch_size} arrived for {len(ds)} tiles: a batch would hold a tile twice. Use {len(ds)} or less.")
+    if batch_size > len(ds):
+        raise ValueError(
+            f"batch_size={batch_size} arrived for {len(ds)} tiles: a batch would hold a tile "
+            f"twice. Use {len(ds)} or less."
+        )
     epoch = len(ds)/batch_size
     if epochs is not None and steps is None: steps = epoch_steps(len(ds), batch_size, epochs)
-    accelerator = make_accelerator(precision, cpu=device == "cpu", **(dict(log_with=track, project_dir=str(out)) if track else {}))
-    if track and not accelerator.log_with: raise ValueError(f"tracker {track!r} arrived, and its package is not installed here: pip install {track}.")
+    accelerator = make_accelerator(
+        precision,
+        cpu=device == "cpu",
+        **(dict(log_with=track, project_dir=str(out)) if track else {}),
+    )
+    if track and not accelerator.log_with:
+        raise ValueError(
+            f"tracker {track!r} arrived, and its package is not installed here: pip install "
+            f"{track}."
+        )
     here, processes = accelerator.device.type, accelerator.num_processes
     if augment_on == "auto": augment_on = "device" if here == "cuda" else "workers"
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
@@ -153,32 +217,117 @@ def pretrain(
     set_seed(seed_for(seed, "weights"))
     model = make_branches(layout, encoder, widths=widths, norm=norm)
     share = max(2, -(-batch_size//processes))
-    memory = memory_estimate(model, [(max(2, min(micro_batch or share, share)), 3, size, size)]*len(layout), precision)
+    memory = memory_estimate(
+        model, [(max(2, min(micro_batch or share, share)), 3, size, size)] * len(layout), precision
+    )
     if processes > 1:
         model = synchronise_batchnorm(model, here)
         torch.manual_seed(seed_for(seed, "dropout", accelerator.process_index))
-    branches = [Branch(c, RECIPES[augmentation if c == "primary" else privileged_augmentation], geometry=0 if same_geometry and c != "primary" else None) for c in columns]
-    views = (BatchViews if augment_on == "device" else Views)(ds.select_columns([*dict.fromkeys(columns)]), branches, size, seed=seed)
-    trainer = Trainer(model, LOSSES[loss](), torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay),
-                      lambda start: batches(views, batch_size, steps or 10**9, start, workers), steps, minutes=minutes, epoch_steps=epoch, run_dir=out, clip=clip, compile=compile,
-                      step=step, transform=views if augment_on == "device" else None, channels_last=here == "cuda",
-                      save_every=save_every, accelerator=accelerator, progress="pretrain" if progress else None)
-    arguments = dict(method=method, loss=loss, encoder=encoder, widths=list(widths), norm=norm, size=size, augmentation=augmentation, privileged_augmentation=privileged_augmentation,
-                     same_geometry=same_geometry, batch_size=batch_size, micro_batch=micro_batch, steps=steps, lr=lr, weight_decay=weight_decay, clip=clip, precision=precision, augment_on=augment_on, seed=seed)
-    if steps is None: arguments["minutes"] = minutes                    # beside steps, more time may be given to a run that goes on
-    identity = {"synthpi": synthpi.__version__, "tiles": content, "pairs": len(pairs_cache), **arguments}
-    _together(accelerator, lambda: _claim(out, identity, resume, overwrite, [p for p in (tiles, *pairs_cache) if Path(p).is_dir()]))
+    branches = [
+        Branch(
+            c,
+            RECIPES[augmentation if c == "primary" else privileged_augmentation],
+            geometry=0 if same_geometry and c != "primary" else None,
+        )
+        for c in columns
+    ]
+    views = (BatchViews if augment_on == "device" else Views)(
+        ds.select_columns([*dict.fromkeys(columns)]), branches, size, seed=seed
+    )
+    trainer = Trainer(
+        model,
+        LOSSES[loss](),
+        torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay),
+        lambda start: batches(views, batch_size, steps or 10**9, start, workers),
+        steps,
+        minutes=minutes,
+        epoch_steps=epoch,
+        run_dir=out,
+        clip=clip,
+        compile=compile,
+        step=step,
+        transform=views if augment_on == "device" else None,
+        channels_last=here == "cuda",
+        save_every=save_every,
+        accelerator=accelerator,
+        progress="pretrain" if progress else None,
+    )
+    arguments = dict(
+        method=method,
+        loss=loss,
+        encoder=encoder,
+        widths=list(widths),
+        norm=norm,
+        size=size,
+        augmentation=augmentation,
+        privileged_augmentation=privileged_augmentation,
+        same_geometry=same_geometry,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        steps=steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        clip=clip,
+        precision=precision,
+        augment_on=augment_on,
+        seed=seed,
+    )
+    # beside steps, more time may be given to a run that goes on
+    if steps is None: arguments["minutes"] = minutes
+    identity = {
+        "synthpi": synthpi.__version__,
+        "tiles": content,
+        "pairs": len(pairs_cache),
+        **arguments,
+    }
+    _together(
+        accelerator,
+        lambda: _claim(
+            out, identity, resume, overwrite, [p for p in (tiles, *pairs_cache) if Path(p).is_dir()]
+        ),
+    )
     if accelerator.is_main_process:
-        write_json(out/"run.json", {"command": command, "arguments": arguments | {"minutes": minutes}, "tiles": {"path": Path(tiles).name, "n": len(ds), "fingerprint": content}, "layout": layout,
-                                    "columns": columns, "processes": processes, "memory_bytes": vars(memory), "environment": environment()})
-        if progress: print(f"{len(ds)} tiles, layout {layout}, {f'{steps} steps' if steps else f'{minutes:g} minutes'} with batches of {batch_size}; memory for a step, in each process: about {memory}.")
-        if here == "cuda" and not memory.fits(gb := torch.cuda.get_device_properties(accelerator.device).total_memory/1e9):
-            warnings.warn(f"a step needs about {memory.total/1e9:.1f} GB and this device has {gb:.0f}: give a smaller micro_batch (--micro-batch), precision bf16, or narrower projectors.")
-    keep = lambda: save_encoder(accelerator.unwrap_model(trainer.model).encoders[0], out/"encoder.safetensors", tiles=content, n_tiles=len(ds), synthpi=synthpi.__version__, done=trainer.done,
-                                **{k: v for k, v in arguments.items() if k != "encoder"})
+        write_json(
+            out / "run.json",
+            {
+                "command": command,
+                "arguments": arguments | {"minutes": minutes},
+                "tiles": {"path": Path(tiles).name, "n": len(ds), "fingerprint": content},
+                "layout": layout,
+                "columns": columns,
+                "processes": processes,
+                "memory_bytes": vars(memory),
+                "environment": environment(),
+            },
+        )
+        if progress:
+            print(
+                f"{len(ds)} tiles, layout {layout}, "
+                f"{f'{steps} steps' if steps else f'{minutes:g} minutes'} with batches of "
+                f"{batch_size}; memory for a step, in each process: about {memory}."
+            )
+        if here == "cuda" and not memory.fits(
+            gb := torch.cuda.get_device_properties(accelerator.device).total_memory / 1e9
+        ):
+            warnings.warn(
+                f"a step needs about {memory.total / 1e9:.1f} GB and this device has {gb:.0f}: "
+                "give a smaller micro_batch (--micro-batch), precision bf16, or narrower "
+                "projectors."
+            )
+    def keep():
+                                return save_encoder(
+                                    accelerator.unwrap_model(trainer.model).encoders[0],
+                                    out / "encoder.safetensors",
+                                    tiles=content,
+                                    n_tiles=len(ds),
+                                    synthpi=synthpi.__version__,
+                                    done=trainer.done,
+                                    **{k: v for k, v in arguments.items() if k != "encoder"},
+                                )
     try: history = trainer.fit()
     except OSError:
-        if trainer.done == steps and accelerator.is_main_process: keep()       # no room for the last checkpoint: the encoder is a fraction of it
+        # no room for the last checkpoint: the encoder is a fraction of it
+        if trainer.done == steps and accelerator.is_main_process: keep()
         raise
     if trainer.interrupted: return Run(out, None, history, True)
     if accelerator.is_main_process:
@@ -187,7 +336,16 @@ def pretrain(
     accelerator.wait_for_everyone()
     return Run(out, load_encoder(out/"encoder.safetensors"), history, False)
 
-_FILES = ("encoder.safetensors", "history.csv", "history.png", "run.json", "checkpoints", "pretrain", "train")      # the last two: what trackers write
+# the last two: what trackers write
+_FILES = (
+    "encoder.safetensors",
+    "history.csv",
+    "history.png",
+    "run.json",
+    "checkpoints",
+    "pretrain",
+    "train",
+)
 
 def _together(accelerator, f):
     "`f` in the first process; what it raises, all raise"
@@ -203,5 +361,9 @@ def _claim(out, identity, resume, overwrite, inputs):
     again = claim_folder(out, identity, overwrite, inputs, writes=_FILES)
     there = [f for f in _FILES if (out/f).exists()]
     if not (again and there) or resume: return
-    if not overwrite: raise ValueError(f"{out} holds this very run already ({', '.join(there)}): give resume (--resume) to go on with it, or overwrite (--overwrite) to begin again.")
+    if not overwrite:
+        raise ValueError(
+            f"{out} holds this very run already ({', '.join(there)}): give resume (--resume) to "
+            "go on with it, or overwrite (--overwrite) to begin again."
+        )
     for f in there: shutil.rmtree(out/f) if (out/f).is_dir() else (out/f).unlink()

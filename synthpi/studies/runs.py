@@ -30,7 +30,10 @@ class _Run:
     file:Path
 
     @property
-    def model(self): return self.encoder if self.probe is None else nn.Sequential(self.encoder, self.probe).eval()
+    def model(self):
+        return (
+            self.encoder if self.probe is None else nn.Sequential(self.encoder, self.probe).eval()
+        )
 
 def _probe(folder, width, classes):
     "The probe of a run of a study, if it has one"
@@ -38,12 +41,36 @@ def _probe(folder, width, classes):
     if not file.is_file(): return None
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            if "probe_weight" not in arrays: return None
-            weight, bias = (torch.from_numpy(np.asarray(arrays[k], np.float32)) for k in ("probe_weight", "probe_bias"))
-    except (ValueError, KeyError, TypeError, EOFError, OSError, AttributeError, zipfile.BadZipFile, zlib.error) as e: raise ValueError(f"{file} is damaged ({e}): repeat the run.") from e
-    if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1] or len(bias) != len(classes):
-        raise ValueError(f"{file} holds a probe of shape {tuple(weight.shape)} with {bias.numel()} biases; expected one for the {width} features and {len(classes)} classes of the encoder beside it: repeat the run.")
-    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()): raise ValueError(f"{file} holds a probe whose weights are not all finite: repeat the run.")
+            if "probe_weight" not in arrays:
+                return None
+            weight, bias = (
+                torch.from_numpy(np.asarray(arrays[k], np.float32))
+                for k in ("probe_weight", "probe_bias")
+            )
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        OSError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as e:
+        raise ValueError(f"{file} is damaged ({e}): repeat the run.") from e
+    if (
+        weight.ndim != 2
+        or weight.shape[1] != width
+        or bias.shape != weight.shape[:1]
+        or len(bias) != len(classes)
+    ):
+        raise ValueError(
+            f"{file} holds a probe of shape {tuple(weight.shape)} with {bias.numel()} biases; "
+            f"expected one for the {width} features and {len(classes)} classes of the encoder "
+            "beside it: repeat the run."
+        )
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise ValueError(f"{file} holds a probe whose weights are not all finite: repeat the run.")
     probe = nn.Linear(width, len(bias))
     probe.load_state_dict({"weight": weight, "bias": bias})
     return probe.eval().requires_grad_(False)
@@ -52,31 +79,67 @@ def open_runs(
     paths:Sequence[str|Path], # Encoder files, or run folders that hold an encoder.safetensors
     device:str="cpu", # Where the weights go
 )->list: # With `name`, `encoder`, `probe` (None where there is none), `model` (both), `file`
-    "Encoders with their probes; `FileNotFoundError` or `ValueError` when they cannot be used together."
+    """Encoders with their probes; `FileNotFoundError` or `ValueError` when they cannot be used
+    together."""
     runs = []
     for path in map(Path, paths):
         if path.is_dir() and not (path/"encoder.safetensors").is_file():
-            inside = sorted(p.parent.relative_to(path).as_posix() for p in path.glob("runs/*/encoder.safetensors"))
-            raise FileNotFoundError(f"{path} holds no encoder.safetensors; expected the folder of one run" + (f", for example {path/inside[0]}: it has {', '.join(inside[:6])}." if inside else ", or an encoder file."))
+            inside = sorted(
+                p.parent.relative_to(path).as_posix()
+                for p in path.glob("runs/*/encoder.safetensors")
+            )
+            raise FileNotFoundError(
+                f"{path} holds no encoder.safetensors; expected the folder of one run"
+                + (
+                    f", for example {path / inside[0]}: it has {', '.join(inside[:6])}."
+                    if inside
+                    else ", or an encoder file."
+                )
+            )
         file = path/"encoder.safetensors" if path.is_dir() else path
         encoder = load_encoder(file)
-        name = encoder.about.get("arm") or (file.parent.name if file.name == "encoder.safetensors" else file.stem)
-        runs.append(_Run(name, encoder.to(device), _probe(file.parent, encoder.width, encoder.about.get("classes") or ()), file))
+        name = encoder.about.get("arm") or (
+            file.parent.name if file.name == "encoder.safetensors" else file.stem
+        )
+        runs.append(
+            _Run(
+                name,
+                encoder.to(device),
+                _probe(file.parent, encoder.width, encoder.about.get("classes") or ()),
+                file,
+            )
+        )
         if runs[-1].probe is not None: runs[-1].probe.to(device)
     if not runs: raise ValueError("0 encoders arrived; expected an encoder file or a run folder.")
     if len({r.name for r in runs}) < len(runs):
-        for r in runs: r.name = r.file.parent.name if r.file.name == "encoder.safetensors" else r.file.stem
+        for r in runs:
+            r.name = r.file.parent.name if r.file.name == "encoder.safetensors" else r.file.stem
     for r in runs:
         if sum(s.name == r.name for s in runs) > 1: r.name = f"{r.name} {runs.index(r) + 1}"
     dims = {r.encoder.spec["spatial_dims"] for r in runs}
-    if len(dims) > 1: raise ValueError("encoders of images and of volumes arrived together; expected one kind: explain them in two calls.")
+    if len(dims) > 1:
+        raise ValueError(
+            "encoders of images and of volumes arrived together; expected one kind: explain them "
+            "in two calls."
+        )
     channels, needed = {r.encoder.spec["in_channels"] for r in runs}, 3 if dims == {2} else 1
-    if channels != {needed}: raise ValueError(f"encoders of {', '.join(map(str, sorted(channels)))} channels arrived; this command gives {'RGB tiles, 3 channels' if needed == 3 else 'gray volumes, 1 channel'}: call guided_gradcam with images of your own.")
+    if channels != {needed}:
+        raise ValueError(
+            f"encoders of {', '.join(map(str, sorted(channels)))} channels arrived; this command "
+            f"gives {'RGB tiles, 3 channels' if needed == 3 else 'gray volumes, 1 channel'}: call "
+            "guided_gradcam with images of your own."
+        )
     classes = {tuple(r.encoder.about.get("classes") or ()) for r in runs if r.probe is not None}
-    if len(classes) > 1: raise ValueError(f"the probes of {len(runs)} encoders know different classes ({'; '.join(', '.join(c) for c in sorted(classes))}); expected runs of one study.")
+    if len(classes) > 1:
+        raise ValueError(
+            f"the probes of {len(runs)} encoders know different classes "
+            f"({'; '.join(', '.join(c) for c in sorted(classes))}); expected runs of one study."
+        )
     return runs
 
 # %% ../../nbs/studies/runs.ipynb #a9ddf8ce
-def _dir(out, name, setting, seed): return Path(out)/"runs"/"-".join(filter(None, [name, setting, f"seed{seed}"]))
+def _dir(out, name, setting, seed):
+    return Path(out) / "runs" / "-".join(filter(None, [name, setting, f"seed{seed}"]))
 
-def _finished(out, name, setting, seed): return (_dir(out, name, setting, seed)/"result.json").exists()
+def _finished(out, name, setting, seed):
+    return (_dir(out, name, setting, seed) / "result.json").exists()

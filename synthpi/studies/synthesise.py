@@ -42,23 +42,44 @@ from ..pairs.stains import Macenko, StainGenerator
 from ..train.processes import Processes
 
 # %% ../../nbs/studies/synthesise.ipynb #0b1205b2
-STAINS = {**{stain: lambda stain=stain: StainGenerator(stain) for stain in ("haematoxylin", "eosin", "dab")}, "macenko": Macenko} # Generators that need no training, by their names on the command line
+# Generators that need no training, by their names on the command line
+STAINS = {
+    **{
+        stain: lambda stain=stain: StainGenerator(stain)
+        for stain in ("haematoxylin", "eosin", "dab")
+    },
+    "macenko": Macenko,
+}
 
 def choose_generator(
     generator, # A key of `STAINS`, a file, or an object, see `load_generator`
     device:str="auto", # "auto", "cpu" or "cuda"
     um_per_px:float|None=None, # Scale that it was trained at, where its file does not say
     licence:str|None=None, # Of its weights, where its file does not say
-    options:dict|None=None, # Other arguments of `load_generator`, for a network of others: `range`, `entry`, `norm`, `padding`, `multiple`, `name`
+    # Other arguments of `load_generator`, for a network of others: `range`, `entry`, `norm`,
+    # `padding`, `multiple`, `name`
+    options:dict|None=None,
 ): # With `translate`, on its device
     "A generator by name, from a file, or as it is."
     device = choose_device(device)
     if device == "cuda" and Processes().n > 1: device = str(PartialState().device)
-    if strange := sorted(set(options or {}) - set(inspect.signature(load_generator).parameters)): raise ValueError(f"{', '.join(strange)} arrived for the generator; expected arguments of load_generator: range, entry, norm, padding, multiple, name.")
-    if isinstance(generator, str) and generator in STAINS and (um_per_px or licence or options): raise ValueError(f"a scale, licence or options arrived for {generator!r}; expected none: stain separation has none of these.")
+    if strange := sorted(set(options or {}) - set(inspect.signature(load_generator).parameters)):
+        raise ValueError(
+            f"{', '.join(strange)} arrived for the generator; expected arguments of "
+            "load_generator: range, entry, norm, padding, multiple, name."
+        )
+    if isinstance(generator, str) and generator in STAINS and (um_per_px or licence or options):
+        raise ValueError(
+            f"a scale, licence or options arrived for {generator!r}; expected none: stain "
+            "separation has none of these."
+        )
     if isinstance(generator, str) and generator in STAINS: return STAINS[generator]()
     if hasattr(generator, "translate") and hasattr(generator, "key"):
-        if um_per_px is not None and um_per_px != generator.um_per_px: raise ValueError(f"um_per_px={um_per_px} arrived for the generator {generator.name!r}, which has {generator.um_per_px}: set it where it is made.")
+        if um_per_px is not None and um_per_px != generator.um_per_px:
+            raise ValueError(
+                f"um_per_px={um_per_px} arrived for the generator {generator.name!r}, which has "
+                f"{generator.um_per_px}: set it where it is made."
+            )
         return generator.to(device) if hasattr(generator, "to") else generator
     return load_generator(generator, device, um_per_px=um_per_px, licence=licence, **options or {})
 
@@ -74,8 +95,11 @@ def plot_pairs(
     n = min(n, len(ds))
     fig, axes = plt.subplots(2, n, figsize=(max(1.4*n, 5), 3.6), squeeze=False)
     for k, record in enumerate(ds.select(range(n))):
-        for ax, image in zip(axes[:, k], (record["primary"], record["privileged"])): ax.imshow(to_rgb(image))
-    for ax in axes.flat: ax.set_xticks([]); ax.set_yticks([])
+        for ax, image in zip(axes[:, k], (record["primary"], record["privileged"])):
+            ax.imshow(to_rgb(image))
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
     for ax, name in zip(axes[:, 0], ("tile", "synthetic")): ax.set_ylabel(name)
     fig.suptitle(title, fontsize=9)
     fig.text(.5, .02, NOTE, ha="center", fontsize=8)
@@ -98,41 +122,60 @@ def synthesise(
     generator, # A file, a key of `STAINS`, or an object, see `load_generator`
     out:str|Path, # Folder of the pairs
     *,
-    um_per_px:float|str|None=None, # Scale of the tiles, micrometres per pixel; "same": the generator's; None: from the manifest of the tiles
-    generator_um_per_px:float|None=None, # Scale that the generator was trained at, where its file does not say
+    # Scale of the tiles, micrometres per pixel; "same": the generator's; None: from the manifest of
+    # the tiles
+    um_per_px:float|str|None=None,
+    # Scale that the generator was trained at, where its file does not say
+    generator_um_per_px:float|None=None,
     batch_size:int=32, # Tiles per call of the generator
     device:str="auto", # "auto", "cpu" or "cuda"
     on_bad:str="raise", # Unreadable tiles: "raise", or "skip" and count
     preview:bool=True, # Write preview.png before the rest is made
     licence:str|None=None, # Of the tiles; goes to the manifest
-    generator_licence:str|None=None, # Of the generator's weights, where its file does not say; likewise
+    # Of the generator's weights, where its file does not say; likewise
+    generator_licence:str|None=None,
     generator_options:dict|None=None, # Other arguments of `load_generator`, for a network of others
     overwrite:bool=False, # Replace pairs of another generator or scale that are in `out`
     command:str="", # For the record
     progress:bool=True, # Show a bar with the time left, and print what was found
 )->Pairs: # What was made
-    "Give every tile of a folder its synthetic image. `ValueError` for input that cannot work, before anything is written; `OSError` for a full disk."
+    """Give every tile of a folder its synthetic image. `ValueError` for input that cannot work,
+    before anything is written; `OSError` for a full disk."""
     out = Path(out)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no group is known.*")              # the guard has then nothing to compare
+        # the guard has then nothing to compare
+        warnings.filterwarnings("ignore", message=".*no group is known.*")
         ds = image_folder(tiles)
     ds, checked = check_images(ds, on_bad=on_bad)
-    chosen = choose_generator(generator, device, generator_um_per_px, generator_licence, generator_options)
+    chosen = choose_generator(
+        generator, device, generator_um_per_px, generator_licence, generator_options
+    )
     check_generator(ds, chosen, um_per_px)
     if batch_size < 1: raise ValueError(f"batch_size={batch_size} arrived; expected at least 1.")
     with Processes() as processes:
         first = processes.rank == 0
         identity = {"pairs": chosen.key, "um_per_px": um_per_px}
-        if first: claim_folder(out, identity, overwrite, [tiles] if Path(tiles).is_dir() else [], writes=_written(out))
+        if first:
+            claim_folder(
+                out,
+                identity,
+                overwrite,
+                [tiles] if Path(tiles).is_dir() else [],
+                writes=_written(out),
+            )
         processes.meet()
     say = print if progress and first else lambda *_: None
-    images = lambda: {item for _, item in read_manifest(out)}
+    def images(): return {item for _, item in read_manifest(out)}
     before, bar, seconds, stats, interrupted = images(), None, 0., [], False
     def make(part, on_tiles=None):
         nonlocal seconds
         start = time.perf_counter()
-        try: pairs, found = add_privileged(part, chosen, out, um_per_px, batch_size, on_tiles, licence=licence)
-        finally: seconds += time.perf_counter() - start
+        try:
+            pairs, found = add_privileged(
+                part, chosen, out, um_per_px, batch_size, on_tiles, licence=licence
+            )
+        finally:
+            seconds += time.perf_counter() - start
         stats.append(found)
         return pairs
     def speed(): return made/seconds if (made := sum(s["made"] for s in stats)) else None
@@ -141,26 +184,81 @@ def synthesise(
             head = make(ds.select(range(min(len(ds), batch_size))))
             if first:
                 try:
-                    with atomic_path(out/"preview.png") as tmp: plot_pairs(head, title=f"{chosen.name}: the first of {len(ds)} pairs").savefig(tmp, dpi=110)
-                except OSError as error: warnings.warn(f"the preview could not be written ({error}); making the pairs goes on.", stacklevel=2)
-            left = f"; about {_duration((len(ds) - len(head))/speed())} for the rest, if none of it is there" if speed() and len(ds) > len(head) else ""
-            say(f"{out/'preview.png'} shows the first pairs. {NOTE}\n{len(head)} of {len(ds)} tiles have their image{left}.")
+                    with atomic_path(out / "preview.png") as tmp:
+                        plot_pairs(
+                            head, title=f"{chosen.name}: the first of {len(ds)} pairs"
+                        ).savefig(tmp, dpi=110)
+                except OSError as error:
+                    warnings.warn(
+                        f"the preview could not be written ({error}); making the pairs goes on.",
+                        stacklevel=2,
+                    )
+            left = (
+                f"; about {_duration((len(ds) - len(head)) / speed())} for the rest, if none of "
+                "it is there"
+                if speed() and len(ds) > len(head)
+                else ""
+            )
+            say(
+                f"{out / 'preview.png'} shows the first pairs. {NOTE}\n{len(head)} of {len(ds)} "
+                f"tiles have their image{left}."
+            )
         bar = tqdm(total=len(ds), unit="tile", desc="pairs", disable=not (progress and first))
         make(ds, bar.update)
     except KeyboardInterrupt: interrupted = True
     finally:
         if bar is not None: bar.close()
     made = len(images() - before) if interrupted else sum(s["made"] for s in stats)
-    result = Pairs(out, len(ds), made, sum(s["rebuilt"] for s in stats), made/seconds if made else None, interrupted)
+    result = Pairs(
+        out,
+        len(ds),
+        made,
+        sum(s["rebuilt"] for s in stats),
+        made / seconds if made else None,
+        interrupted,
+    )
     if first:
-        write_json(out/"run.json", {"command": command, "note": NOTE, "generator": {k: getattr(chosen, k, None) for k in ("name", "key", "um_per_px", "licence", "about")},
-            "tiles": {"path": Path(tiles).name, "left_out": checked["bad"], "um_per_px": um_per_px, "licence": licence}, **{k: v for k, v in result._asdict().items() if k != "folder"},
-            "seconds": seconds, "batch_size": batch_size, "processes": processes.n, "synthpi": synthpi.__version__, "environment": environment()})
+        write_json(
+            out / "run.json",
+            {
+                "command": command,
+                "note": NOTE,
+                "generator": {
+                    k: getattr(chosen, k, None)
+                    for k in ("name", "key", "um_per_px", "licence", "about")
+                },
+                "tiles": {
+                    "path": Path(tiles).name,
+                    "left_out": checked["bad"],
+                    "um_per_px": um_per_px,
+                    "licence": licence,
+                },
+                **{k: v for k, v in result._asdict().items() if k != "folder"},
+                "seconds": seconds,
+                "batch_size": batch_size,
+                "processes": processes.n,
+                "synthpi": synthpi.__version__,
+                "environment": environment(),
+            },
+        )
     if interrupted: say(f"Stopped. What is finished stays in {out}; the same call goes on.")
     return result
 
-def _duration(seconds): return f"{seconds:.0f} s" if seconds < 100 else f"{seconds/60:.0f} min" if seconds < 6000 else f"{seconds/3600:.1f} h"
+def _duration(seconds):
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 def _written(out):
     "What is removed to make room for the pairs of another generator"
-    return ["manifest.csv", "preview.png", "run.json", ".writing", *(p.name for p in out.glob("[0-9a-f][0-9a-f]"))]
+    return [
+        "manifest.csv",
+        "preview.png",
+        "run.json",
+        ".writing",
+        *(p.name for p in out.glob("[0-9a-f][0-9a-f]")),
+    ]

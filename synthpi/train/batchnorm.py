@@ -30,19 +30,29 @@ class _Sum(torch.autograd.Function):
         return x
 
 class JoinedBatchNorm(_BatchNorm):
-    "BatchNorm with the statistics of all processes, for any device and any number of dimensions; without a process group, BatchNorm."
+    """BatchNorm with the statistics of all processes, for any device and any number of dimensions;
+    without a process group, BatchNorm."""
     def _check_input_dim(self, x):
-        if x.ndim < 2: raise ValueError(f"an input of shape {tuple(x.shape)} arrived; expected (B, C) or (B, C, *spatial).")
+        if x.ndim < 2:
+            raise ValueError(
+                f"an input of shape {tuple(x.shape)} arrived; expected (B, C) or (B, C, *spatial)."
+            )
 
     def forward(self, x:Tensor)->Tensor:
-        if not (self.training or self.running_mean is None) or not (dist.is_available() and dist.is_initialized()):
+        if not (self.training or self.running_mean is None) or not (
+            dist.is_available() and dist.is_initialized()
+        ):
             return super().forward(x)
         self._check_input_dim(x)
         y = x if x.dtype == torch.float64 else x.float()
         axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1]*(x.ndim - 2))
         sums = _Sum.apply(torch.cat([y.sum(axes), y.new_tensor([x.numel()//x.shape[1]])]))
         n = sums[-1].detach()
-        if n < 2: raise ValueError(f"{int(n)} values per channel arrived in all processes together, here in an input of shape {tuple(x.shape)}; expected two or more.")
+        if n < 2:
+            raise ValueError(
+                f"{int(n)} values per channel arrived in all processes together, here in an input "
+                f"of shape {tuple(x.shape)}; expected two or more."
+            )
         mean = sums[:-1]/n
         var = _Sum.apply((y - mean.view(shape)).square().sum(axes))/n
         if self.training and self.track_running_stats and self.running_mean is not None:
@@ -60,11 +70,22 @@ def synchronise_batchnorm(
     model:nn.Module, # Any model; before it is wrapped for several processes
     device_type:str="cuda", # Where it will run, for example `accelerator.device.type`
 )->nn.Module: # The model, with the same parameters, buffers and names
-    "Let every BatchNorm of a model use the statistics of all processes: `nn.SyncBatchNorm` on CUDA, `JoinedBatchNorm` elsewhere."
-    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and not isinstance(m, (JoinedBatchNorm, nn.SyncBatchNorm))]
-    for name, m in norms:       # a subclass may do more than normalise, timm's BatchNormAct2d for example; a conversion would drop that in silence
+    """Let every BatchNorm of a model use the statistics of all processes: `nn.SyncBatchNorm` on
+    CUDA, `JoinedBatchNorm` elsewhere."""
+    norms = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, _BatchNorm) and not isinstance(m, (JoinedBatchNorm, nn.SyncBatchNorm))
+    ]
+    # a subclass may do more than normalise, timm's BatchNormAct2d for example; a conversion would
+    # drop that in silence
+    for name, m in norms:
         if type(m) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            raise TypeError(f"{name or 'the model'} is a {type(m).__name__}, whose statistics cannot be joined; expected nn.BatchNorm1d, 2d or 3d.")
+            raise TypeError(
+                f"{name or 'the model'} is a {type(m).__name__}, whose statistics cannot be "
+                "joined; expected nn.BatchNorm1d, 2d or 3d."
+            )
     if device_type == "cuda": return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for _, m in norms: m.__class__ = JoinedBatchNorm      # same state, another forward: optimisers, hooks and shared layers keep their object
+    # same state, another forward: optimisers, hooks and shared layers keep their object
+    for _, m in norms: m.__class__ = JoinedBatchNorm
     return model

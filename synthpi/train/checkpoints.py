@@ -39,38 +39,59 @@ class Checkpoints:
 
     def paths(self)->list[Path]: # Newest first
         "The checkpoints that are there."
-        found = [(m, p) for p in self.folder.glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)-([0-9a-f]{16})\.pt", p.name))]
+        found = [
+            (m, p)
+            for p in self.folder.glob("step-*.pt")
+            if (m := re.fullmatch(r"step-(\d+)-([0-9a-f]{16})\.pt", p.name))
+        ]
         return [p for m, p in sorted(found, key=lambda x: int(x[0][1]), reverse=True)]
 
     def save(self,
         step:int, # Finished steps
         state:dict, # Tensors, numbers, strings, and lists and dicts of these
     )->Path: # The file
-        "Write a checkpoint and remove the oldest; `OSError` when it cannot be written, with the others as they were."
-        for stale in self.folder.glob(".writing-*"): stale.unlink(missing_ok=True)                      # left by a run that was killed while it wrote
+        """Write a checkpoint and remove the oldest; `OSError` when it cannot be written, with the
+        others as they were."""
+        # left by a run that was killed while it wrote
+        for stale in self.folder.glob(".writing-*"): stale.unlink(missing_ok=True)
         whole = self.folder/"writing.tmp"
         try:
             with atomic_path(whole) as tmp, open(tmp, "wb") as f: torch.save(state, f)
             path = whole.rename(self.folder/f"step-{step:08d}-{_digest(whole)}.pt")
-        except (OSError, RuntimeError) as error:                                                        # torch gives RuntimeError for a failed write
+        # torch gives RuntimeError for a failed write
+        except (OSError, RuntimeError) as error:
             whole.unlink(missing_ok=True)
             last = self.paths()[:1]
-            raise OSError(f"the checkpoint of step {step} could not be written to {self.folder} ({error}). "
-                          + (f"The last good one is {last[0].name}." if last else "There is none before it.") + " Free some space, or choose another folder.") from error
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({error}). "
+                + (f"The last good one is {last[0].name}." if last else "There is none before it.")
+                + " Free some space, or choose another folder."
+            ) from error
         _sync_folder(self.folder)
         others = [p for p in self.paths() if p != path]
         earlier = [p for p in others if int(p.name.split("-")[1]) < step]
-        for p in others:                                    # of later steps there are only damaged ones, which this run went back from
+        # of later steps there are only damaged ones, which this run went back from
+        for p in others:
             if p not in earlier[:self.keep - 1]: p.unlink()
         return path
 
-    def load(self)->dict|None: # The state of the newest intact checkpoint; None when there is none at all
+    # The state of the newest intact checkpoint; None when there is none at all
+    def load(self)->dict|None:
         "Read the newest checkpoint whose content is what was written. No code in it is run."
         paths = self.paths()
         for path in paths:
-            if _digest(path) == path.stem.split("-")[-1]: return torch.load(path, map_location="cpu", weights_only=True)
-            warnings.warn(f"{path} is damaged: its content is not what was written. Going back to the checkpoint before it.", stacklevel=2)
-        if paths: raise ValueError(f"all {len(paths)} checkpoints in {self.folder} are damaged: restore one from a copy, or remove the folder to start again.")
+            if _digest(path) == path.stem.split("-")[-1]:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            warnings.warn(
+                f"{path} is damaged: its content is not what was written. Going back to the "
+                "checkpoint before it.",
+                stacklevel=2,
+            )
+        if paths:
+            raise ValueError(
+                f"all {len(paths)} checkpoints in {self.folder} are damaged: restore one from a "
+                "copy, or remove the folder to start again."
+            )
 
 def _sync_folder(folder):
     "A rename is only on the disk when the folder is"

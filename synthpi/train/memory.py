@@ -23,14 +23,16 @@ from torch.func import functional_call
 # %% ../../nbs/train/memory.ipynb #7ff5e6b8
 @dataclass(frozen=True)
 class Memory:
-    "Bytes that a training step holds at the end of its forward pass, and the gradients that replace them."
+    """Bytes that a training step holds at the end of its forward pass, and the gradients that
+    replace them."""
     parameters:int # Parameters and buffers
     gradients:int # One number for each trainable parameter
     optimizer:int # State of the optimiser
     activations:int # Views, embeddings, and what the forward pass keeps for the backward pass
 
     @property
-    def total(self)->int: return self.parameters + self.gradients + self.optimizer + self.activations
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations
 
     def fits(self,
         gigabytes:float=16., # Memory of the device, in units of 10^9 bytes
@@ -44,38 +46,62 @@ class Memory:
         return f"{self.total/1e9:.2f} GB ({parts})"
 
 # %% ../../nbs/train/memory.ipynb #1fe2beb4
-_STATES = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}                   # numbers kept for each parameter; SGD and LARS with momentum
+# numbers kept for each parameter; SGD and LARS with momentum
+_STATES = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def memory_estimate(
-    model:nn.Module, # The network to train, for example of `trident`; may have been built under `torch.device("meta")`
-    view_shapes:Sequence[Sequence[int]], # Shape of each view with its batch size, for example `3*[(64, 3, 224, 224)]`
+    # The network to train, for example of `trident`; may have been built under
+    # `torch.device("meta")`
+    model:nn.Module,
+    # Shape of each view with its batch size, for example `3*[(64, 3, 224, 224)]`
+    view_shapes:Sequence[Sequence[int]],
     precision:str="fp32", # "fp32"; "bf16" or "fp16" for autocast
     optimizer:str="adamw", # "sgd", "lars" (both with momentum), "adam" or "adamw"
 )->Memory: # Bytes by kind
-    "Memory of a training step in the mode that the model is in, with the autocast rules of its device; nothing is computed and the model is left as it was."
-    if precision not in _TYPES: raise ValueError(f"precision {precision!r} arrived; expected one of {', '.join(_TYPES)}.")
-    if optimizer not in _STATES: raise ValueError(f"optimizer {optimizer!r} arrived; expected one of {', '.join(_STATES)}.")
+    """Memory of a training step in the mode that the model is in, with the autocast rules of its
+    device; nothing is computed and the model is left as it was."""
+    if precision not in _TYPES:
+        raise ValueError(f"precision {precision!r} arrived; expected one of {', '.join(_TYPES)}.")
+    if optimizer not in _STATES:
+        raise ValueError(f"optimizer {optimizer!r} arrived; expected one of {', '.join(_STATES)}.")
     if not view_shapes or not all(isinstance(s, Sequence) for s in view_shapes):
-        raise ValueError(f"view_shapes {view_shapes!r} arrived; expected one shape for each view, batch size first, for example [(64, 3, 224, 224)]*3.")
+        raise ValueError(
+            f"view_shapes {view_shapes!r} arrived; expected one shape for each view, batch size "
+            "first, for example [(64, 3, 224, 224)]*3."
+        )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     size = sum(t.nbytes for t in tensors.values())
     trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return Memory(size, trainable, _STATES[optimizer]*trainable, _activations(model, tensors, view_shapes, _TYPES[precision]))
+    return Memory(
+        size,
+        trainable,
+        _STATES[optimizer] * trainable,
+        _activations(model, tensors, view_shapes, _TYPES[precision]),
+    )
 
 def _activations(model, tensors, view_shapes, dtype):
-    device = next((t.device for t in tensors.values() if t.device.type != "meta"), torch.device("cpu"))
+    device = next(
+        (t.device for t in tensors.values() if t.device.type != "meta"), torch.device("cpu")
+    )
     storages = {}
     def see(t):
         storage = t.untyped_storage()
-        if storage._cdata not in own: storages[storage._cdata] = storage         # held, so that its address is not used again
+        # held, so that its address is not used again
+        if storage._cdata not in own: storages[storage._cdata] = storage
         return t
     # fake tensors and not the meta device: autocast has no rules for meta
     with FakeTensorMode(), torch.enable_grad():
-        fake = {k: torch.empty(t.shape, dtype=t.dtype, device=device, requires_grad=t.requires_grad) for k, t in tensors.items()}
+        fake = {
+            k: torch.empty(t.shape, dtype=t.dtype, device=device, requires_grad=t.requires_grad)
+            for k, t in tensors.items()
+        }
         own = {t.untyped_storage()._cdata for t in fake.values()}
         views = [torch.empty(*s, device=device) for s in view_shapes]
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None), torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+        with (
+            torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+            torch.autograd.graph.saved_tensors_hooks(see, lambda t: t),
+        ):
             zs = functional_call(model, fake, tuple(views))
         for t in (*views, *([zs] if isinstance(zs, Tensor) else zs)): see(t)
         return sum(s.nbytes() for s in storages.values())

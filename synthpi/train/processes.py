@@ -21,10 +21,20 @@ class Processes:
     "The processes that `accelerate launch` has started, or this one alone"
     def __init__(self):
         counts = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-        launched = PartialState._shared_state or any(int(os.environ.get(c) or 1) > 1 for c in counts)     # a state that is made here would fix the device of a process that is alone
-        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not (torch.cuda.is_available() or torch.xpu.is_available())       # without a device it has to be told
+        # a state that is made here would fix the device of a process that is alone
+        launched = PartialState._shared_state or any(
+            int(os.environ.get(c) or 1) > 1 for c in counts
+        )
+        # without a device it has to be told
+        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not (
+            torch.cuda.is_available() or torch.xpu.is_available()
+        )
         state = PartialState(cpu=cpu) if launched else None
-        self.rank, self.n, self.over = state.process_index if state else 0, state.num_processes if state else 1, False
+        self.rank, self.n, self.over = (
+            state.process_index if state else 0,
+            state.num_processes if state else 1,
+            False,
+        )
 
     def meet(self,
         value=None, # What this process brings
@@ -36,7 +46,13 @@ class Processes:
         self.over = error is not None or any(e for e, _ in said)
         if error is not None: raise error
         for k, (e, _) in enumerate(said):
-            if e: raise {"OSError": OSError, "ValueError": ValueError, "FileNotFoundError": FileNotFoundError, "KeyboardInterrupt": KeyboardInterrupt}.get(e[0], RuntimeError)(f"process {k} of {self.n} stopped: {e[0]}: {e[1]}")
+            if e:
+                raise {
+                    "OSError": OSError,
+                    "ValueError": ValueError,
+                    "FileNotFoundError": FileNotFoundError,
+                    "KeyboardInterrupt": KeyboardInterrupt,
+                }.get(e[0], RuntimeError)(f"process {k} of {self.n} stopped: {e[0]}: {e[1]}")
         return [v for _, v in said]
 
     def __enter__(self): return self
@@ -56,16 +72,36 @@ class Processes:
 
 # %% ../../nbs/train/processes.ipynb #d4b0db81
 def make_accelerator(
-    precision:str|None=None, # "fp32", "bf16" or "fp16" (GPU only); None: what `accelerate launch` was told, or float32
+    # "fp32", "bf16" or "fp16" (GPU only); None: what `accelerate launch` was told, or float32
+    precision:str|None=None,
     cpu:bool=False, # Use the processor although there is a GPU
     **options, # Other arguments of `accelerate.Accelerator`, for example `log_with`
 )->Accelerator: # Device, precision and processes
-    "An `Accelerator`, also a second one of another precision in the same notebook. `ValueError` when this process already works on another kind of device."
-    if precision not in (None, "fp32", "bf16", "fp16"): raise ValueError(f"precision {precision!r} arrived; expected 'fp32', 'bf16' or 'fp16'.")
-    mixed = {None: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "fp32": "no"}.get(precision, precision)
+    """An `Accelerator`, also a second one of another precision in the same notebook. `ValueError`
+    when this process already works on another kind of device."""
+    if precision not in (None, "fp32", "bf16", "fp16"):
+        raise ValueError(f"precision {precision!r} arrived; expected 'fp32', 'bf16' or 'fp16'.")
+    mixed = {None: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "fp32": "no"}.get(
+        precision, precision
+    )
     there = PartialState(cpu=cpu)
-    if mixed == "fp16" and there.device.type == "cpu": raise ValueError("precision 'fp16' arrived and there is no GPU: use 'bf16' or 'fp32' on a processor.")
-    if AcceleratorState._shared_state: AcceleratorState._shared_state["_mixed_precision"] = mixed        # accelerate keeps one precision for the process; a Trainer keeps its own, see `fit`
-    if cpu and there.device.type != "cpu" or not cpu and there.device.type == "cpu" and torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU"):
-        raise ValueError(f"this process already works on {there.device.type}, and accelerate keeps to the first device of a process: restart the kernel to use {'the processor' if cpu else 'the GPU'}.")
+    if mixed == "fp16" and there.device.type == "cpu":
+        raise ValueError(
+            "precision 'fp16' arrived and there is no GPU: use 'bf16' or 'fp32' on a processor."
+        )
+    # accelerate keeps one precision for the process; a Trainer keeps its own, see `fit`
+    if AcceleratorState._shared_state: AcceleratorState._shared_state["_mixed_precision"] = mixed
+    if (
+        cpu
+        and there.device.type != "cpu"
+        or not cpu
+        and there.device.type == "cpu"
+        and torch.cuda.is_available()
+        and not os.environ.get("ACCELERATE_USE_CPU")
+    ):
+        raise ValueError(
+            f"this process already works on {there.device.type}, and accelerate keeps to the "
+            "first device of a process: restart the kernel to use "
+            f"{'the processor' if cpu else 'the GPU'}."
+        )
     return Accelerator(mixed_precision=mixed, cpu=cpu, **options)

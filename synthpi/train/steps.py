@@ -28,24 +28,42 @@ def paired_step(
     loss:Callable, # `loss(*zs) -> (scalar, terms)`
     batch:dict, # With `views`, a tuple of `(B, C, H, W)`
 )->tuple[Tensor, dict]: # What to minimise, and its terms for the history
-    "The step of every joint-embedding objective: one forward pass per view, one loss over all embeddings."
+    """The step of every joint-embedding objective: one forward pass per view, one loss over all
+    embeddings."""
     return loss(*model(*batch["views"]))
 
 # %% ../../nbs/train/steps.ipynb #892b5fc4
 def distance_step(
-    model:nn.Module, # Takes one crop batch and returns its embeddings, or takes the views and returns one embedding batch each (`Branches`)
-    loss:Callable, # `loss(z, center_mm=..., volume_id=...) -> (scalar, terms)`, with one `z` for each view
-    batch:dict, # With `crop` `(B, C, X, Y, Z)`, or `views`, a tuple of these; `center_mm` `(B, 3)`; `volume_id` `(B,)` if there is one. For tiles, `(B, C, H, W)` and `(B, 2)`
+    # Takes one crop batch and returns its embeddings, or takes the views and returns one embedding
+    # batch each (`Branches`)
+    model:nn.Module,
+    # `loss(z, center_mm=..., volume_id=...) -> (scalar, terms)`, with one `z` for each view
+    loss:Callable,
+    # With `crop` `(B, C, X, Y, Z)`, or `views`, a tuple of these; `center_mm` `(B, 3)`; `volume_id`
+    # `(B,)` if there is one. For tiles, `(B, C, H, W)` and `(B, 2)`
+    batch:dict,
 )->tuple[Tensor, dict]: # What to minimise, and its terms for the history
-    "The step of every objective that is told positions: one forward pass per view, one loss over embeddings and positions."
-    if missing := [k for k in ("center_mm",) if k not in batch] + ["crop or views"]*(("crop" in batch) == ("views" in batch)):
-        raise ValueError(f"a batch with {', '.join(map(str, batch))} arrived; expected one of crop and views, and center_mm: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not as it should be.")
+    """The step of every objective that is told positions: one forward pass per view, one loss over
+    embeddings and positions."""
+    if missing := [k for k in ("center_mm",) if k not in batch] + ["crop or views"] * (
+        ("crop" in batch) == ("views" in batch)
+    ):
+        raise ValueError(
+            f"a batch with {', '.join(map(str, batch))} arrived; expected one of crop and views, "
+            f"and center_mm: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not as "
+            "it should be."
+        )
     zs = model(*batch["views"] if "views" in batch else (batch["crop"],))
-    return loss(*((zs,) if isinstance(zs, Tensor) else zs), center_mm=batch["center_mm"], volume_id=batch.get("volume_id"))
+    return loss(
+        *((zs,) if isinstance(zs, Tensor) else zs),
+        center_mm=batch["center_mm"],
+        volume_id=batch.get("volume_id"),
+    )
 
 # %% ../../nbs/train/steps.ipynb #553a2d54
 class _Deferred(torch.autograd.Function):
-    "A scalar whose backward pass is `work(factor)`, where `factor` is what the scalar was multiplied by on the way to the end."
+    """A scalar whose backward pass is `work(factor)`, where `factor` is what the scalar was
+    multiplied by on the way to the end."""
     @staticmethod
     def forward(ctx, trigger, value, work):
         ctx.work = work
@@ -58,15 +76,21 @@ class _Deferred(torch.autograd.Function):
 
 @contextmanager
 def _batchnorm_untouched(model):
-    "BatchNorm normalises by the batch as in training, but does not count the pass in its running statistics"
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    """BatchNorm normalises by the batch as in training, but does not count the pass in its running
+    statistics"""
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+    ]
     for m in norms: m.track_running_stats = False
     try: yield
     finally:
         for m in norms: m.track_running_stats = True
 
 def _parts(views, micro_batch):
-    "The views in as few equal parts as fit, and in as many in every process: BatchNorm may talk between processes in each forward pass"
+    """The views in as few equal parts as fit, and in as many in every process: BatchNorm may talk
+    between processes in each forward pass"""
     n = torch.tensor(-(-len(views[0])//micro_batch), device=views[0].device)
     if dist.is_available() and dist.is_initialized(): dist.all_reduce(n, op=dist.ReduceOp.MAX)
     return list(zip(*(v.tensor_split(int(n)) for v in views)))
@@ -75,32 +99,58 @@ def _parts(views, micro_batch):
 def large_batch_step(
     micro_batch:int, # Largest number of rows whose activations are in memory at once
 )->Callable: # A step with the loss and the gradient of `paired_step`
-    "The exact step of a batch that does not fit: embeddings first, then micro-batches backward (Gao et al., 2021)."
-    if micro_batch < 1: raise ValueError(f"micro_batch={micro_batch} arrived; expected at least one row.")
+    """The exact step of a batch that does not fit: embeddings first, then micro-batches backward
+    (Gao et al., 2021)."""
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch={micro_batch} arrived; expected at least one row.")
     def step(model, loss, batch):
         views = batch["views"]
-        if any(len(v) != len(views[0]) for v in views): raise ValueError(f"views of {[len(v) for v in views]} rows arrived; expected as many in each: they are compared row by row.")
+        if any(len(v) != len(views[0]) for v in views):
+            raise ValueError(
+                f"views of {[len(v) for v in views]} rows arrived; expected as many in each: they "
+                "are compared row by row."
+            )
         if any(p.requires_grad for p in getattr(loss, "parameters", list)()):
-            raise ValueError(f"{type(loss).__name__} has parameters of its own, which the second pass would not train: make them a part of the model.")
+            raise ValueError(
+                f"{type(loss).__name__} has parameters of its own, which the second pass would "
+                "not train: make them a part of the model."
+            )
         parts, device, states = _parts(views, micro_batch), views[0].device, []
         with torch.no_grad(), _batchnorm_untouched(model):
             zs = []
             for part in parts:
                 states.append(random_states())
                 zs.append(model(*part))
-        zs = [torch.cat(z).float() if z[0].dtype != torch.float64 else torch.cat(z) for z in zip(*zs)]
+        zs = [
+            torch.cat(z).float() if z[0].dtype != torch.float64 else torch.cat(z) for z in zip(*zs)
+        ]
         zs = [z.detach().requires_grad_() for z in zs]
         with torch.enable_grad(): scalar, terms = loss(*zs)
-        grads = torch.autograd.grad(scalar, zs, allow_unused=True)               # a branch with a stopped gradient has none
-        taught = [(k, g.split([len(part[0]) for part in parts])) for k, g in enumerate(grads) if g is not None]
+        # a branch with a stopped gradient has none
+        grads = torch.autograd.grad(scalar, zs, allow_unused=True)
+        taught = [
+            (k, g.split([len(part[0]) for part in parts]))
+            for k, g in enumerate(grads)
+            if g is not None
+        ]
         cast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
         def second_pass(factor):
             for i, part in enumerate(parts):
-                alone = model.no_sync() if i < len(parts) - 1 and hasattr(model, "no_sync") else nullcontext()
+                alone = (
+                    model.no_sync()
+                    if i < len(parts) - 1 and hasattr(model, "no_sync")
+                    else nullcontext()
+                )
                 with alone:
                     set_random_states(states[i])
-                    with torch.autocast(device.type, enabled=cast[0], dtype=cast[1]): out = model(*part)
-                    torch.autograd.backward([out[k].to(g[i].dtype) for k, g in taught], [g[i]*factor for _, g in taught])
-        return _Deferred.apply(torch.zeros((), device=device, requires_grad=True), scalar.detach(), second_pass), terms
+                    with torch.autocast(device.type, enabled=cast[0], dtype=cast[1]):
+                        out = model(*part)
+                    torch.autograd.backward(
+                        [out[k].to(g[i].dtype) for k, g in taught],
+                        [g[i] * factor for _, g in taught],
+                    )
+        return _Deferred.apply(
+            torch.zeros((), device=device, requires_grad=True), scalar.detach(), second_pass
+        ), terms
     return step

@@ -50,55 +50,116 @@ def warmup_cosine(
 
 # %% ../../nbs/train/trainer.ipynb #e937e3b2
 class Trainer:
-    "Runs `step` until the budget is spent; `fit()` returns the history, and called again goes on after an interrupt."
+    """Runs `step` until the budget is spent; `fit()` returns the history, and called again goes on
+    after an interrupt."""
     def __init__(self,
         model:nn.Module, # What to train
         loss:Callable|nn.Module|None, # Handed to `step`
         optimizer:Optimizer, # Over the model's parameters
-        train_dl:Callable[[int], Iterable], # `train_dl(start)` gives this process's batches from number `start` on; see `views.batches`
+        # `train_dl(start)` gives this process's batches from number `start` on; see `views.batches`
+        train_dl:Callable[[int], Iterable],
         steps:int|None=None, # Budget in optimiser steps
         *,
-        epochs:float|None=None, # Budget in passes over the data, in place of `steps`; needs `epoch_steps`
+        # Budget in passes over the data, in place of `steps`; needs `epoch_steps`
+        epochs:float|None=None,
         epoch_steps:float|None=None, # Steps of one pass: records divided by the joined batch
-        minutes:float|None=None, # Budget in time. Alone, the learning rate follows the clock; with steps, the run ends at whichever comes first
+        # Budget in time. Alone, the learning rate follows the clock; with steps, the run ends at
+        # whichever comes first
+        minutes:float|None=None,
         step:Callable=paired_step, # `step(model, loss, batch) -> (scalar, terms)`
-        transform:Callable|None=None, # Applied to each batch on the device, for example a `BatchViews`
+        # Applied to each batch on the device, for example a `BatchViews`
+        transform:Callable|None=None,
         run_dir:str|Path|None=None, # Where history and checkpoints go; None keeps them in memory
-        schedule:Callable[[int], float]|None=None, # Step to learning-rate factor, in a run by the clock thousandths of the time; default `warmup_cosine`
+        # Step to learning-rate factor, in a run by the clock thousandths of the time; default
+        # `warmup_cosine`
+        schedule:Callable[[int], float]|None=None,
         clip:float|None=1., # Largest global gradient norm, above 0; None does not clip
-        accumulate:int=1, # Batches whose gradients are averaged for one step; not a large batch, for which see `large_batch_step`
-        precision:str|None=None, # "fp32", "bf16" or "fp16" (GPU only); default: the accelerator's, or fp32
-        channels_last:bool=False, # Memory format of model and images; faster convolutions on GPUs in half precision
+        # Batches whose gradients are averaged for one step; not a large batch, for which see
+        # `large_batch_step`
+        accumulate:int=1,
+        # "fp32", "bf16" or "fp16" (GPU only); default: the accelerator's, or fp32
+        precision:str|None=None,
+        # Memory format of model and images; faster convolutions on GPUs in half precision
+        channels_last:bool=False,
         compile:bool|str=False, # `torch.compile` the model; a string names the back end
         save_every:float=60., # Seconds between checkpoints
-        watch_every:int=50, # Steps between looks at the embeddings that a loss (an `nn.Module`) is given, which warn of a collapse; 0 for none
+        # Steps between looks at the embeddings that a loss (an `nn.Module`) is given, which warn of
+        # a collapse; 0 for none
+        watch_every:int=50,
         on_step:Callable|None=None, # Called as `on_step(trainer)` after every step
         on_epoch:Callable|None=None, # Called as `on_epoch(trainer)` after every `epoch_steps` steps
-        accelerator:Accelerator|None=None, # Device and processes, and trackers (`log_with=`); default: what the machine offers
-        progress:str|None="train", # Name of the progress bar, of TensorBoard's run too; None shows no bar
+        # Device and processes, and trackers (`log_with=`); default: what the machine offers
+        accelerator:Accelerator|None=None,
+        # Name of the progress bar, of TensorBoard's run too; None shows no bar
+        progress:str|None="train",
     ):
-        self.steps, self.minutes, self.epoch_steps = _budget(steps, epochs, epoch_steps, minutes), minutes, epoch_steps
-        if accumulate < 1: raise ValueError(f"accumulate={accumulate} arrived; expected at least 1 batch for a step.")
-        if clip is not None and not clip > 0: raise ValueError(f"clip={clip} arrived; expected a norm above 0, or None not to clip.")
+        self.steps, self.minutes, self.epoch_steps = (
+            _budget(steps, epochs, epoch_steps, minutes),
+            minutes,
+            epoch_steps,
+        )
+        if accumulate < 1:
+            raise ValueError(
+                f"accumulate={accumulate} arrived; expected at least 1 batch for a step."
+            )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip={clip} arrived; expected a norm above 0, or None not to clip.")
         self.accelerator = a = accelerator or make_accelerator(precision)
         if accelerator and precision and a.mixed_precision != precision.replace("fp32", "no"):
-            raise ValueError(f"precision {precision!r} arrived beside an accelerator of precision {a.mixed_precision!r}: give one of them.")
-        if a.gradient_accumulation_steps != 1: raise ValueError(f"an accelerator with gradient_accumulation_steps={a.gradient_accumulation_steps} arrived: give accumulate to the Trainer in its place.")
+            raise ValueError(
+                f"precision {precision!r} arrived beside an accelerator of precision "
+                f"{a.mixed_precision!r}: give one of them."
+            )
+        if a.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"an accelerator with gradient_accumulation_steps={a.gradient_accumulation_steps} "
+                "arrived: give accumulate to the Trainer in its place."
+            )
         if isinstance(loss, nn.Module):
             loss.to(a.device)
-            if a.num_processes > 1 and any(p.requires_grad for p in loss.parameters()): raise ValueError(f"{type(loss).__name__} has parameters of its own, which would differ between processes: make them a part of the model.")
+            if a.num_processes > 1 and any(p.requires_grad for p in loss.parameters()):
+                raise ValueError(
+                    f"{type(loss).__name__} has parameters of its own, which would differ between "
+                    "processes: make them a part of the model."
+                )
         if channels_last: model.to(memory_format=torch.channels_last)
         if compile: model.compile(backend="inductor" if compile is True else compile)
         self.model, self.optimizer = a.prepare(model, optimizer)
-        a.unwrap_model(self.model, keep_fp32_wrapper=False)            # `prepare` would leave the user's model in half precision for good; here only steps are, see `_one`
+        # `prepare` would leave the user's model in half precision for good; here only steps are,
+        # see `_one`
+        a.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.mixed = a.mixed_precision
-        self.loss, self.train_dl, self.step, self.transform, self.clip, self.accumulate = loss, train_dl, step, transform, clip, accumulate
+        self.loss, self.train_dl, self.step, self.transform, self.clip, self.accumulate = (
+            loss,
+            train_dl,
+            step,
+            transform,
+            clip,
+            accumulate,
+        )
         self.schedule = schedule or warmup_cosine(self.steps or 1000)
-        self.run_dir, self.channels_last, self.save_every, self.watch_every = Path(run_dir) if run_dir else None, channels_last, save_every, watch_every
+        self.run_dir, self.channels_last, self.save_every, self.watch_every = (
+            Path(run_dir) if run_dir else None,
+            channels_last,
+            save_every,
+            watch_every,
+        )
         self.on_step, self.on_epoch, self.progress = on_step, on_epoch, progress
         self.checkpoints = Checkpoints(self.run_dir/"checkpoints") if run_dir else None
-        self.rows, self.seconds, self.interrupted, self.out_of_time, self.stopped, self.skipped = [], 0., False, False, False, 0
-        self._lr, self._modes, self._busy, self._torn = [g["lr"] for g in self.optimizer.param_groups], None, False, False
+        self.rows, self.seconds, self.interrupted, self.out_of_time, self.stopped, self.skipped = (
+            [],
+            0.0,
+            False,
+            False,
+            False,
+            0,
+        )
+        self._lr, self._modes, self._busy, self._torn = (
+            [g["lr"] for g in self.optimizer.param_groups],
+            None,
+            False,
+            False,
+        )
 
     @property
     def done(self)->int: return len(self.rows)
@@ -111,15 +172,36 @@ class Trainer:
     def state(self)->dict:
         "Everything that the next step depends on; in several processes, all of them have to ask."
         a, names = self.accelerator, dict.fromkeys(k for row in self.rows for k in row)
-        history = {n: [torch.tensor([row.get(n, math.nan) for row in self.rows], dtype=torch.float64), torch.tensor([n in row for row in self.rows])] for n in names}
-        return {"model": a.unwrap_model(self.model).state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": a.scaler.state_dict() if a.scaler else None,
-                "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else None, "random": gather_object([random_states()]), "history": history, "seconds": self.seconds,
-                "lr": self._lr, "run": self._run_of()}
+        history = {
+            n: [
+                torch.tensor([row.get(n, math.nan) for row in self.rows], dtype=torch.float64),
+                torch.tensor([n in row for row in self.rows]),
+            ]
+            for n in names
+        }
+        return {
+            "model": a.unwrap_model(self.model).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": a.scaler.state_dict() if a.scaler else None,
+            "loss": self.loss.state_dict() if isinstance(self.loss, nn.Module) else None,
+            "random": gather_object([random_states()]),
+            "history": history,
+            "seconds": self.seconds,
+            "lr": self._lr,
+            "run": self._run_of(),
+        }
 
-    def _run_of(self): return {"steps": self.steps, "accumulate": self.accumulate, "loss": _name(self.loss), "optimizer": type(self.optimizer.optimizer).__name__}
+    def _run_of(self):
+        return {
+            "steps": self.steps,
+            "accumulate": self.accumulate,
+            "loss": _name(self.loss),
+            "optimizer": type(self.optimizer.optimizer).__name__,
+        }
 
     def save(self)->None:
-        "Write a checkpoint and history.csv; `OSError`, and the last good checkpoint as it was, when there is no room."
+        """Write a checkpoint and history.csv; `OSError`, and the last good checkpoint as it was,
+        when there is no room."""
         if self.run_dir is None: return
         state = self.state()
         if not self.accelerator.is_main_process: return
@@ -127,47 +209,110 @@ class Trainer:
         with atomic_path(self.run_dir/"history.csv") as tmp: self.history.to_csv(tmp, index=False)
 
     def load(self)->bool: # Whether there was one
-        "Take up the newest intact checkpoint of the run folder; `ValueError` when it belongs to another run."
+        """Take up the newest intact checkpoint of the run folder; `ValueError` when it belongs to
+        another run."""
         state = self.checkpoints.load() if self.checkpoints else None
-        if self.accelerator.num_processes > 1 and len(found := set(gather_object([len(state["history"]["step"][0]) if state and state["history"] else 0]))) > 1:
-            raise ValueError(f"the processes find checkpoints of different steps in {self.run_dir} ({', '.join(map(str, sorted(found)))}): give a run folder that all of them see.")
+        if (
+            self.accelerator.num_processes > 1
+            and len(
+                found := set(
+                    gather_object(
+                        [len(state["history"]["step"][0]) if state and state["history"] else 0]
+                    )
+                )
+            )
+            > 1
+        ):
+            raise ValueError(
+                f"the processes find checkpoints of different steps in {self.run_dir} "
+                f"({', '.join(map(str, sorted(found)))}): give a run folder that all of them see."
+            )
         if state is None: return False
-        differs = [f"{k} was {v} and is {self._run_of()[k]}" for k, v in state["run"].items() if v != self._run_of()[k]]
-        if differs: raise ValueError(f"the checkpoint in {self.run_dir} is of another run: {'; '.join(differs)}. Use another run folder, or the same arguments.")
-        try: self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-        except RuntimeError as error: raise ValueError(f"the checkpoint in {self.run_dir} is of another model ({str(error).splitlines()[1].strip()}): use another run folder.") from error
+        differs = [
+            f"{k} was {v} and is {self._run_of()[k]}"
+            for k, v in state["run"].items()
+            if v != self._run_of()[k]
+        ]
+        if differs:
+            raise ValueError(
+                f"the checkpoint in {self.run_dir} is of another run: {'; '.join(differs)}. Use "
+                "another run folder, or the same arguments."
+            )
+        try:
+            self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint in {self.run_dir} is of another model "
+                f"({str(error).splitlines()[1].strip()}): use another run folder."
+            ) from error
         if state["loss"]: self.loss.load_state_dict(state["loss"])
-        mine, theirs = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups], state["optimizer"]["param_groups"]
-        changed = [f"lr was {b:g} and is {a:g}" for a, b in zip(self._lr, state["lr"]) if a != b] + [f"{k} was {t.get(k)} and is {v}" for m, t in zip(mine, theirs) for k, v in m.items() if t.get(k) != v]
-        if changed: warnings.warn(f"{'; '.join(changed)}: going on with the new values.", stacklevel=3)
+        mine, theirs = (
+            [
+                {k: v for k, v in g.items() if k not in ("params", "lr")}
+                for g in self.optimizer.param_groups
+            ],
+            state["optimizer"]["param_groups"],
+        )
+        changed = [
+            f"lr was {b:g} and is {a:g}" for a, b in zip(self._lr, state["lr"]) if a != b
+        ] + [
+            f"{k} was {t.get(k)} and is {v}"
+            for m, t in zip(mine, theirs)
+            for k, v in m.items()
+            if t.get(k) != v
+        ]
+        if changed:
+            warnings.warn(f"{'; '.join(changed)}: going on with the new values.", stacklevel=3)
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, options, lr in zip(self.optimizer.param_groups, mine, self._lr): group.update(options, lr=lr)
-        if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
-        columns = {n: (values.tolist(), there.tolist()) for n, (values, there) in state["history"].items()}
-        self.rows = [{n: int(v[i]) if n == "step" else v[i] for n, (v, there) in columns.items() if there[i]} for i in range(len(columns["step"][0]) if columns else 0)]
+        for group, options, lr in zip(self.optimizer.param_groups, mine, self._lr):
+            group.update(options, lr=lr)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        columns = {
+            n: (values.tolist(), there.tolist()) for n, (values, there) in state["history"].items()
+        }
+        self.rows = [
+            {n: int(v[i]) if n == "step" else v[i] for n, (v, there) in columns.items() if there[i]}
+            for i in range(len(columns["step"][0]) if columns else 0)
+        ]
         self.seconds = state["seconds"]
-        if len(state["random"]) == self.accelerator.num_processes: set_random_states(state["random"][self.accelerator.process_index])
+        if len(state["random"]) == self.accelerator.num_processes:
+            set_random_states(state["random"][self.accelerator.process_index])
         return True
 
     # The loop
 
-    def fit(self)->pd.DataFrame: # One row per step: `loss`, the step's terms, `lr`, `grad_norm`, and at first and every `watch_every` steps `std`, `spread`, `rankme`
-        "Train to the end of the budget, from the checkpoint if the run folder holds one. Ctrl-C saves and returns, with `interrupted` set."
+    # One row per step: `loss`, the step's terms, `lr`, `grad_norm`, and at first and every
+    # `watch_every` steps `std`, `spread`, `rankme`
+    def fit(self)->pd.DataFrame:
+        """Train to the end of the budget, from the checkpoint if the run folder holds one. Ctrl-C
+        saves and returns, with `interrupted` set."""
         if self._torn or not self.done: self._torn = not self.load() and self._torn
-        if self._torn: raise RuntimeError("an error in the middle of an optimiser step has left the weights between two steps, and there is no checkpoint: build model and Trainer again.")
+        if self._torn:
+            raise RuntimeError(
+                "an error in the middle of an optimiser step has left the weights between two "
+                "steps, and there is no checkpoint: build model and Trainer again."
+            )
         self.interrupted = self.out_of_time = self.stopped = False
-        self.accelerator.state._mixed_precision = self.mixed           # of this Trainer, whatever another one in this process has
+        # of this Trainer, whatever another one in this process has
+        self.accelerator.state._mixed_precision = self.mixed
         if self._modes is None: self._modes = self._choose_modes()
         if self._ended(): return self.history
-        bar = tqdm(total=self.steps or round(60*self.minutes), initial=self.done if self.steps else round(self.seconds), desc=self.progress, leave=False,
-                   disable=self.progress is None or not self.accelerator.is_main_process)
+        bar = tqdm(
+            total=self.steps or round(60 * self.minutes),
+            initial=self.done if self.steps else round(self.seconds),
+            desc=self.progress,
+            leave=False,
+            disable=self.progress is None or not self.accelerator.is_main_process,
+        )
         with self._trackers(), self._signals() as asked, self._health():
             self._set_modes()
             try: self._run(bar, asked)
             except KeyboardInterrupt: self.interrupted = True
             except Exception:
                 if self.accelerator.num_processes == 1 and not self._torn:
-                    with suppress(OSError): self.save()                # what was good before the error
+                    # what was good before the error
+                    with suppress(OSError): self.save()
                 raise
             finally:
                 bar.close()
@@ -176,10 +321,16 @@ class Trainer:
         return self.history
 
     def _choose_modes(self):
-        "All in training mode; but a part that was set to eval mode, in a model that is in training mode, stays there"
+        """All in training mode; but a part that was set to eval mode, in a model that is in
+        training mode, stays there"""
         if not self.model.training: self.model.train()
         frozen = [name for name, m in self.model.named_modules() if not m.training]
-        if frozen: warnings.warn(f"{len(frozen)} parts of the model are in eval mode and stay so ({', '.join(frozen[:3])}): call model.train() before if that is not meant.", stacklevel=3)
+        if frozen:
+            warnings.warn(
+                f"{len(frozen)} parts of the model are in eval mode and stay so "
+                f"({', '.join(frozen[:3])}): call model.train() before if that is not meant.",
+                stacklevel=3,
+            )
         return [(m, m.training) for m in self.model.modules()]
 
     def _set_modes(self):
@@ -194,27 +345,48 @@ class Trainer:
         self._parameters = list(self.model.parameters())
         states = random_states()
         stream = iter(self.train_dl(self.done*self.accumulate))
-        set_random_states(states)                           # a DataLoader draws a number when it is opened, which a resumed run does once more
+        # a DataLoader draws a number when it is opened, which a resumed run does once more
+        set_random_states(states)
         while not self._ended():
-            try: batches = [next(stream) for _ in range(self.accumulate)]
-            except StopIteration: raise ValueError(f"the batches ended after step {self.done} of {self.steps or 'a run by the clock'}: let train_dl(start) give one for every step.") from None
+            try:
+                batches = [next(stream) for _ in range(self.accumulate)]
+            except StopIteration:
+                raise ValueError(
+                    f"the batches ended after step {self.done} of "
+                    f"{self.steps or 'a run by the clock'}: let train_dl(start) give one for "
+                    "every step."
+                ) from None
             self._one(batches)
             self.seconds = before + time.monotonic() - begin
             bar.set_postfix(loss=f"{self.rows[-1]['loss']:.4g}", refresh=False)
             bar.update(1 if self.steps else max(0, min(round(self.seconds), bar.total) - bar.n))
-            if self.accelerator.trackers: self.accelerator.log({k: v for k, v in self.rows[-1].items() if k != "step"}, step=self.done)
-            ends = self.epoch_steps and math.floor(self.done/self.epoch_steps + 1e-9) > math.floor((self.done - 1)/self.epoch_steps + 1e-9)
+            if self.accelerator.trackers:
+                self.accelerator.log(
+                    {k: v for k, v in self.rows[-1].items() if k != "step"}, step=self.done
+                )
+            ends = self.epoch_steps and math.floor(
+                self.done / self.epoch_steps + 1e-9
+            ) > math.floor((self.done - 1) / self.epoch_steps + 1e-9)
             for call in (self.on_step, self.on_epoch if ends else None):
-                if call: call(self); self._set_modes()
-            due, stop, self.seconds = self._agree(time.monotonic() - saved > self.save_every, bool(asked), self.seconds)
+                if call:
+                    call(self)
+                    self._set_modes()
+            due, stop, self.seconds = self._agree(
+                time.monotonic() - saved > self.save_every, bool(asked), self.seconds
+            )
             if stop: raise KeyboardInterrupt
             if due:
-                try: self.save()
-                except OSError as error: warnings.warn(f"{error} Training goes on, and tries again in {self.save_every:g} seconds.")
+                try:
+                    self.save()
+                except OSError as error:
+                    warnings.warn(
+                        f"{error} Training goes on, and tries again in {self.save_every:g} seconds."
+                    )
                 saved = time.monotonic()
 
     def _one(self, batches):
-        "One step, or none: until the optimiser moves, an error or a second Ctrl-C leaves everything as it was"
+        """One step, or none: until the optimiser moves, an error or a second Ctrl-C leaves
+        everything as it was"""
         self._busy, states = True, random_states()
         _copy(self._copies, self._buffers)
         try: row = self._gradient(batches)
@@ -222,7 +394,8 @@ class Trainer:
             _copy(self._buffers, self._copies)
             set_random_states(states)
             self.optimizer.zero_grad()
-            if self.accelerator.scaler: self.accelerator.scaler._per_optimizer_states.clear()       # or it would believe that these gradients were unscaled already
+            # or it would believe that these gradients were unscaled already
+            if self.accelerator.scaler: self.accelerator.scaler._per_optimizer_states.clear()
             self._busy, self._seen = False, []
             raise
         self._torn = True
@@ -233,44 +406,76 @@ class Trainer:
 
     def _gradient(self, batches):
         progress = self.done if self.steps else int(1000*self.seconds/(60*self.minutes))
-        for group, lr in zip(self.optimizer.param_groups, self._lr): group["lr"] = lr*self.schedule(progress)
+        for group, lr in zip(self.optimizer.param_groups, self._lr):
+            group["lr"] = lr * self.schedule(progress)
         kind, parts = self.accelerator.device.type, []
-        cast = torch.autocast(kind, enabled=self.mixed != "no", dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed, torch.bfloat16))
+        cast = torch.autocast(
+            kind,
+            enabled=self.mixed != "no",
+            dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed, torch.bfloat16),
+        )
         for i, batch in enumerate(batches):
             batch = self._place(batch)
             with nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.model):
                 with cast: loss, terms = self.step(self.model, self.loss, batch)
                 self.accelerator.backward(loss/len(batches))
-            if taken := sorted(_COLUMNS & set(terms)): raise ValueError(f"the step gives terms called {', '.join(taken)}, which are columns of the history already: rename them.")
+            if taken := sorted(_COLUMNS & set(terms)):
+                raise ValueError(
+                    f"the step gives terms called {', '.join(taken)}, which are columns of the "
+                    "history already: rename them."
+                )
             parts.append((batch, {"loss": loss.detach(), **terms}))
-        norm = self.accelerator.clip_grad_norm_(self._parameters, self.clip if self.clip is not None else math.inf)
-        numbers = _numbers([p for _, p in parts], norm)                       # the only place where the processor waits for the device
+        norm = self.accelerator.clip_grad_norm_(
+            self._parameters, self.clip if self.clip is not None else math.inf
+        )
+        # the only place where the processor waits for the device
+        numbers = _numbers([p for _, p in parts], norm)
         self._check_finite(numbers, [b for b, _ in parts])
         names = dict.fromkeys(k for n in numbers for k in n if k != "grad_norm")
         means = {k: sum(v)/len(v) for k in names if (v := [n[k] for n in numbers if k in n])}
-        row = {"step": self.done + 1, **means, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": numbers[0]["grad_norm"]}
+        row = {
+            "step": self.done + 1,
+            **means,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": numbers[0]["grad_norm"],
+        }
         return row | (self._look() if self._seen else {})
 
     def _check_finite(self, numbers, batches):
-        "Stop before the optimiser takes a step with numbers that are none; half precision may skip a few"
+        """Stop before the optimiser takes a step with numbers that are none; half precision may
+        skip a few"""
         bad = next((i for i, n in enumerate(numbers) if not math.isfinite(n["loss"])), None)
-        if bad is None and math.isfinite(numbers[0]["grad_norm"]): self.skipped = 0; return
-        if bad is None and self.accelerator.scaler and self.skipped < 20: self.skipped += 1; return      # the gradient scaler leaves this step out and halves its factor
-        what, index = ("loss" if bad is not None else "grad_norm"), batches[bad or 0].get("index", "unknown")
+        if bad is None and math.isfinite(numbers[0]["grad_norm"]):
+            self.skipped = 0
+            return
+        # the gradient scaler leaves this step out and halves its factor
+        if bad is None and self.accelerator.scaler and self.skipped < 20:
+            self.skipped += 1
+            return
+        what, index = (
+            ("loss" if bad is not None else "grad_norm"),
+            batches[bad or 0].get("index", "unknown"),
+        )
         kept = self.run_dir is not None and self.accelerator.num_processes == 1
-        raise FloatingPointError(f"{'the loss' if what == 'loss' else 'the norm of the gradient'} is {numbers[bad or 0][what]} at step {self.done} (terms: {numbers[bad or 0]}; records "
-            f"{index.tolist() if isinstance(index, Tensor) else index}). Lower the learning rate, clip harder, or look at these records." + (f" The state before this step is in {self.run_dir}." if kept else ""))
+        raise FloatingPointError(
+            f"{'the loss' if what == 'loss' else 'the norm of the gradient'} is "
+            f"{numbers[bad or 0][what]} at step {self.done} (terms: {numbers[bad or 0]}; records "
+            f"{index.tolist() if isinstance(index, Tensor) else index}). Lower the learning rate, "
+            "clip harder, or look at these records."
+            + (f" The state before this step is in {self.run_dir}." if kept else "")
+        )
 
     def _place(self, batch):
         batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
         if self.transform: batch = self.transform(batch)
-        last = lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        def last(x): return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         return recursively_apply(last, batch) if self.channels_last else batch
 
     # Several processes: what one of them decides, all of them do
 
     def stop(self)->None:
-        "End the run after this step, as if the budget were spent; for `on_step` and `on_epoch`, and in several processes for all of them."
+        """End the run after this step, as if the budget were spent; for `on_step` and `on_epoch`,
+        and in several processes for all of them."""
         self.stopped = True
 
     def _ended(self):
@@ -281,16 +486,22 @@ class Trainer:
         if self.accelerator.num_processes == 1: return due, stop, seconds
         mine = torch.tensor([due, seconds], dtype=torch.float64, device=self.accelerator.device)
         due, seconds = broadcast(mine).tolist()
-        stop = self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device), "sum").item()
+        stop = self.accelerator.reduce(
+            torch.tensor(float(stop), device=self.accelerator.device), "sum"
+        ).item()
         return bool(due), bool(stop), seconds
 
     @contextmanager
     def _signals(self):
-        "Ctrl-C in the middle of a step is noted and acted upon when the step has ended, a second one at once; with several processes always, so that all stop at the same step"
+        """Ctrl-C in the middle of a step is noted and acted upon when the step has ended, a second
+        one at once; with several processes always, so that all stop at the same step"""
         asked = []
-        if threading.current_thread() is not threading.main_thread(): yield asked; return
+        if threading.current_thread() is not threading.main_thread():
+            yield asked
+            return
         def note(*_):
-            if not self._torn and (asked or not self._busy and self.accelerator.num_processes == 1): raise KeyboardInterrupt
+            if not self._torn and (asked or not self._busy and self.accelerator.num_processes == 1):
+                raise KeyboardInterrupt
             asked.append(True)
         old = signal.signal(signal.SIGINT, note)
         try: yield asked
@@ -300,7 +511,9 @@ class Trainer:
     def _trackers(self):
         "The accelerator's trackers, opened for this run unless its owner has opened them"
         a = self.accelerator
-        if not a.log_with or a.trackers: yield; return
+        if not a.log_with or a.trackers:
+            yield
+            return
         a.init_trackers(self.progress or "train")
         try: yield
         finally:
@@ -312,31 +525,59 @@ class Trainer:
     @contextmanager
     def _health(self):
         self._seen = []                            # a step that ended early must not leave any
-        if not self.watch_every or not isinstance(self.loss, nn.Module): yield; return
+        if not self.watch_every or not isinstance(self.loss, nn.Module):
+            yield
+            return
         def see(_, zs):
-            if not self.done or (self.done + 1) % self.watch_every == 0: self._seen = [z.detach() for z in zs if isinstance(z, Tensor) and z.ndim == 2 and len(z) > 1]
+            if not self.done or (self.done + 1) % self.watch_every == 0:
+                self._seen = [
+                    z.detach() for z in zs if isinstance(z, Tensor) and z.ndim == 2 and len(z) > 1
+                ]
         hook = self.loss.register_forward_pre_hook(see)
-        try: yield
-        finally: hook.remove(); self._seen = []
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._seen = []
 
     def _look(self):
         zs, self._seen = self._seen, []
-        if self.accelerator.num_processes > 1: zs = [torch.cat(parts) for parts in zip(*gather_object([[z.cpu() for z in zs]]))]       # the joined batch
+        # the joined batch
+        if self.accelerator.num_processes > 1:
+            zs = [torch.cat(parts) for parts in zip(*gather_object([[z.cpu() for z in zs]]))]
         branches = [embedding_health(z) for z in zs]
         health, most = {k: min(b[k] for b in branches) for k in branches[0]}, min(zs[0].shape)
         first = next((r["std"] for r in self.rows if "std" in r), health["std"])
-        if (health["spread"] < .05 or health["std"] < .05*first or health["rankme"] < min(1.5, most/2)) and (not self.steps or self.done >= self.steps//10):
-            if self.accelerator.is_main_process: warnings.warn(f"step {self.done + 1}: the embeddings have nearly collapsed (standard deviation {health['std']:.2g}, {first:.2g} at first; spread {health['spread']:.2g} of 1; RankMe "
-                          f"{health['rankme']:.1f} of {most}). Try a smaller learning rate, a larger batch, a larger weight on variance (VICReg), or augmentations that leave more to tell images apart.")
+        if (
+            health["spread"] < 0.05
+            or health["std"] < 0.05 * first
+            or health["rankme"] < min(1.5, most / 2)
+        ) and (not self.steps or self.done >= self.steps // 10):
+            if self.accelerator.is_main_process:
+                warnings.warn(
+                    f"step {self.done + 1}: the embeddings have nearly collapsed (standard "
+                    f"deviation {health['std']:.2g}, {first:.2g} at first; spread "
+                    f"{health['spread']:.2g} of 1; RankMe "
+                    f"{health['rankme']:.1f} of {most}). Try a smaller learning rate, a larger "
+                    "batch, a larger weight on variance (VICReg), or augmentations that leave "
+                    "more to tell images apart."
+                )
         return health
 
 def _budget(steps, epochs, epoch_steps, minutes):
-    if steps is not None and epochs is not None: raise ValueError(f"steps={steps} and epochs={epochs} arrived; give one of them.")
-    if epochs is not None and not epoch_steps: raise ValueError(f"epochs={epochs} arrived without epoch_steps, the steps of one pass over the data: give it, or the budget in steps.")
+    if steps is not None and epochs is not None:
+        raise ValueError(f"steps={steps} and epochs={epochs} arrived; give one of them.")
+    if epochs is not None and not epoch_steps:
+        raise ValueError(
+            f"epochs={epochs} arrived without epoch_steps, the steps of one pass over the data: "
+            "give it, or the budget in steps."
+        )
     if epochs is not None: steps = max(1, math.ceil(epochs*epoch_steps - 1e-9))
-    if steps is None and minutes is None: raise ValueError("no budget arrived; give steps, epochs with epoch_steps, or minutes.")
+    if steps is None and minutes is None:
+        raise ValueError("no budget arrived; give steps, epochs with epoch_steps, or minutes.")
     for name, x in (("steps", steps), ("minutes", minutes), ("epoch_steps", epoch_steps)):
-        if x is not None and not x > 0: raise ValueError(f"{name}={x} arrived; expected more than 0.")
+        if x is not None and not x > 0:
+            raise ValueError(f"{name}={x} arrived; expected more than 0.")
     return steps
 
 _COLUMNS = {"step", "loss", "lr", "grad_norm", "std", "spread", "rankme"}
@@ -344,11 +585,25 @@ _COLUMNS = {"step", "loss", "lr", "grad_norm", "std", "spread", "rankme"}
 def _copy(into, out_of):
     if into: torch._foreach_copy_(into, out_of)
 
-def _name(loss): return repr(loss) if isinstance(loss, nn.Module) else getattr(loss, "__qualname__", type(loss).__name__)
+def _name(loss):
+    return (
+        repr(loss)
+        if isinstance(loss, nn.Module)
+        else getattr(loss, "__qualname__", type(loss).__name__)
+    )
 
 def _numbers(parts, norm):
     "All terms as floats, with one transfer from the device"
     values = [norm, *(v for p in parts for v in p.values())]
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float64 if not isinstance(v, Tensor) else None).detach().double().reshape(()).to(norm.device) for v in values]).tolist()
+    values = torch.stack(
+        [
+            torch.as_tensor(v, dtype=torch.float64 if not isinstance(v, Tensor) else None)
+            .detach()
+            .double()
+            .reshape(())
+            .to(norm.device)
+            for v in values
+        ]
+    ).tolist()
     rest = iter(values[1:])
     return [{k: next(rest) for k in p} | {"grad_norm": values[0]} for p in parts]

@@ -26,7 +26,11 @@ def embedding_health(
     spread = nn.functional.normalize(z, dim=1).std(dim=0).mean()*z.shape[1]**.5
     sigma = torch.linalg.svdvals(z)
     p = sigma/sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny) + 1e-7
-    return {"std": z.std(dim=0).mean().item(), "spread": spread.item(), "rankme": torch.exp(-(p*p.log()).sum()).item()}
+    return {
+        "std": z.std(dim=0).mean().item(),
+        "spread": spread.item(),
+        "rankme": torch.exp(-(p * p.log()).sum()).item(),
+    }
 
 # %% ../../nbs/train/watch.ipynb #6915f110
 def plot_history(
@@ -38,12 +42,25 @@ def plot_history(
     columns = columns or [c for c in history if c != "step"]
     ncols = min(5, len(columns))
     nrows = -(-len(columns)//ncols)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(size*ncols, .8*size*nrows), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        nrows,
+        ncols,
+        figsize=(size * ncols, 0.8 * size * nrows),
+        squeeze=False,
+        layout="constrained",
+    )
     for ax in axes.flat[len(columns):]: ax.remove()
     for ax, name in zip(axes.flat, columns):
         shown = history[["step", name]].dropna()
         ax.plot(shown["step"], shown[name], ".-" if len(shown) < len(history) else "-", lw=1)
-        ax.set_title(name, fontsize=9); ax.tick_params(labelsize=7); ax.set_xlabel("step", fontsize=8)
-        if name in ("loss", "grad_norm") and (shown[name] > 0).all() and shown[name].max() > 50*shown[name].min(): ax.set_yscale("log")
+        ax.set_title(name, fontsize=9)
+        ax.tick_params(labelsize=7)
+        ax.set_xlabel("step", fontsize=8)
+        if (
+            name in ("loss", "grad_norm")
+            and (shown[name] > 0).all()
+            and shown[name].max() > 50 * shown[name].min()
+        ):
+            ax.set_yscale("log")
     plt.close(fig)
     return fig

@@ -32,12 +32,51 @@ class Organ(NamedTuple):
     hu:float # Mean in the CT-like contrast, Hounsfield units
     parts:tuple # `(centre, radii, exponent)` of its superellipsoids, in coordinates of the trunk
 
-ORGANS = (Organ("fat", 210, -100, (((0, 0, 0), (.96, .92, 1.06), 3.2),)), Organ("muscle", 105, 50, (((0, 0, 0), (.86, .80, 1.03), 3.2),)),
-          Organ("lung", 25, -830, (((.43, 0, .50), (.32, .55, .40), 2.2), ((-.43, 0, .50), (.32, .55, .40), 2.2))), Organ("heart", 118, 55, (((-.10, .22, .36), (.25, .33, .21), 2),)),
-          Organ("liver", 122, 58, (((.36, .12, -.05), (.42, .52, .22), 2.4), ((-.02, .28, .02), (.26, .26, .12), 2))), Organ("spleen", 108, 52, (((-.58, -.22, -.02), (.17, .26, .19), 2),)),
-          Organ("stomach", 85, 15, (((-.34, .28, -.10), (.22, .28, .15), 2),)), Organ("kidney", 112, 48, (((.42, -.38, -.34), (.14, .20, .18), 2), ((-.42, -.38, -.28), (.14, .20, .18), 2))),
-          Organ("bowel", 135, 25, (((0, .20, -.52), (.55, .42, .24), 2.6),)), Organ("spine", 90, 350, (((0, -.52, 0), (.15, .20, 1.02), 2.5),)), Organ("aorta", 60, 62, (((-.06, -.22, .08), (.07, .09, .80), 2),)),
-          Organ("bladder", 45, 5, (((0, .25, -.84), (.22, .26, .13), 2),)), Organ("pelvis", 80, 420, (((.58, -.10, -.82), (.16, .45, .18), 2.3), ((-.58, -.10, -.82), (.16, .45, .18), 2.3)))) # Label k + 1 is ORGANS[k]; 0 is air
+ORGANS = (
+    Organ("fat", 210, -100, (((0, 0, 0), (0.96, 0.92, 1.06), 3.2),)),
+    Organ("muscle", 105, 50, (((0, 0, 0), (0.86, 0.80, 1.03), 3.2),)),
+    Organ(
+        "lung",
+        25,
+        -830,
+        (((0.43, 0, 0.50), (0.32, 0.55, 0.40), 2.2), ((-0.43, 0, 0.50), (0.32, 0.55, 0.40), 2.2)),
+    ),
+    Organ("heart", 118, 55, (((-0.10, 0.22, 0.36), (0.25, 0.33, 0.21), 2),)),
+    Organ(
+        "liver",
+        122,
+        58,
+        (
+            ((0.36, 0.12, -0.05), (0.42, 0.52, 0.22), 2.4),
+            ((-0.02, 0.28, 0.02), (0.26, 0.26, 0.12), 2),
+        ),
+    ),
+    Organ("spleen", 108, 52, (((-0.58, -0.22, -0.02), (0.17, 0.26, 0.19), 2),)),
+    Organ("stomach", 85, 15, (((-0.34, 0.28, -0.10), (0.22, 0.28, 0.15), 2),)),
+    Organ(
+        "kidney",
+        112,
+        48,
+        (
+            ((0.42, -0.38, -0.34), (0.14, 0.20, 0.18), 2),
+            ((-0.42, -0.38, -0.28), (0.14, 0.20, 0.18), 2),
+        ),
+    ),
+    Organ("bowel", 135, 25, (((0, 0.20, -0.52), (0.55, 0.42, 0.24), 2.6),)),
+    Organ("spine", 90, 350, (((0, -0.52, 0), (0.15, 0.20, 1.02), 2.5),)),
+    Organ("aorta", 60, 62, (((-0.06, -0.22, 0.08), (0.07, 0.09, 0.80), 2),)),
+    # Label k + 1 is ORGANS[k]; 0 is air
+    Organ("bladder", 45, 5, (((0, 0.25, -0.84), (0.22, 0.26, 0.13), 2),)),
+    Organ(
+        "pelvis",
+        80,
+        420,
+        (
+            ((0.58, -0.10, -0.82), (0.16, 0.45, 0.18), 2.3),
+            ((-0.58, -0.10, -0.82), (0.16, 0.45, 0.18), 2.3),
+        ),
+    ),
+)
 
 class Body(NamedTuple):
     "One simulated volume."
@@ -54,29 +93,53 @@ def _smooth(rng, shape, sigma):
 
 def _body(k, shape, spacing, contrast, seed):
     rng = np.random.default_rng(seed_for(seed, "body", k))
-    half = np.array([165, 110, 175])*np.exp(rng.normal(0, .07, 3) + rng.normal(0, .05))                 # of this trunk, mm
+    # of this trunk, mm
+    half = np.array([165, 110, 175])*np.exp(rng.normal(0, .07, 3) + rng.normal(0, .05))
     turn, shift = rng.normal(0, .06), rng.normal(0, 9, 3)
     affine = np.diag([spacing]*3 + [1.])
-    affine[:3, 3] = -(np.array(shape) - 1)/2*spacing + shift                                           # where the field of view lies
-    world = np.moveaxis(np.indices(shape, np.float32), 0, -1)*np.float32(spacing) + affine[:3, 3].astype(np.float32)
+    # where the field of view lies
+    affine[:3, 3] = -(np.array(shape) - 1)/2*spacing + shift
+    world = np.moveaxis(np.indices(shape, np.float32), 0, -1) * np.float32(spacing) + affine[
+        :3, 3
+    ].astype(np.float32)
     c, s = np.cos(turn), np.sin(turn)
     u = (world @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], np.float32).T)/half.astype(np.float32)
     coarse = [max(2., 45/spacing)]*3
     u += .035*np.stack([_smooth(rng, shape, coarse) for _ in range(3)], -1)
-    label, values = np.zeros(shape, np.uint8), np.full(shape, 0. if contrast == "mri" else -1000., np.float32)
+    label, values = (
+        np.zeros(shape, np.uint8),
+        np.full(shape, 0.0 if contrast == "mri" else -1000.0, np.float32),
+    )
     for n, organ in enumerate(ORGANS):
-        moved, grown, tone = rng.normal(0, .02, 3)*(n > 1), np.exp(rng.normal(0, .05))**(n > 1), rng.normal()
+        moved, grown, tone = (
+            rng.normal(0, 0.02, 3) * (n > 1),
+            np.exp(rng.normal(0, 0.05)) ** (n > 1),
+            rng.normal(),
+        )
         inside = np.zeros(shape, bool)
-        for centre, radii, e in organ.parts: inside |= (np.abs((u - (np.array(centre) + moved).astype(np.float32))/(np.array(radii)*grown).astype(np.float32))**np.float32(e)).sum(-1) <= 1
+        for centre, radii, e in organ.parts:
+            inside |= (
+                np.abs(
+                    (u - (np.array(centre) + moved).astype(np.float32))
+                    / (np.array(radii) * grown).astype(np.float32)
+                )
+                ** np.float32(e)
+            ).sum(-1) <= 1
         label[inside] = n + 1
         values[inside] = organ.mri*(1 + .08*tone) if contrast == "mri" else organ.hu + 10*tone
     fine = _smooth(rng, shape, 1.)
-    if contrast == "ct": image = gaussian_filter(values + 18*fine*(label > 0), .6, mode="nearest") + 12*rng.standard_normal(shape, np.float32)
+    if contrast == "ct":
+        image = gaussian_filter(
+            values + 18 * fine * (label > 0), 0.6, mode="nearest"
+        ) + 12 * rng.standard_normal(shape, np.float32)
     else:
-        gain = np.exp(rng.normal(0, .3))
-        field = gaussian_filter(values*(1 + .10*fine), .6, mode="nearest")*np.exp(.12*_smooth(rng, shape, [max(2., 90/spacing)]*3))
-        noise = 5*rng.standard_normal((2, *shape), np.float32)
-        image = gain*np.hypot(field + noise[0], noise[1])                                              # Rician, as a magnitude image's
+        gain = np.exp(rng.normal(0, 0.3))
+        field = gaussian_filter(values * (1 + 0.10 * fine), 0.6, mode="nearest") * np.exp(
+            0.12 * _smooth(rng, shape, [max(2.0, 90 / spacing)] * 3)
+        )
+        noise = 5 * rng.standard_normal((2, *shape), np.float32)
+        # Rician, as a magnitude image's
+        image = gain * np.hypot(field + noise[0], noise[1])
     return Body(f"body_{k:03d}", image.astype(np.float32), label, affine)
 
 def body_phantoms(
@@ -87,13 +150,19 @@ def body_phantoms(
     seed:int=0, # Decides everything
 )->list[Body]:
     "Simulated trunks, the same for the same seed."
-    if contrast not in ("mri", "ct"): raise ValueError(f"contrast={contrast!r} arrived; expected 'mri' or 'ct'.")
-    if n_subjects < 1 or len(shape) != 3 or min(shape) < 8 or not spacing_mm > 0: raise ValueError(f"n_subjects={n_subjects}, shape={shape}, spacing_mm={spacing_mm} arrived; expected at least 1, three sides of 8 or more, and mm above 0.")
+    if contrast not in ("mri", "ct"):
+        raise ValueError(f"contrast={contrast!r} arrived; expected 'mri' or 'ct'.")
+    if n_subjects < 1 or len(shape) != 3 or min(shape) < 8 or not spacing_mm > 0:
+        raise ValueError(
+            f"n_subjects={n_subjects}, shape={shape}, spacing_mm={spacing_mm} arrived; expected "
+            "at least 1, three sides of 8 or more, and mm above 0."
+        )
     return [_body(k, tuple(shape), spacing_mm, contrast, seed) for k in range(n_subjects)]
 
 # %% ../../nbs/volumes/bodies.ipynb #c7844e4f
 def _save(path, array, affine):
-    with atomic_path(path) as tmp: tmp.write_bytes(gzip.compress(nib.Nifti1Image(array, affine).to_bytes(), 3, mtime=0))
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(gzip.compress(nib.Nifti1Image(array, affine).to_bytes(), 3, mtime=0))
 
 def write_bodies(
     folder:str|Path, # Made if it is not there
@@ -107,13 +176,27 @@ def write_bodies(
     "Simulated trunks as `NAME.nii.gz` and `NAME_label.nii.gz` with subjects.csv and labels.csv."
     folder, names = Path(folder), []
     for k in range(n_subjects):
-        body = _body(k, tuple(shape), spacing_mm, contrast, seed) if k else body_phantoms(1, contrast, shape, spacing_mm, seed)[0]
+        body = (
+            _body(k, tuple(shape), spacing_mm, contrast, seed)
+            if k
+            else body_phantoms(1, contrast, shape, spacing_mm, seed)[0]
+        )
         _save(folder/f"{body.name}.nii.gz", np.round(body.image).astype(np.int16), body.affine)
         _save(folder/f"{body.name}_label.nii.gz", body.label, body.affine)
         names.append(body.name)
     n_test = round(test_share*n_subjects)
-    tables = {"subjects.csv": [("name", "subject", "split"), *((n, n, "test" if k >= n_subjects - n_test else "train") for k, n in enumerate(names))],
-              "labels.csv": [("label", "name"), (0, "air"), *((k + 1, o.name) for k, o in enumerate(ORGANS))]}
+    tables = {
+        "subjects.csv": [
+            ("name", "subject", "split"),
+            *((n, n, "test" if k >= n_subjects - n_test else "train") for k, n in enumerate(names)),
+        ],
+        "labels.csv": [
+            ("label", "name"),
+            (0, "air"),
+            *((k + 1, o.name) for k, o in enumerate(ORGANS)),
+        ],
+    }
     for name, rows in tables.items():
-        with atomic_path(folder/name) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows(rows)
+        with atomic_path(folder / name) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows(rows)
     return folder

@@ -41,26 +41,50 @@ def _holds(label, start, sides, values):
 
 @dataclass(frozen=True, eq=False)
 class CropList:
-    "Fixed crops of some volumes, volume by volume; made by `make_crop_list` and `read_crop_list`. Its length is the number of crops N."
+    """Fixed crops of some volumes, volume by volume; made by `make_crop_list` and `read_crop_list`.
+    Its length is the number of crops N."""
     size:tuple[int, int, int] # Sides of a crop, voxels
     names:tuple[str, ...] # Of the volumes
-    starts:tuple[np.ndarray, ...] # For each volume (K, 3), voxels of the stored array; below 0 where a volume is smaller than the crop
+    # For each volume (K, 3), voxels of the stored array; below 0 where a volume is smaller than the
+    # crop
+    starts:tuple[np.ndarray, ...]
     keys:tuple[str, ...] # For each volume, what its stored array was made from
     rule:dict # How it was drawn: `n_crops`, `positive_share`, `positive_labels`, `seed`
 
     def __len__(self): return sum(map(len, self.starts))
-    def __repr__(self): return f"CropList({len(self)} crops of {'x'.join(map(str, self.size))} in {len(self.names)} volumes, seed {self.rule.get('seed')})"
+    def __repr__(self):
+        return (
+            f"CropList({len(self)} crops of {'x'.join(map(str, self.size))} in {len(self.names)} "
+            f"volumes, seed {self.rule.get('seed')})"
+        )
 
     def _volumes(self, store):
         "Numbers of the volumes in this store, whose arrays are those of the list"
         number = {name: i for i, name in enumerate(store.names)}
-        if lost := [n for n in self.names if n not in number]: raise ValueError(f"{store.folder} has no {some_names(lost)}, of which the list has crops; it has {some_names(store.names)}: give the store that the list was made for.")
+        if lost := [n for n in self.names if n not in number]:
+            raise ValueError(
+                f"{store.folder} has no {some_names(lost)}, of which the list has crops; it has "
+                f"{some_names(store.names)}: give the store that the list was made for."
+            )
         found = [number[n] for n in self.names]
-        if odd := [n for n, i, key in zip(self.names, found, self.keys) if store.items[i]["key"] != key]:
-            raise ValueError(f"the list was made for other arrays of {some_names(odd)} than {store.folder} holds (another source, spacing, window or margin): prepare the volumes as they were then, or draw a new list.")
+        if odd := [
+            n for n, i, key in zip(self.names, found, self.keys) if store.items[i]["key"] != key
+        ]:
+            raise ValueError(
+                f"the list was made for other arrays of {some_names(odd)} than {store.folder} "
+                "holds (another source, spacing, window or margin): prepare the volumes as they "
+                "were then, or draw a new list."
+            )
         half = np.array(self.size)//2
-        if odd := [n for n, i, s in zip(self.names, found, self.starts) if (s + half < 0).any() or (s + half >= store.items[i]["shape"]).any()]:
-            raise ValueError(f"the list has crops of {some_names(odd)} with their middle outside the volume: it was changed after it was made; draw it again.")
+        if odd := [
+            n
+            for n, i, s in zip(self.names, found, self.starts)
+            if (s + half < 0).any() or (s + half >= store.items[i]["shape"]).any()
+        ]:
+            raise ValueError(
+                f"the list has crops of {some_names(odd)} with their middle outside the volume: "
+                "it was changed after it was made; draw it again."
+            )
         return found
 
     def _each(self, values): return np.repeat(np.asarray(values), [len(s) for s in self.starts])
@@ -68,7 +92,8 @@ class CropList:
     def volume_ids(self,
         store, # `VolumeStore`
     )->np.ndarray: # (N,) int64, numbers in that store
-        "The volume of each crop; `ValueError` when the store holds other arrays than those of the list."
+        """The volume of each crop; `ValueError` when the store holds other arrays than those of the
+        list."""
         return self._each(np.array(self._volumes(store), np.int64))
 
     def subjects(self,
@@ -82,7 +107,12 @@ class CropList:
         frame:str="world_mm", # See `VolumeStore.position`
     )->np.ndarray: # (N, 3) float64
         "The centre of each crop."
-        return np.concatenate([store.position(i, s + (np.array(self.size) - 1)/2, frame) for i, s in zip(self._volumes(store), self.starts)])
+        return np.concatenate(
+            [
+                store.position(i, s + (np.array(self.size) - 1) / 2, frame)
+                for i, s in zip(self._volumes(store), self.starts)
+            ]
+        )
 
     def batches(self,
         store, # `VolumeStore`
@@ -92,37 +122,63 @@ class CropList:
     )->Iterator[dict]: # Batches as of `sample_crops`: `crop`, `center_mm`, `volume_id`
         "The crops in their order."
         if batch < 1: raise ValueError(f"batch={batch} arrived; expected 1 crop at a time or more.")
-        volumes, owner, starts = self._volumes(store), self._each(range(len(self.names))), np.concatenate(self.starts)
+        volumes, owner, starts = (
+            self._volumes(store),
+            self._each(range(len(self.names))),
+            np.concatenate(self.starts),
+        )
         for k in range(0, len(self), batch):
             here, at = owner[k:k + batch], starts[k:k + batch]
-            yield _batch(store, [(volumes[v], at[here == v]) for v in np.unique(here)], np.array(self.size), frame, labels)
+            yield _batch(
+                store,
+                [(volumes[v], at[here == v]) for v in np.unique(here)],
+                np.array(self.size),
+                frame,
+                labels,
+            )
 
     def labels(self,
         store, # `VolumeStore` with labels
-        rule:str="center", # "center": the middle voxel lies in the region; "any": the crop holds a voxel of it
+        # "center": the middle voxel lies in the region; "any": the crop holds a voxel of it
+        rule:str="center",
     )->tuple[list[int], np.ndarray]: # Values of the regions (T) that occur in the list's volumes, without 0; and the labels (N, T) bool
         "Labels of the crops from the voxels; `ValueError` when there are none."
-        if rule not in ("center", "any"): raise ValueError(f"rule={rule!r} arrived; expected 'center' or 'any'.")
+        if rule not in ("center", "any"):
+            raise ValueError(f"rule={rule!r} arrived; expected 'center' or 'any'.")
         volumes, sides, found = self._volumes(store), np.array(self.size), []
         values = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
-        if not values: raise ValueError(f"no volume of the list has a labelled voxel in {store.folder}: prepare the volumes with their labels.")
+        if not values:
+            raise ValueError(
+                f"no volume of the list has a labelled voxel in {store.folder}: prepare the "
+                "volumes with their labels."
+            )
         for i, starts in zip(volumes, self.starts):
             label = store.array(i, "label")
-            if rule == "center": found.append(label[tuple((starts + sides//2).T)][:, None] == values)
-            else: found.append(np.stack([_holds(label, s, sides, values) for s in starts.tolist()]))
+            if rule == "center":
+                found.append(label[tuple((starts + sides // 2).T)][:, None] == values)
+            else:
+                found.append(np.stack([_holds(label, s, sides, values) for s in starts.tolist()]))
         return values, np.concatenate(found)
 
     def write(self,
         path:str|Path, # JSON file
     )->None:
-        "Keep the list, whole or not at all: one line for each volume, and nothing that depends on this machine."
+        """Keep the list, whole or not at all: one line for each volume, and nothing that depends on
+        this machine."""
         head = json.dumps({"format": _FORMAT, "size": list(self.size), "rule": self.rule})
-        lines = [json.dumps({"name": n, "key": k, "starts": s.tolist()}) for n, k, s in zip(self.names, self.keys, self.starts)]
-        with atomic_path(path) as tmp: tmp.write_bytes((head[:-1] + ', "volumes": [\n' + ",\n".join(lines) + "\n]}\n").encode())
+        lines = [
+            json.dumps({"name": n, "key": k, "starts": s.tolist()})
+            for n, k, s in zip(self.names, self.keys, self.starts)
+        ]
+        with atomic_path(path) as tmp:
+            tmp.write_bytes(
+                (head[:-1] + ', "volumes": [\n' + ",\n".join(lines) + "\n]}\n").encode()
+            )
 
 # %% ../../nbs/volumes/crop_lists.ipynb #a2a6a0ab
 def _around_labels(rng, store, i, n, sides, wanted):
-    "Starts of crops around labelled voxels, (n, 3), and none when the volume has none of the labels"
+    """Starts of crops around labelled voxels, (n, 3), and none when the volume has none of the
+    labels"""
     label = store.array(i, "label")
     there = sorted(set(store.items[i]["labels"]) & set(wanted))
     if not n or not there: return np.empty((0, 3), int)
@@ -143,46 +199,103 @@ def make_crop_list(
     n_crops:int, # Of each volume
     size:int|Sequence[int], # Sides of a crop, voxels
     positive_share:float=0., # Share of a volume's crops that are laid around a labelled voxel
-    positive_labels:Sequence[int]|None=None, # Labels to lay them around; None is all that occur in `volumes` but 0
+    # Labels to lay them around; None is all that occur in `volumes` but 0
+    positive_labels:Sequence[int]|None=None,
     seed:int=0, # Decides everything
 )->CropList:
     "Draw a list; `ValueError` when that cannot be done as told."
     sides, volumes = crop_sides(size), [int(i) for i in volumes]
-    if not volumes or n_crops < 1: raise ValueError(f"{len(volumes)} volumes and n_crops={n_crops} arrived; expected at least 1 of each.")
-    if odd := [i for i in volumes if not 0 <= i < len(store)]: raise IndexError(f"volume {odd[0]} of {len(store)}")
-    if len(set(volumes)) < len(volumes): raise ValueError(f"the volumes {volumes} arrived; expected each of them once.")
-    if not 0 <= positive_share <= 1: raise ValueError(f"positive_share={positive_share} arrived; expected a share from 0 to 1.")
+    if not volumes or n_crops < 1:
+        raise ValueError(
+            f"{len(volumes)} volumes and n_crops={n_crops} arrived; expected at least 1 of each."
+        )
+    if odd := [i for i in volumes if not 0 <= i < len(store)]:
+        raise IndexError(f"volume {odd[0]} of {len(store)}")
+    if len(set(volumes)) < len(volumes):
+        raise ValueError(f"the volumes {volumes} arrived; expected each of them once.")
+    if not 0 <= positive_share <= 1:
+        raise ValueError(f"positive_share={positive_share} arrived; expected a share from 0 to 1.")
     wanted = []
     if positive_share > 0:
         known = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
         wanted = known if positive_labels is None else sorted({int(r) for r in positive_labels})
-        if positive_labels is not None and not wanted: raise ValueError("positive_labels=[] arrived; expected the labels to lay crops around, or None for all.")
-        if lost := sorted(set(wanted) - set(known)) if known else ["any label"]: raise ValueError(f"no volume of the list has {some_names(lost)}; the labels there are {some_names(known) or 'none'}: prepare the volumes with labels, or choose others.")
+        if positive_labels is not None and not wanted:
+            raise ValueError(
+                "positive_labels=[] arrived; expected the labels to lay crops around, or None for "
+                "all."
+            )
+        if lost := sorted(set(wanted) - set(known)) if known else ["any label"]:
+            raise ValueError(
+                f"no volume of the list has {some_names(lost)}; the labels there are "
+                f"{some_names(known) or 'none'}: prepare the volumes with labels, or choose "
+                "others."
+            )
     n_positive, starts = round(positive_share*n_crops), []
     for i in volumes:
         rng = np.random.default_rng(seed_for(seed, "list", store.names[i]))
-        positive = _around_labels(rng, store, i, n_positive, sides, wanted) if wanted else np.empty((0, 3), int)
-        starts.append(np.concatenate([positive, _starts(rng, store, i, n_crops - len(positive), sides, True)]))
-    rule = {"n_crops": int(n_crops), "positive_share": float(positive_share), "positive_labels": wanted, "seed": int(seed)}
-    return CropList(tuple(sides.tolist()), tuple(store.names[i] for i in volumes), tuple(starts), tuple(store.items[i]["key"] for i in volumes), rule)
+        positive = (
+            _around_labels(rng, store, i, n_positive, sides, wanted)
+            if wanted
+            else np.empty((0, 3), int)
+        )
+        starts.append(
+            np.concatenate([positive, _starts(rng, store, i, n_crops - len(positive), sides, True)])
+        )
+    rule = {
+        "n_crops": int(n_crops),
+        "positive_share": float(positive_share),
+        "positive_labels": wanted,
+        "seed": int(seed),
+    }
+    return CropList(
+        tuple(sides.tolist()),
+        tuple(store.names[i] for i in volumes),
+        tuple(starts),
+        tuple(store.items[i]["key"] for i in volumes),
+        rule,
+    )
 
 # %% ../../nbs/volumes/crop_lists.ipynb #4bd9f0fb
 def read_crop_list(
     path:str|Path, # Of `CropList.write`
     store=None, # `VolumeStore` that it shall fit; None leaves that to the first use
 )->CropList:
-    "A list from its file; `FileNotFoundError`, or `ValueError` when it is none, is damaged, or was made for other arrays than the store's."
+    """A list from its file; `FileNotFoundError`, or `ValueError` when it is none, is damaged, or
+    was made for other arrays than the store's."""
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no crop list at {path}: make one with make_crop_list(...).write(path).")
-    try: facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path} is not JSON ({error}): copy it again.") from error
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT: raise ValueError(f"{path} is no file of CropList.write (format {_FORMAT}).")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no crop list at {path}: make one with make_crop_list(...).write(path)."
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again.") from error
+    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no file of CropList.write (format {_FORMAT}).")
     try:
         sides, volumes = crop_sides(facts["size"]), facts["volumes"]
         starts = tuple(np.array(v["starts"]) for v in volumes)
-        crops = CropList(tuple(sides.tolist()), tuple(v["name"] for v in volumes), starts, tuple(v["key"] for v in volumes), dict(facts["rule"]))
-    except (KeyError, TypeError, ValueError) as error: raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): draw the list again, its seed makes the same one.") from error
-    if not volumes or len(set(crops.names)) < len(volumes) or any(s.ndim != 2 or s.shape[1] != 3 or s.dtype.kind != "i" for s in starts):
-        raise ValueError(f"{path} is damaged: expected volumes, each once, and for each the starts of its crops, three whole numbers: draw the list again, its seed makes the same one.")
+        crops = CropList(
+            tuple(sides.tolist()),
+            tuple(v["name"] for v in volumes),
+            starts,
+            tuple(v["key"] for v in volumes),
+            dict(facts["rule"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): draw the list again, its seed "
+            "makes the same one."
+        ) from error
+    if (
+        not volumes
+        or len(set(crops.names)) < len(volumes)
+        or any(s.ndim != 2 or s.shape[1] != 3 or s.dtype.kind != "i" for s in starts)
+    ):
+        raise ValueError(
+            f"{path} is damaged: expected volumes, each once, and for each the starts of its "
+            "crops, three whole numbers: draw the list again, its seed makes the same one."
+        )
     if store is not None: crops._volumes(store)
     return crops

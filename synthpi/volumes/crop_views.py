@@ -33,7 +33,12 @@ class CropRecipe(NamedTuple):
     keep:float=0. # Probability that instead all but the boxes is set to 0
     kept:tuple[float, float]=(.1, .65) # Sides of the boxes that are then kept
 
-CROP_RECIPES = {"none": CropRecipe(), "scanner": CropRecipe(gain=.25, gamma=.4, noise=.05, holes=3, hole=(.1, .35)), "boxes": CropRecipe(holes=6, keep=.5)} # Recipes by name
+# Recipes by name
+CROP_RECIPES = {
+    "none": CropRecipe(),
+    "scanner": CropRecipe(gain=0.25, gamma=0.4, noise=0.05, holes=3, hole=(0.1, 0.35)),
+    "boxes": CropRecipe(holes=6, keep=0.5),
+}
 
 # %% ../../nbs/volumes/crop_views.ipynb #a493a592
 def _boxes(u, sides, shares):
@@ -49,7 +54,8 @@ def _boxes(u, sides, shares):
 
 # %% ../../nbs/volumes/crop_views.ipynb #7f4b6ef7
 class CropViews:
-    "Called on a batch of `sample_crops`, on any device: the batch with `views`, a tuple of `(B, C, X, Y, Z)`, in place of `crop`. A `transform` for `Trainer`."
+    """Called on a batch of `sample_crops`, on any device: the batch with `views`, a tuple of `(B,
+    C, X, Y, Z)`, in place of `crop`. A `transform` for `Trainer`."""
     def __init__(self,
         n_views:int=2, # Views of each crop
         recipe:CropRecipe|str="scanner", # Or a name in `CROP_RECIPES`
@@ -57,16 +63,30 @@ class CropViews:
     ):
         if n_views < 1: raise ValueError(f"n_views={n_views} arrived; expected 1 or more.")
         if isinstance(recipe, str):
-            if recipe not in CROP_RECIPES: raise ValueError(f"recipe {recipe!r} arrived; expected a CropRecipe, or one of {', '.join(CROP_RECIPES)}.")
+            if recipe not in CROP_RECIPES:
+                raise ValueError(
+                    f"recipe {recipe!r} arrived; expected a CropRecipe, or one of "
+                    f"{', '.join(CROP_RECIPES)}."
+                )
             recipe = CROP_RECIPES[recipe]
-        low, high = min((*recipe[:3], recipe.holes, recipe.keep, *recipe.hole, *recipe.kept)), max(*recipe.hole, *recipe.kept, recipe.keep)
-        if low < 0 or high > 1: raise ValueError(f"{recipe} arrived; expected numbers of 0 or more, and shares and the probability of at most 1.")
+        low, high = (
+            min((*recipe[:3], recipe.holes, recipe.keep, *recipe.hole, *recipe.kept)),
+            max(*recipe.hole, *recipe.kept, recipe.keep),
+        )
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"{recipe} arrived; expected numbers of 0 or more, and shares and the probability "
+                "of at most 1."
+            )
         self.n_views, self.recipe, self.seed = n_views, recipe, seed
 
     def _view(self, x:Tensor, keys, branch):
         r = self.recipe
-        u = torch.as_tensor(uniform_for([(self.seed, "crop view", *key, branch) for key in keys], 5 + 6*r.holes), dtype=torch.float32).to(x.device, non_blocking=True)
-        column = lambda k: u[:, k].view(-1, 1, 1, 1, 1)
+        u = torch.as_tensor(
+            uniform_for([(self.seed, "crop view", *key, branch) for key in keys], 5 + 6 * r.holes),
+            dtype=torch.float32,
+        ).to(x.device, non_blocking=True)
+        def column(k): return u[:, k].view(-1, 1, 1, 1, 1)
         if r.gamma: x = x.clamp_min(0)**(r.gamma*(2*column(0) - 1)).exp()
         if r.gain: x = x*(r.gain*(2*column(1) - 1)).exp()
         if r.noise:
@@ -76,14 +96,23 @@ class CropViews:
         if r.holes:
             u_boxes, keep = u[:, 5:].view(len(x), r.holes, 6), u[:, 4] < r.keep
             out = _boxes(u_boxes, x.shape[2:], r.hole)
-            if r.keep: out = torch.where(keep[:, None, None, None], ~_boxes(u_boxes, x.shape[2:], r.kept), out)
+            if r.keep:
+                out = torch.where(
+                    keep[:, None, None, None], ~_boxes(u_boxes, x.shape[2:], r.kept), out
+                )
             x = x.masked_fill(out[:, None], 0)
         return x
 
     @torch.no_grad()
     def __call__(self, batch:dict)->dict:
-        if missing := {"crop", "volume_id", "epoch", "index"} - set(batch): raise ValueError(f"a batch with {sorted(batch)} arrived, without {sorted(missing)}; expected one of sample_crops or crop_batches.")
-        keys = list(zip(*(torch.as_tensor(batch[k]).tolist() for k in ("epoch", "volume_id", "index"))))
+        if missing := {"crop", "volume_id", "epoch", "index"} - set(batch):
+            raise ValueError(
+                f"a batch with {sorted(batch)} arrived, without {sorted(missing)}; expected one "
+                "of sample_crops or crop_batches."
+            )
+        keys = list(
+            zip(*(torch.as_tensor(batch[k]).tolist() for k in ("epoch", "volume_id", "index")))
+        )
         with torch.autocast(batch["crop"].device.type, enabled=False):
             views = tuple(self._view(batch["crop"].float(), keys, k) for k in range(self.n_views))
         return {"views": views, **{k: v for k, v in batch.items() if k != "crop"}}

@@ -27,33 +27,56 @@ from ..core.seeds import seed_for
 
 # %% ../../nbs/volumes/crops.ipynb #fb6f8f5c
 def crop_sides(size):
-    sides = np.broadcast_to(size, 3) if np.ndim(size) in (0, 1) and np.size(size) in (1, 3) else None
-    if sides is None or sides.dtype.kind not in "iu" or sides.min() < 1: raise ValueError(f"size={size!r} arrived; expected voxels, one whole number above 0 or three.")
+    sides = (
+        np.broadcast_to(size, 3) if np.ndim(size) in (0, 1) and np.size(size) in (1, 3) else None
+    )
+    if sides is None or sides.dtype.kind not in "iu" or sides.min() < 1:
+        raise ValueError(
+            f"size={size!r} arrived; expected voxels, one whole number above 0 or three."
+        )
     return sides.astype(int)
 
 def _cut(array, start, sides, out):
     "Write a crop into `out`, which holds zeros"
     x, y, z = start.tolist()
     i, j, k = sides.tolist()
-    if min(x, y, z) >= 0 and x + i <= array.shape[0] and y + j <= array.shape[1] and z + k <= array.shape[2]: out[:] = array[x:x+i, y:y+j, z:z+k]
+    if (
+        min(x, y, z) >= 0
+        and x + i <= array.shape[0]
+        and y + j <= array.shape[1]
+        and z + k <= array.shape[2]
+    ):
+        out[:] = array[x : x + i, y : y + j, z : z + k]
     else:
         lo, hi = np.maximum(start, 0), np.minimum(start + sides, array.shape)
-        if (hi > lo).all(): out[tuple(slice(a, b) for a, b in zip(lo - start, hi - start))] = array[tuple(slice(a, b) for a, b in zip(lo, hi))]
+        if (hi > lo).all():
+            out[tuple(slice(a, b) for a, b in zip(lo - start, hi - start))] = array[
+                tuple(slice(a, b) for a, b in zip(lo, hi))
+            ]
 
 def _batch(store, cuts, sides, frame, labels):
     "A batch of `[(volume, starts (n, 3)), ...]`"
     n = sum(len(starts) for _, starts in cuts)
     center, volume, at = np.empty((n, 3), np.float32), np.empty(n, np.int64), 0
-    values, numbers = np.zeros((n, 1, *sides), np.float32), np.zeros((n, *sides), np.int64) if labels else None       # NumPy's memory: torch.zeros, step after step, leaves holes in the heap that add up
+    # NumPy's memory: torch.zeros, step after step, leaves holes in the heap that add up
+    values, numbers = (
+        np.zeros((n, 1, *sides), np.float32),
+        np.zeros((n, *sides), np.int64) if labels else None,
+    )
     for i, starts in cuts:
         image, organs = store.array(i), store.array(i, "label") if labels else None
         for k, start in enumerate(starts, at):
             _cut(image, start, sides, values[k, 0])
             if labels: _cut(organs, start, sides, numbers[k])
-        center[at:at + len(starts)], volume[at:at + len(starts)] = store.position(i, starts + (sides - 1)/2, frame), i
+        center[at : at + len(starts)], volume[at : at + len(starts)] = (
+            store.position(i, starts + (sides - 1) / 2, frame),
+            i,
+        )
         at += len(starts)
     if store.scale != 1: values *= np.float32(store.scale)
-    found = {"crop": values, "center_mm": center, "volume_id": volume} | ({"label": numbers} if labels else {})
+    found = {"crop": values, "center_mm": center, "volume_id": volume} | (
+        {"label": numbers} if labels else {}
+    )
     return {name: torch.from_numpy(array) for name, array in found.items()}
 
 def crops_at(
@@ -65,8 +88,15 @@ def crops_at(
 )->dict: # `center_mm` is the nearest place on the grid, at most half a voxel away along each axis
     "Crops around given points of the world."
     sides, points = crop_sides(size), np.asarray(center_mm, float)
-    if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all(): raise ValueError(f"points of shape {points.shape} arrived; expected finite (K, 3), in mm.")
-    return _batch(store, [(volume, np.rint(store.voxel(volume, points) - (sides - 1)/2).astype(int))], sides, "world_mm", labels)
+    if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
+        raise ValueError(f"points of shape {points.shape} arrived; expected finite (K, 3), in mm.")
+    return _batch(
+        store,
+        [(volume, np.rint(store.voxel(volume, points) - (sides - 1) / 2).astype(int))],
+        sides,
+        "world_mm",
+        labels,
+    )
 
 # %% ../../nbs/volumes/crops.ipynb #6fa698fe
 def _starts(rng, store, i, n, sides, foreground):
@@ -80,7 +110,8 @@ def _starts(rng, store, i, n, sides, foreground):
         tries = (lo + rng.random((3*n, 3))*(hi - lo)).astype(int)
         points = np.concatenate([points, tries[mask[tries[:, 0], tries[:, 1], tries[:, 2]]]])
         if len(points) >= n: break
-    else: points = np.stack(np.unravel_index(rng.choice(np.flatnonzero(mask), n), mask.shape), 1)      # a foreground that is thin in its box
+    # a foreground that is thin in its box
+    else: points = np.stack(np.unravel_index(rng.choice(np.flatnonzero(mask), n), mask.shape), 1)
     return np.clip(points[:n] - sides//2, least, most)
 
 def sample_crops(
@@ -90,30 +121,68 @@ def sample_crops(
     size:int|Sequence[int], # Sides of a crop, voxels
     seed:int=0, # First part of the random key
     epoch:int|Sequence[int]=0, # Second part; or one for each volume
-    frame:str="world_mm", # What `center_mm` is counted in; in the frames `box` and `voxel_local` it is not in mm, see `VolumeStore.position`
+    # What `center_mm` is counted in; in the frames `box` and `voxel_local` it is not in mm, see
+    # `VolumeStore.position`
+    frame:str="world_mm",
     foreground:bool=True, # Draw from tissue; else anywhere
     labels:bool=False, # Give the labels as well, `label` (K, X, Y, Z)
 )->dict: # `crop` (K, 1, X, Y, Z) float32 in [0, 1], `center_mm` (K, 3) float32, and (K,) int64: `volume_id`, `epoch`, `index` in its volume; K = V*n_crops, volume by volume
     "Random crops of some volumes, and where they were."
     sides = crop_sides(size)
     epochs = [epoch]*len(volumes) if np.ndim(epoch) == 0 else list(epoch)
-    if not len(volumes) or n_crops < 1 or len(epochs) != len(volumes): raise ValueError(f"{len(volumes)} volumes, {len(epochs)} epochs and n_crops={n_crops} arrived; expected 1 or more, and an epoch for each volume.")
+    if not len(volumes) or n_crops < 1 or len(epochs) != len(volumes):
+        raise ValueError(
+            f"{len(volumes)} volumes, {len(epochs)} epochs and n_crops={n_crops} arrived; "
+            "expected 1 or more, and an epoch for each volume."
+        )
     cuts = []
     for i, e in zip(map(int, volumes), map(int, epochs)):
         if not 0 <= i < len(store): raise IndexError(f"volume {i} of {len(store)}")
-        cuts.append((i, _starts(np.random.default_rng(seed_for(seed, "crops", e, store.names[i])), store, i, n_crops, sides, foreground)))
+        cuts.append(
+            (
+                i,
+                _starts(
+                    np.random.default_rng(seed_for(seed, "crops", e, store.names[i])),
+                    store,
+                    i,
+                    n_crops,
+                    sides,
+                    foreground,
+                ),
+            )
+        )
     index = torch.arange(len(cuts)*n_crops)
-    return {**_batch(store, cuts, sides, frame, labels), "epoch": torch.tensor(epochs).repeat_interleave(n_crops), "index": index % n_crops}
+    return {
+        **_batch(store, cuts, sides, frame, labels),
+        "epoch": torch.tensor(epochs).repeat_interleave(n_crops),
+        "index": index % n_crops,
+    }
 
 # %% ../../nbs/volumes/crops.ipynb #0c2a29ef
 class CropBatches:
     "The batches of steps `start` to `steps`; made by `crop_batches`."
-    def __init__(self, store, n_volumes, n_crops, size, steps, start, seed, volumes, rank, world, options):
-        self.store, self.n_crops, self.size, self.seed, self.options = store, n_crops, size, seed, options
+    def __init__(
+        self, store, n_volumes, n_crops, size, steps, start, seed, volumes, rank, world, options
+    ):
+        self.store, self.n_crops, self.size, self.seed, self.options = (
+            store,
+            n_crops,
+            size,
+            seed,
+            options,
+        )
         self.volumes = list(range(len(store))) if volumes is None else [int(v) for v in volumes]
         if min(len(self.volumes), n_volumes, n_crops, steps) < 1 or not 0 <= start <= steps:
-            raise ValueError(f"{len(self.volumes)} volumes, n_volumes={n_volumes}, n_crops={n_crops}, steps={steps}, start={start} arrived; expected at least 1 each, and 0 <= start <= steps.")
-        if not 0 <= rank < world or n_volumes < world: raise ValueError(f"rank {rank} of {world} processes and {n_volumes} volumes a step arrived; expected 0 <= rank < world, and a volume for each at least.")
+            raise ValueError(
+                f"{len(self.volumes)} volumes, n_volumes={n_volumes}, n_crops={n_crops}, "
+                f"steps={steps}, start={start} arrived; expected at least 1 each, and 0 <= start "
+                "<= steps."
+            )
+        if not 0 <= rank < world or n_volumes < world:
+            raise ValueError(
+                f"rank {rank} of {world} processes and {n_volumes} volumes a step arrived; "
+                "expected 0 <= rank < world, and a volume for each at least."
+            )
         crop_sides(size)
         self.n_volumes, self.steps, self.start = n_volumes, steps, start
         share, more = divmod(n_volumes, world)
@@ -125,8 +194,23 @@ class CropBatches:
         order = {}
         for step in range(self.start, self.steps):
             rows = [divmod(step*self.n_volumes + k, len(self.volumes)) for k in self.rows]
-            order = {e: order[e] if e in order else np.random.default_rng(seed_for(self.seed, "order", e)).permutation(self.volumes) for e in dict.fromkeys(e for e, _ in rows)}
-            yield sample_crops(self.store, [order[e][k] for e, k in rows], self.n_crops, self.size, self.seed, [e for e, _ in rows], **self.options)
+            order = {
+                e: order[e]
+                if e in order
+                else np.random.default_rng(seed_for(self.seed, "order", e)).permutation(
+                    self.volumes
+                )
+                for e in dict.fromkeys(e for e, _ in rows)
+            }
+            yield sample_crops(
+                self.store,
+                [order[e][k] for e, k in rows],
+                self.n_crops,
+                self.size,
+                self.seed,
+                [e for e, _ in rows],
+                **self.options,
+            )
 
 def crop_batches(
     store, # `VolumeStore`
@@ -136,7 +220,8 @@ def crop_batches(
     steps:int, # End of the run
     start:int=0, # First step to serve; the number of finished steps when a run is resumed
     seed:int=0, # Decides order and crops
-    volumes:Sequence[int]|None=None, # Numbers of the volumes to use, for example `store.indices("train")`; None is all
+    # Numbers of the volumes to use, for example `store.indices("train")`; None is all
+    volumes:Sequence[int]|None=None,
     rank:int|None=None, # Number of this training process; None asks torch.distributed
     world:int|None=None, # Training processes that share every step; None asks torch.distributed
     **options, # For `sample_crops`: `frame`, `foreground`, `labels`
@@ -145,14 +230,17 @@ def crop_batches(
     joined = dist.is_available() and dist.is_initialized()
     rank = rank if rank is not None else dist.get_rank() if joined else 0
     world = world if world is not None else dist.get_world_size() if joined else 1
-    return CropBatches(store, n_volumes, n_crops, size, steps, start, seed, volumes, rank, world, options)
+    return CropBatches(
+        store, n_volumes, n_crops, size, steps, start, seed, volumes, rank, world, options
+    )
 
 # %% ../../nbs/volumes/crops.ipynb #c2b7a27b
 def grid_crops(
     store, # `VolumeStore`
     volume:int, # Its number
     size:int|Sequence[int], # Sides of a crop, voxels
-    stride:int|Sequence[int]|None=None, # Voxels between neighbouring crops; None is the side of a crop
+    # Voxels between neighbouring crops; None is the side of a crop
+    stride:int|Sequence[int]|None=None,
     batch:int=64, # Crops at a time
     frame:str="world_mm", # What `center_mm` is counted in
     tissue:float=0., # Crops with this share of foreground or less are left out; -1 keeps all
@@ -165,7 +253,11 @@ def grid_crops(
     lo, hi = store.items[volume]["box"]
     counts = [1 + max(0, math.ceil((b - a - s)/t)) for a, b, s, t in zip(lo, hi, sides, steps)]
     starts = lo + np.stack(np.unravel_index(np.arange(math.prod(counts)), counts), 1)*steps
-    mask, shares, out = store.array(volume, "foreground"), np.empty(len(starts)), np.empty(sides, bool)
+    mask, shares, out = (
+        store.array(volume, "foreground"),
+        np.empty(len(starts)),
+        np.empty(sides, bool),
+    )
     for k, start in enumerate(starts):
         out[:] = False
         _cut(mask, start, sides, out)
@@ -173,4 +265,7 @@ def grid_crops(
     keep = np.flatnonzero(shares > tissue)
     for k in range(0, len(keep), batch):
         rows = keep[k:k + batch]
-        yield {**_batch(store, [(volume, starts[rows])], sides, frame, labels), "tissue": torch.from_numpy(shares[rows].astype(np.float32))}
+        yield {
+            **_batch(store, [(volume, starts[rows])], sides, frame, labels),
+            "tissue": torch.from_numpy(shares[rows].astype(np.float32)),
+        }

@@ -41,52 +41,101 @@ from .sets import check_records, find_volumes, read_manifest
 from .store import _FORMAT, _sha, _TOP, _valid, _VERSION, VolumeStore
 
 # %% ../../nbs/volumes/scans.ipynb #87f301a4
-logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)      # LoadImage builds all of its readers, and one tells for each file that it has no GPU
-_READERS = {(".nii", ".nii.gz"): ("nibabel", "nibabel", NibabelReader, {}), (".nrrd", ".nhdr"): ("nrrd", "pynrrd", NrrdReader, {}), (".mha", ".mhd"): ("itk", "itk", ITKReader, {}),
-            (".dcm",): ("pydicom", "pydicom", PydicomReader, {"fname_regex": r"(?i).*\.dcm$"})}
+# LoadImage builds all of its readers, and one tells for each file that it has no GPU
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+_READERS = {
+    (".nii", ".nii.gz"): ("nibabel", "nibabel", NibabelReader, {}),
+    (".nrrd", ".nhdr"): ("nrrd", "pynrrd", NrrdReader, {}),
+    (".mha", ".mhd"): ("itk", "itk", ITKReader, {}),
+    (".dcm",): ("pydicom", "pydicom", PydicomReader, {"fname_regex": r"(?i).*\.dcm$"}),
+}
 
 def _reader(path):
     ending = ".dcm" if path.is_dir() else path.name.lower()
     for endings, (module, package, reader, options) in _READERS.items():
         if ending.endswith(endings):
-            if not importlib.util.find_spec(module): raise ImportError(f"{path} needs the package {package}, which is not installed: pip install {package}")
+            if not importlib.util.find_spec(module):
+                raise ImportError(
+                    f"{path} needs the package {package}, which is not installed: pip install "
+                    f"{package}"
+                )
             return reader(**options)
-    raise ValueError(f"{path} arrived; expected a file ending in {', '.join(e for es in _READERS for e in es)}, or a folder of .dcm files.")
+    raise ValueError(
+        f"{path} arrived; expected a file ending in "
+        f"{', '.join(e for es in _READERS for e in es)}, or a folder of .dcm files."
+    )
 
 def _check_series(folder):
     from pydicom import dcmread
-    heads = [dcmread(p, stop_before_pixels=True) for p in sorted(folder.iterdir()) if p.suffix.lower() == ".dcm"]
+    heads = [
+        dcmread(p, stop_before_pixels=True)
+        for p in sorted(folder.iterdir())
+        if p.suffix.lower() == ".dcm"
+    ]
     series = {str(h.SeriesInstanceUID) for h in heads}
-    if len(series) > 1: raise ValueError(f"{folder} holds the slices of {len(series)} DICOM series; expected one: give each a folder of its own.")
+    if len(series) > 1:
+        raise ValueError(
+            f"{folder} holds the slices of {len(series)} DICOM series; expected one: give each a "
+            "folder of its own."
+        )
     normal = np.cross(*np.reshape([float(x) for x in heads[0].ImageOrientationPatient], (2, 3)))
-    steps = np.diff(np.sort([np.dot(normal, [float(x) for x in h.ImagePositionPatient]) for h in heads]))
+    steps = np.diff(
+        np.sort([np.dot(normal, [float(x) for x in h.ImagePositionPatient]) for h in heads])
+    )
     if len(steps) and (steps.min() < .01 or steps.max() > 1.05*np.median(steps)):
-        raise ValueError(f"the slices in {folder} are {steps.min():.2f} to {steps.max():.2f} mm apart; expected equal distances: some are missing or come twice.")
+        raise ValueError(
+            f"the slices in {folder} are {steps.min():.2f} to {steps.max():.2f} mm apart; "
+            "expected equal distances: some are missing or come twice."
+        )
 
 def read_volume(
     path:str|Path, # File, or folder of a DICOM series
     channel:int|None=None, # Which one of a 4D file
 )->tuple[np.ndarray, np.ndarray]: # Values `(X, Y, Z)` float32, and the affine (4, 4) from voxels to millimetres, both in RAS order
-    "One volume from a file; `ValueError` when it is not three-dimensional, not finite, empty, or has no place in space; `ImportError` when its format needs a package."
+    """One volume from a file; `ValueError` when it is not three-dimensional, not finite, empty, or
+    has no place in space; `ImportError` when its format needs a package."""
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no volume {path}.")
     reader = _reader(path)
     if path.is_dir(): _check_series(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try: x = LoadImage(reader=reader, image_only=True, ensure_channel_first=True, dtype=np.float32)(str(path))
+        try:
+            x = LoadImage(
+                reader=reader, image_only=True, ensure_channel_first=True, dtype=np.float32
+            )(str(path))
         except Exception as error:
-            raise ValueError(f"{path} could not be read ({type(error).__name__}: {str(error)[:200]}); expected a whole volume with at least one voxel: copy it again, or leave it out.") from error
+            raise ValueError(
+                f"{path} could not be read ({type(error).__name__}: {str(error)[:200]}); expected "
+                "a whole volume with at least one voxel: copy it again, or leave it out."
+            ) from error
     if x.ndim == 5 and x.shape[-1] == 1: x = x[..., 0]
-    if x.ndim != 4 or not x.numel(): raise ValueError(f"{path} has the shape {tuple(x.shape[1:])}; expected a volume (X, Y, Z) with at least one voxel, or several in a 4D file.")
-    if channel is None and len(x) > 1: raise ValueError(f"{path} holds {len(x)} volumes of shape {tuple(x.shape[1:])}: choose one with channel=0 to {len(x)-1} (or sequence= of its set).")
-    if channel is not None and not 0 <= channel < len(x): raise ValueError(f"channel {channel} of {path} was asked for, which holds {len(x)}.")
+    if x.ndim != 4 or not x.numel():
+        raise ValueError(
+            f"{path} has the shape {tuple(x.shape[1:])}; expected a volume (X, Y, Z) with at "
+            "least one voxel, or several in a 4D file."
+        )
+    if channel is None and len(x) > 1:
+        raise ValueError(
+            f"{path} holds {len(x)} volumes of shape {tuple(x.shape[1:])}: choose one with "
+            f"channel=0 to {len(x) - 1} (or sequence= of its set)."
+        )
+    if channel is not None and not 0 <= channel < len(x):
+        raise ValueError(f"channel {channel} of {path} was asked for, which holds {len(x)}.")
     affine = np.asarray(x.affine, float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError(f"the affine of {path} is singular: {affine[:3, :3].round(4).tolist()}; expected three independent directions in millimetres: write the file again with its true affine.")
+        raise ValueError(
+            f"the affine of {path} is singular: {affine[:3, :3].round(4).tolist()}; expected "
+            "three independent directions in millimetres: write the file again with its true "
+            "affine."
+        )
     x = Orientation("RAS", labels=None)(x[channel or 0][None])
     values = np.asarray(x[0], np.float32)
-    if bad := int((~np.isfinite(values)).sum()): raise ValueError(f"{path} has {bad} of {values.size} values that are not finite: replace them by the value of air.")
+    if bad := int((~np.isfinite(values)).sum()):
+        raise ValueError(
+            f"{path} has {bad} of {values.size} values that are not finite: replace them by the "
+            "value of air."
+        )
     return values, np.asarray(x.affine, float)
 
 # %% ../../nbs/volumes/scans.ipynb #6a09458b
@@ -97,25 +146,37 @@ def resample(
     nearest:bool=False, # For labels
 )->tuple[np.ndarray, np.ndarray]: # Values and affine of the new grid
     "A volume on another grid, with the same directions and the same first voxel."
-    x = MetaTensor(torch.from_numpy(np.ascontiguousarray(values, np.float32))[None], affine=torch.from_numpy(np.asarray(affine, float)))
-    x = Spacing(tuple(spacing_mm), mode="nearest" if nearest else "bilinear", padding_mode="border")(x)
+    x = MetaTensor(
+        torch.from_numpy(np.ascontiguousarray(values, np.float32))[None],
+        affine=torch.from_numpy(np.asarray(affine, float)),
+    )
+    x = Spacing(
+        tuple(spacing_mm), mode="nearest" if nearest else "bilinear", padding_mode="border"
+    )(x)
     return np.asarray(x[0], np.float32), np.asarray(x.affine, float)
 
 # %% ../../nbs/volumes/scans.ipynb #eca3f923
 def foreground(
     values:np.ndarray, # `(X, Y, Z)`, as read
-    threshold:float|None=None, # In units of the values; None takes a tenth of the way to the 99.5th percentile
+    # In units of the values; None takes a tenth of the way to the 99.5th percentile
+    threshold:float|None=None,
 )->np.ndarray: # `(X, Y, Z)` bool
     "Where tissue is; `ValueError` when that is nowhere."
     if threshold is None: threshold = values.min() + .1*(np.percentile(values, 99.5) - values.min())
     mask = values > threshold
     parts, n = ndimage.label(mask)
-    if not n: raise ValueError(f"no value is above the foreground's threshold of {threshold:.4g} (values {values.min():.4g} to {values.max():.4g}): is the volume empty, or in another unit? Else give foreground_above.")
+    if not n:
+        raise ValueError(
+            f"no value is above the foreground's threshold of {threshold:.4g} (values "
+            f"{values.min():.4g} to {values.max():.4g}): is the volume empty, or in another unit? "
+            "Else give foreground_above."
+        )
     if n > 1: mask = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
     return np.stack([ndimage.binary_fill_holes(mask[..., z]) for z in range(mask.shape[2])], -1)
 
 # %% ../../nbs/volumes/scans.ipynb #88dda12d
-WINDOWS = {"ct": (-1000., 1000.), "soft tissue": (-160., 240.), "lung": (-1350., 150.)} # Named CT windows, HU
+# Named CT windows, HU
+WINDOWS = {"ct": (-1000., 1000.), "soft tissue": (-160., 240.), "lung": (-1350., 150.)}
 
 def _arrays(record, root, s):
     "The arrays of an item and what is known of them"
@@ -124,19 +185,44 @@ def _arrays(record, root, s):
     arrays, label = {}, None
     if record["label"]:
         label, other = read_volume(root/record["label"])
-        if label.shape != values.shape: raise ValueError(f"the label {record['label']} has the shape {label.shape} and its image {values.shape}; expected a label for every voxel.")
-        if not np.allclose(other, affine, atol=.1): raise ValueError(f"the label {record['label']} lies elsewhere than its image: their affines differ by up to {np.abs(other - affine).max():.3g}.")
-        if (label != np.round(label)).any() or label.min() < 0: raise ValueError(f"the label {record['label']} has values such as {label[(label != np.round(label)) | (label < 0)][0]}; expected 0, 1, 2, ...")
+        if label.shape != values.shape:
+            raise ValueError(
+                f"the label {record['label']} has the shape {label.shape} and its image "
+                f"{values.shape}; expected a label for every voxel."
+            )
+        if not np.allclose(other, affine, atol=0.1):
+            raise ValueError(
+                f"the label {record['label']} lies elsewhere than its image: their affines differ "
+                f"by up to {np.abs(other - affine).max():.3g}."
+            )
+        if (label != np.round(label)).any() or label.min() < 0:
+            raise ValueError(
+                f"the label {record['label']} has values such as "
+                f"{label[(label != np.round(label)) | (label < 0)][0]}; expected 0, 1, 2, ..."
+            )
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if s["spacing_mm"] and not np.allclose(spacing, s["spacing_mm"], rtol=1e-4):
         if label is not None: label = resample(label, affine, s["spacing_mm"], nearest=True)[0]
         values, affine = resample(values, affine, s["spacing_mm"])
-    threshold = s["foreground_above"] if s["foreground_above"] is not None else -500. if s["window"] else None
+    threshold = (
+        s["foreground_above"]
+        if s["foreground_above"] is not None
+        else -500.0
+        if s["window"]
+        else None
+    )
     mask = foreground(values, threshold)
     low, high = s["window"] or (float(q) for q in np.percentile(values[mask], s["percentiles"]))
-    if not low < high: raise ValueError(f"{path} has {low:.4g} at percentile {s['percentiles'][0]} and {high:.4g} at percentile {s['percentiles'][1]} of its foreground: it is constant, and holds no position.")
+    if not low < high:
+        raise ValueError(
+            f"{path} has {low:.4g} at percentile {s['percentiles'][0]} and {high:.4g} at "
+            f"percentile {s['percentiles'][1]} of its foreground: it is constant, and holds no "
+            "position."
+        )
     inside = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {k}))) for k in range(3)]
-    start, stop = (np.array([f(i[0], i[-1] + 1) for i in inside]) for f in (lambda a, b: a, lambda a, b: b))
+    start, stop = (
+        np.array([f(i[0], i[-1] + 1) for i in inside]) for f in (lambda a, b: a, lambda a, b: b)
+    )
     lo, hi = np.maximum(start - s["margin"], 0), np.minimum(stop + s["margin"], values.shape)
     keep = tuple(slice(a, b) for a, b in zip(lo, hi))
     image = np.clip((values[keep] - low)/(high - low), 0, 1)
@@ -145,71 +231,157 @@ def _arrays(record, root, s):
     arrays["foreground"] = mask[keep]
     if label is not None: arrays["label"] = label[keep].astype(np.min_scalar_type(int(label.max())))
     affine = affine.copy()
-    affine[:3, 3] = (affine @ [*lo, 1])[:3]                                             # the array begins here now, and its voxels stay where they were
-    return arrays, {"shape": arrays["image"].shape, "affine": affine, "box": [start - lo, stop - lo], "low": low, "high": high,
-                    "labels": [] if label is None else np.unique(arrays["label"]).tolist()}
+    # the array begins here now, and its voxels stay where they were
+    affine[:3, 3] = (affine @ [*lo, 1])[:3]
+    return arrays, {
+        "shape": arrays["image"].shape,
+        "affine": affine,
+        "box": [start - lo, stop - lo],
+        "low": low,
+        "high": high,
+        "labels": [] if label is None else np.unique(arrays["label"]).tolist(),
+    }
 
 def _prepare(record, root, out, s):
     "Make or keep one item; the reason if that fails"
     torch.set_num_threads(1)
     folder = out/"items"/record["name"].replace("/", "__")
     try:
-        sources = [_sha(root/p) if (root/p).exists() else "missing" for p in (record["image"], record["label"]) if p]
-        key = hashlib.sha256(json.dumps([_VERSION, record["name"], sources, record["channel"], s], sort_keys=True).encode()).hexdigest()
+        sources = [
+            _sha(root / p) if (root / p).exists() else "missing"
+            for p in (record["image"], record["label"])
+            if p
+        ]
+        key = hashlib.sha256(
+            json.dumps(
+                [_VERSION, record["name"], sources, record["channel"], s], sort_keys=True
+            ).encode()
+        ).hexdigest()
         if _valid(folder, key): return record["name"], False, None
         arrays, facts = _arrays(record, root, s)
-        shutil.rmtree(folder, ignore_errors=True)                                       # not before: what cannot be prepared leaves what was there
+        # not before: what cannot be prepared leaves what was there
+        shutil.rmtree(folder, ignore_errors=True)
         for kind, array in arrays.items():
             with atomic_path(folder/f"{kind}.npy") as tmp: np.save(tmp, np.ascontiguousarray(array))
-        write_json(folder/"item.json", {"name": record["name"], **facts, "key": key, "source_sha256": sources, "sha256": {f"{k}.npy": _sha(folder/f"{k}.npy") for k in arrays}})
+        write_json(
+            folder / "item.json",
+            {
+                "name": record["name"],
+                **facts,
+                "key": key,
+                "source_sha256": sources,
+                "sha256": {f"{k}.npy": _sha(folder / f"{k}.npy") for k in arrays},
+            },
+        )
     except (ValueError, FileNotFoundError) as error: return record["name"], False, str(error)
     return record["name"], True, None
 
 # %% ../../nbs/volumes/scans.ipynb #5a80d9e7
 def prepare_volumes(
-    source:str|Path|Sequence[dict], # Folder of volumes (see `find_volumes`), table (see `read_manifest`), or records
+    # Folder of volumes (see `find_volumes`), table (see `read_manifest`), or records
+    source:str|Path|Sequence[dict],
     out:str|Path, # Folder of the store; what is there already is kept, and taken if it fits
-    spacing_mm:float|Sequence[float]|None=None, # Edge of a voxel, or one per axis; None keeps each volume's own
-    window:str|tuple[float, float]|None=None, # For CT: HU that become 0 and 1, or one of `WINDOWS`; None takes the percentiles
-    percentiles:tuple[float, float]=(.5, 99.5), # Of the foreground, that become 0 and 1; what lies outside is clipped
-    foreground_above:float|None=None, # Threshold of the foreground in the file's units; None: see `foreground`, and -500 HU with a window
+    # Edge of a voxel, or one per axis; None keeps each volume's own
+    spacing_mm:float|Sequence[float]|None=None,
+    # For CT: HU that become 0 and 1, or one of `WINDOWS`; None takes the percentiles
+    window:str|tuple[float, float]|None=None,
+    # Of the foreground, that become 0 and 1; what lies outside is clipped
+    percentiles:tuple[float, float]=(.5, 99.5),
+    # Threshold of the foreground in the file's units; None: see `foreground`, and -500 HU with a
+    # window
+    foreground_above:float|None=None,
     margin:int=8, # Voxels kept around the foreground
     dtype:str="uint8", # As which [0, 1] is stored: "uint8" (256 levels), "uint16" or "float32"
     preset:str|None=None, # Layout of a folder, see `find_volumes`
     sequence:str|int|None=None, # Which sequence, see `find_volumes`
-    root:str|Path|None=None, # What the paths of records are relative to; None is the folder, the table's folder, or here
-    workers:int=0, # Processes; 0 prepares in this one. With more, a script needs `if __name__ == "__main__":`
+    # What the paths of records are relative to; None is the folder, the table's folder, or here
+    root:str|Path|None=None,
+    # Processes; 0 prepares in this one. With more, a script needs `if __name__ == "__main__":`
+    workers:int=0,
 ): # The `VolumeStore` in that folder
-    "Volumes on disk, decoded, oriented, resampled and normalised once; `ValueError` with all reasons when some cannot be."
+    """Volumes on disk, decoded, oriented, resampled and normalised once; `ValueError` with all
+    reasons when some cannot be."""
     if isinstance(source, (str, Path)):
         source = Path(source)
-        records = read_manifest(source) if source.is_file() else find_volumes(source, preset, sequence)
+        records = (
+            read_manifest(source) if source.is_file() else find_volumes(source, preset, sequence)
+        )
         root = Path(root or (source.parent if source.is_file() else source))
     else: records, root = check_records(source), Path(root or ".")
     if isinstance(window, str):
-        if window not in WINDOWS: raise ValueError(f"window={window!r} arrived; expected two numbers in HU, or one of {', '.join(WINDOWS)}.")
+        if window not in WINDOWS:
+            raise ValueError(
+                f"window={window!r} arrived; expected two numbers in HU, or one of "
+                f"{', '.join(WINDOWS)}."
+            )
         window = WINDOWS[window]
     spacing = None if spacing_mm is None else [float(x) for x in np.broadcast_to(spacing_mm, 3)]
-    if spacing and not (np.isfinite(spacing).all() and min(spacing) > 0): raise ValueError(f"spacing_mm={spacing_mm} arrived; expected millimetres above 0, one number or three.")
-    if window is not None and not (len(window) == 2 and window[0] < window[1]): raise ValueError(f"window={window} arrived; expected a lower and a higher number in HU.")
-    if not 0 <= percentiles[0] < percentiles[1] <= 100: raise ValueError(f"percentiles={percentiles} arrived; expected two in order, from 0 to 100.")
-    if dtype not in _TOP or margin < 0: raise ValueError(f"dtype={dtype!r}, margin={margin} arrived; expected one of {', '.join(_TOP)}, and 0 or more.")
-    settings = {"spacing_mm": spacing, "window": window and [float(x) for x in window], "percentiles": [float(x) for x in percentiles], "foreground_above": foreground_above, "margin": int(margin), "dtype": dtype}
+    if spacing and not (np.isfinite(spacing).all() and min(spacing) > 0):
+        raise ValueError(
+            f"spacing_mm={spacing_mm} arrived; expected millimetres above 0, one number or three."
+        )
+    if window is not None and not (len(window) == 2 and window[0] < window[1]):
+        raise ValueError(f"window={window} arrived; expected a lower and a higher number in HU.")
+    if not 0 <= percentiles[0] < percentiles[1] <= 100:
+        raise ValueError(
+            f"percentiles={percentiles} arrived; expected two in order, from 0 to 100."
+        )
+    if dtype not in _TOP or margin < 0:
+        raise ValueError(
+            f"dtype={dtype!r}, margin={margin} arrived; expected one of {', '.join(_TOP)}, and 0 "
+            "or more."
+        )
+    settings = {
+        "spacing_mm": spacing,
+        "window": window and [float(x) for x in window],
+        "percentiles": [float(x) for x in percentiles],
+        "foreground_above": foreground_above,
+        "margin": int(margin),
+        "dtype": dtype,
+    }
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(p.name not in ("store.json", "items", ".lock") for p in out.iterdir())):
-        raise ValueError(f"{out} holds other things than a store of volumes: choose an empty or new folder.")
+    if out.exists() and (
+        not out.is_dir()
+        or any(p.name not in ("store.json", "items", ".lock") for p in out.iterdir())
+    ):
+        raise ValueError(
+            f"{out} holds other things than a store of volumes: choose an empty or new folder."
+        )
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out/".lock", timeout=3600):
-        with contextlib.suppress(FileNotFoundError): (out/"store.json").unlink()        # no store while it is being made
+        # no store while it is being made
+        with contextlib.suppress(FileNotFoundError): (out/"store.json").unlink()
         jobs = [(r, root, out, settings) for r in records]
         if workers:
-            with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
-                try: results = [f.result() for f in as_completed([pool.submit(_prepare, *job) for job in jobs])]
+            with ProcessPoolExecutor(
+                min(workers, len(jobs)), multiprocessing.get_context("spawn")
+            ) as pool:
+                try:
+                    results = [
+                        f.result()
+                        for f in as_completed([pool.submit(_prepare, *job) for job in jobs])
+                    ]
                 except BrokenProcessPool as error:
-                    raise OSError(f"a process that prepared volumes was ended from outside, perhaps for want of memory ({workers} workers): call again, with fewer workers; what is done is kept.") from error
+                    raise OSError(
+                        "a process that prepared volumes was ended from outside, perhaps for "
+                        f"want of memory ({workers} workers): call again, with fewer workers; "
+                        "what is done is kept."
+                    ) from error
         else: results = [_prepare(*job) for job in jobs]
         if failed := sorted((name, why) for name, _, why in results if why):
-            raise ValueError(f"{len(failed)} of {len(records)} volumes could not be prepared; correct them or leave them out, and call again:\n" + "\n".join(f"{name}: {why}" for name, why in failed[:20]) +
-                             f"\n... and {len(failed) - 20} more"*(len(failed) > 20))
-        write_json(out/"store.json", {"format": _FORMAT, "settings": settings, "made": sum(made for _, made, _ in results), "volumes": [{k: r[k] for k in ("name", "subject", "split")} for r in records]})
+            raise ValueError(
+                f"{len(failed)} of {len(records)} volumes could not be prepared; correct them or "
+                "leave them out, and call again:\n"
+                + "\n".join(f"{name}: {why}" for name, why in failed[:20])
+                + f"\n... and {len(failed) - 20} more" * (len(failed) > 20)
+            )
+        write_json(
+            out / "store.json",
+            {
+                "format": _FORMAT,
+                "settings": settings,
+                "made": sum(made for _, made, _ in results),
+                "volumes": [{k: r[k] for k in ("name", "subject", "split")} for r in records],
+            },
+        )
     return VolumeStore(out)

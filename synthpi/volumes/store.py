@@ -33,38 +33,72 @@ def _valid(folder, key):
     "Whether an item is there, made from this, and as it was written"
     try:
         item = json.loads((folder/"item.json").read_text(encoding="utf-8"))
-        return item["key"] == key and all(_sha(folder/f) == sha for f, sha in item["sha256"].items())
+        return item["key"] == key and all(
+            _sha(folder / f) == sha for f, sha in item["sha256"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return False
 
 # %% ../../nbs/volumes/store.ipynb #04d9314e
-FRAMES = ("world_mm", "mm_centered", "box", "mm_local", "voxel_local") # Where positions are counted from
+# Where positions are counted from
+FRAMES = ("world_mm", "mm_centered", "box", "mm_local", "voxel_local")
 
 class VolumeStore:
-    "Prepared volumes: `len`, `names`, `subjects`, `splits`, `items` (what is known of each), and their arrays."
+    """Prepared volumes: `len`, `names`, `subjects`, `splits`, `items` (what is known of each), and
+    their arrays."""
     def __init__(self,
         folder:str|Path, # Of `prepare_volumes`
         open_mb:float=256, # Of arrays kept mapped; more are opened again each time they are read
     ):
         self.folder = Path(folder)
-        if not (self.folder/"store.json").is_file(): raise FileNotFoundError(f"no finished store of volumes in {folder}: call prepare_volumes, which goes on where it stopped.")
+        if not (self.folder / "store.json").is_file():
+            raise FileNotFoundError(
+                f"no finished store of volumes in {folder}: call prepare_volumes, which goes on "
+                "where it stopped."
+            )
         facts = json.loads((self.folder/"store.json").read_text(encoding="utf-8"))
-        if facts.get("format") != _FORMAT: raise ValueError(f"{folder} has the format {facts.get('format')!r} and not {_FORMAT!r}: prepare the volumes again.")
+        if facts.get("format") != _FORMAT:
+            raise ValueError(
+                f"{folder} has the format {facts.get('format')!r} and not {_FORMAT!r}: prepare "
+                "the volumes again."
+            )
         self.settings, self.made = facts["settings"], facts["made"]
-        self.names, self.subjects, self.splits = ([v[k] for v in facts["volumes"]] for k in ("name", "subject", "split"))
-        self.items = [json.loads((self._path(i)/"item.json").read_text(encoding="utf-8")) for i in range(len(self))]
-        for item in self.items: item.update(affine=np.array(item["affine"]), box=np.array(item["box"]), shape=np.array(item["shape"]))
-        self.scale, self._open, self._room = 1/_TOP[self.settings["dtype"]], OrderedDict(), int(open_mb*2**20)
+        self.names, self.subjects, self.splits = (
+            [v[k] for v in facts["volumes"]] for k in ("name", "subject", "split")
+        )
+        self.items = [
+            json.loads((self._path(i) / "item.json").read_text(encoding="utf-8"))
+            for i in range(len(self))
+        ]
+        for item in self.items:
+            item.update(
+                affine=np.array(item["affine"]),
+                box=np.array(item["box"]),
+                shape=np.array(item["shape"]),
+            )
+        self.scale, self._open, self._room = (
+            1 / _TOP[self.settings["dtype"]],
+            OrderedDict(),
+            int(open_mb * 2**20),
+        )
 
     def _path(self, i): return self.folder/"items"/self.names[i].replace("/", "__")
     def __len__(self): return len(self.names)
-    def __repr__(self): return f"VolumeStore({len(self)} volumes of {len(set(self.subjects))} subjects, spacing {self.settings['spacing_mm'] or 'as read'})"
+    def __repr__(self):
+        return (
+            f"VolumeStore({len(self)} volumes of {len(set(self.subjects))} subjects, spacing "
+            f"{self.settings['spacing_mm'] or 'as read'})"
+        )
     def __getstate__(self): return {**self.__dict__, "_open": OrderedDict()}
 
     def indices(self,
         split:str, # Name of a split
     )->list[int]: # Numbers of its volumes
         "The volumes of a split; `ValueError` when there is none."
-        if split not in self.splits: raise ValueError(f"no volume is in the split {split!r}; there are {some_names(sorted(set(self.splits)))}.")
+        if split not in self.splits:
+            raise ValueError(
+                f"no volume is in the split {split!r}; there are "
+                f"{some_names(sorted(set(self.splits)))}."
+            )
         return [i for i, s in enumerate(self.splits) if s == split]
 
     def array(self,
@@ -76,9 +110,17 @@ class VolumeStore:
             self._open.move_to_end((i, kind))
             return self._open[i, kind]
         if not 0 <= i < len(self): raise IndexError(f"volume {i} of {len(self)}")
-        if f"{kind}.npy" not in self.items[i]["sha256"]: raise ValueError(f"volume {self.names[i]} has no {kind!r}; it has {some_names(self.items[i]['sha256'])}.")
-        self._open[i, kind] = array = np.load(self._path(i)/f"{kind}.npy", mmap_mode="r").view(np.ndarray)      # a memmap makes each slice cost several times as much
-        while len(self._open) > 1 and sum(a.nbytes for a in self._open.values()) > self._room: self._open.popitem(last=False)
+        if f"{kind}.npy" not in self.items[i]["sha256"]:
+            raise ValueError(
+                f"volume {self.names[i]} has no {kind!r}; it has "
+                f"{some_names(self.items[i]['sha256'])}."
+            )
+        # a memmap makes each slice cost several times as much
+        self._open[i, kind] = array = np.load(self._path(i) / f"{kind}.npy", mmap_mode="r").view(
+            np.ndarray
+        )
+        while len(self._open) > 1 and sum(a.nbytes for a in self._open.values()) > self._room:
+            self._open.popitem(last=False)
         return array
 
     def spacing_mm(self,
@@ -89,7 +131,8 @@ class VolumeStore:
 
     def position(self,
         i:int, # Number of the volume
-        voxel, # Points in voxels of the stored array, (K, 3); a voxel's centre is at its whole number
+        # Points in voxels of the stored array, (K, 3); a voxel's centre is at its whole number
+        voxel,
         frame:str="world_mm", # One of `FRAMES`
     )->np.ndarray: # (K, 3)
         "Where points of a volume are."
@@ -111,5 +154,13 @@ class VolumeStore:
 
     def check(self)->None:
         "Read everything once; `ValueError` when an array is not as it was written."
-        bad = [self.names[i] for i, item in enumerate(self.items) if not _valid(self._path(i), item["key"])]
-        if bad: raise ValueError(f"{len(bad)} volumes are damaged: {some_names(bad)}. Call prepare_volumes again, which makes them anew.")
+        bad = [
+            self.names[i]
+            for i, item in enumerate(self.items)
+            if not _valid(self._path(i), item["key"])
+        ]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} volumes are damaged: {some_names(bad)}. Call prepare_volumes again, "
+                "which makes them anew."
+            )

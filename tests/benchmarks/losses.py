@@ -1,9 +1,12 @@
-"""Time and memory of the second-moment losses beside the textbook form, which builds the D x D matrix.
+"""Time and memory of the second-moment losses beside the textbook form, which builds the D x D
+matrix.
 
     python tests/benchmarks/losses.py [--quick] [--device cuda] [--out losses.json]
 
-The rounds are interleaved, so that a slow minute of the machine falls on both forms; memory is the peak above what was held before the loss, of one
-forward and backward pass in a process of its own (CPU) or by the allocator's count (CUDA). lightly's losses join in where lightly can be imported.
+The rounds are interleaved, so that a slow minute of the machine falls on both forms; memory is
+the peak above what was held before the loss, of one
+forward and backward pass in a process of its own (CPU) or by the allocator's count (CUDA).
+lightly's losses join in where lightly can be imported.
 """
 import argparse
 import json
@@ -27,7 +30,11 @@ def textbook_vicreg(z1, z2):
         zc = z - z.mean(dim=0)
         cov = zc.T @ zc/(n - 1)
         std = (z.var(dim=0) + 1e-4).sqrt()
-        loss = loss + 25*torch.relu(1 - std).mean()/2 + (cov.square().sum() - cov.diagonal().square().sum())/d
+        loss = (
+            loss
+            + 25 * torch.relu(1 - std).mean() / 2
+            + (cov.square().sum() - cov.diagonal().square().sum()) / d
+        )
     return loss
 
 def textbook_barlow(z1, z2):
@@ -46,15 +53,20 @@ def add_lightly():
     try:
         import lightly
         from lightly.loss import BarlowTwinsLoss, VICRegLoss
-    except Exception as error:          # it needs torchvision, which fails in more ways than ImportError where it does not fit torch
+    # it needs torchvision, which fails in more ways than ImportError where it does not fit torch
+    except Exception as error:
         return f"skipped: {type(error).__name__}: {error}"
-    FORMS["vicreg"]["lightly"], FORMS["barlow"]["lightly"] = VICRegLoss(), BarlowTwinsLoss()      # a loss of lightly's own scale: time and memory only
+    # a loss of lightly's own scale: time and memory only
+    FORMS["vicreg"]["lightly"], FORMS["barlow"]["lightly"] = VICRegLoss(), BarlowTwinsLoss()
     return lightly.__version__
 
 def embeddings(n, d, device="cpu"):
     g = torch.Generator().manual_seed(0)
     common = torch.randn(n, d, generator=g)
-    return [(.8*common + .6*torch.randn(n, d, generator=g)).to(device).requires_grad_() for _ in range(2)]
+    return [
+        (0.8 * common + 0.6 * torch.randn(n, d, generator=g)).to(device).requires_grad_()
+        for _ in range(2)
+    ]
 
 def once(form, zs):
     "Seconds of one forward and backward pass, and the loss"
@@ -68,13 +80,20 @@ def once(form, zs):
 
 def _resident(key):
     "VmRSS or VmHWM, the resident memory of this process now or at its peak, in bytes"
-    return next(int(line.split()[1])*1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(key)
+    )
 
 def memory_of_this_process(name, form, n, d):
-    "Bytes that one forward and backward pass takes at its peak, above the embeddings themselves (Linux)"
-    once(FORMS[name][form], embeddings(8, 16))                          # what is loaded on first use is not the loss's
+    """Bytes that one forward and backward pass takes at its peak, above the embeddings themselves
+    (Linux)"""
+    # what is loaded on first use is not the loss's
+    once(FORMS[name][form], embeddings(8, 16))
     zs = embeddings(n, d)
-    Path("/proc/self/clear_refs").write_text("5")                       # the peak starts again from here
+    # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     once(FORMS[name][form], zs)
     return _resident("VmHWM") - before
@@ -83,13 +102,22 @@ def extra_memory(name, form, zs):
     "Peak bytes above what is held before; None where the system cannot tell"
     n, d = zs[0].shape
     if zs[0].is_cuda:
-        for z in zs: z.grad = None
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+        for z in zs:
+            z.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         once(FORMS[name][form], zs)
         return torch.cuda.max_memory_allocated() - before
-    if not sys.platform.startswith("linux"): return None                # no peak that can be started again
-    out = subprocess.run([sys.executable, __file__, "--memory", name, form, str(n), str(d)], check=True, capture_output=True, text=True, timeout=300)
+    # no peak that can be started again
+    if not sys.platform.startswith("linux"): return None
+    out = subprocess.run(
+        [sys.executable, __file__, "--memory", name, form, str(n), str(d)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     return int(out.stdout)
 
 def _spread(x): return {"median": median(x), "min": min(x), "max": max(x)}
@@ -104,7 +132,8 @@ def run(
     results = {}
     for name, forms in FORMS.items():
         grads, losses, seconds = {}, {}, {form: [] for form in forms}
-        for form in forms:                                              # warm-up, whose gradients are compared
+        # warm-up, whose gradients are compared
+        for form in forms:
             _, losses[form] = once(forms[form], zs)
             grads[form] = zs[0].grad.clone()
         for _ in range(rounds):
@@ -112,22 +141,49 @@ def run(
         memory = {form: extra_memory(name, form, zs) for form in forms}
         ours, textbook = grads["synthpi"], grads["textbook"]
         results[name] = {
-            "loss": losses, "relative_gradient_difference": ((ours - textbook).norm()/textbook.norm()).item(),
-            "seconds": {form: _spread(s) for form, s in seconds.items()}, "extra_bytes": memory,
-            "times_faster": {form: {"of_medians": median(s)/median(seconds["synthpi"]),
-                                    "rounds": _spread([slow/fast for slow, fast in zip(s, seconds["synthpi"])])}
-                             for form, s in seconds.items() if form != "synthpi"},
-            "times_less_memory": {form: m/memory["synthpi"] if m and memory["synthpi"] else None for form, m in memory.items() if form != "synthpi"}}
-    return {"benchmark": "losses", "rows": n, "columns": d, "branches": 2, "dtype": "float32", "rounds": rounds, "device": device, "lightly": lightly,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "threads": torch.get_num_threads(),
-            "matmul_precision": torch.get_float32_matmul_precision(), "results": results, "environment": environment()}
+            "loss": losses,
+            "relative_gradient_difference": ((ours - textbook).norm() / textbook.norm()).item(),
+            "seconds": {form: _spread(s) for form, s in seconds.items()},
+            "extra_bytes": memory,
+            "times_faster": {
+                form: {
+                    "of_medians": median(s) / median(seconds["synthpi"]),
+                    "rounds": _spread([slow / fast for slow, fast in zip(s, seconds["synthpi"])]),
+                }
+                for form, s in seconds.items()
+                if form != "synthpi"
+            },
+            "times_less_memory": {
+                form: m / memory["synthpi"] if m and memory["synthpi"] else None
+                for form, m in memory.items()
+                if form != "synthpi"
+            },
+        }
+    return {
+        "benchmark": "losses",
+        "rows": n,
+        "columns": d,
+        "branches": 2,
+        "dtype": "float32",
+        "rounds": rounds,
+        "device": device,
+        "lightly": lightly,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "results": results,
+        "environment": environment(),
+    }
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--quick", action="store_true", help="small embeddings and few rounds")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--out", type=Path, help="write the JSON here instead of printing it")
-    p.add_argument("--memory", nargs=4, metavar=("LOSS", "FORM", "N", "D"), help=argparse.SUPPRESS)         # the child process of extra_memory
+    # the child process of extra_memory
+    p.add_argument("--memory", nargs=4, metavar=("LOSS", "FORM", "N", "D"), help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.memory:
         name, form, n, d = args.memory
@@ -140,8 +196,11 @@ def main():
     for name, r in result["results"].items():
         for form, faster in r["times_faster"].items():
             less = r["times_less_memory"][form]
-            print(f"{name}, N={result['rows']}, D={result['columns']}: {faster['of_medians']:.1f} times faster than {form} "
-                  f"({faster['rounds']['min']:.1f} to {faster['rounds']['max']:.1f} over rounds), "
-                  + (f"{less:.1f} times less extra memory" if less else "memory not measured"))
+            print(
+                f"{name}, N={result['rows']}, D={result['columns']}: {faster['of_medians']:.1f} "
+                f"times faster than {form} "
+                f"({faster['rounds']['min']:.1f} to {faster['rounds']['max']:.1f} over rounds), "
+                + (f"{less:.1f} times less extra memory" if less else "memory not measured")
+            )
 
 if __name__ == "__main__": main()

@@ -2,11 +2,14 @@
 
     python tests/benchmarks/table.py
 
-Each benchmark is a script that measures beside a named baseline, interleaved in one run, and stores its numbers with the machine, the versions and the date:
+Each benchmark is a script that measures beside a named baseline, interleaved in one run, and
+stores its numbers with the machine, the versions and the date:
 
-    for name in losses loader trainer startup pairs volumes crossval; do OMP_NUM_THREADS=1 python tests/benchmarks/$name.py --out tests/benchmarks/results/$name.json; done
+    for name in losses loader trainer startup pairs volumes crossval; do OMP_NUM_THREADS=1 python
+    tests/benchmarks/$name.py --out tests/benchmarks/results/$name.json; done
     python tests/benchmarks/losses.py --device cuda --out tests/benchmarks/results/losses-cuda.json
-    python tests/benchmarks/trainer.py --device cuda --out tests/benchmarks/results/trainer-cuda.json
+    python tests/benchmarks/trainer.py --device cuda --out
+    tests/benchmarks/results/trainer-cuda.json
     python tests/benchmarks/pairs.py --device cuda --out tests/benchmarks/results/pairs-cuda.json
     python tests/benchmarks/gpu.py --out tests/benchmarks/results/gpu.json
 """
@@ -16,7 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 GPU = ("losses-cuda", "trainer-cuda", "pairs-cuda", "gpu")
 
-def _range(r, digits=2): return f"{r['median']:.{digits}f} ({r['min']:.{digits}f} to {r['max']:.{digits}f})"
+def _range(r, digits=2):
+    return f"{r['median']:.{digits}f} ({r['min']:.{digits}f} to {r['max']:.{digits}f})"
 
 def losses(r):
     yield f"N = {r['rows']}, D = {r['columns']}, {r['branches']} branches, {r['dtype']}, {r['rounds']} rounds; lightly: {r['lightly']}."
@@ -26,8 +30,12 @@ def losses(r):
     for name, x in r["results"].items():
         for form, faster in x["times_faster"].items():
             less = x["times_less_memory"][form]
-            yield (f"| {name} | {form} | {_range(faster['rounds'], 1)} | {x['seconds']['synthpi']['median']:.3f}, {x['seconds'][form]['median']:.3f} | {f'{less:.1f}' if less else 'not measured'} | "
-                   f"{x['relative_gradient_difference']:.1e} |")
+            yield (
+                f"| {name} | {form} | {_range(faster['rounds'], 1)} | "
+                f"{x['seconds']['synthpi']['median']:.3f}, {x['seconds'][form]['median']:.3f} | "
+                f"{f'{less:.1f}' if less else 'not measured'} | "
+                f"{x['relative_gradient_difference']:.1e} |"
+            )
 
 def trainer(r):
     yield f"Two branches. Beside {r['baseline']}:"
@@ -36,23 +44,41 @@ def trainer(r):
     yield "|---|---|---|---|---|"
     for x in r["results"]:
         s = x["setup"]
-        yield (f"| {s['encoder']}, {s['size']} px, batch {s['batch']}, {s['rounds']} rounds of {s['steps']} steps | {_range(x['ratio'], 3)} | {x['steps_per_second']['trainer']:.2f}, "
-               f"{x['steps_per_second']['loop']:.2f} | {x['milliseconds_more_per_step']:+.2f} | {x['largest_relative_difference_of_losses']:.1e} |")
+        yield (
+            f"| {s['encoder']}, {s['size']} px, batch {s['batch']}, {s['rounds']} rounds of "
+            f"{s['steps']} steps | {_range(x['ratio'], 3)} | "
+            f"{x['steps_per_second']['trainer']:.2f}, "
+            f"{x['steps_per_second']['loop']:.2f} | {x['milliseconds_more_per_step']:+.2f} | "
+            f"{x['largest_relative_difference_of_losses']:.1e} |"
+        )
 
 def startup(r):
     yield f"New interpreters, {r['rounds']} rounds. Beside {r['baseline']}:"
     yield ""
     yield "| import | seconds | third parties alone | its own |"
     yield "|---|---|---|---|"
-    for name, s in r["seconds"].items(): yield f"| `{name}` | {s['all']:.3f} | {s['third_parties']:.3f} | {s['own']:.3f} |"
+    for name, s in r["seconds"].items():
+        yield f"| `{name}` | {s['all']:.3f} | {s['third_parties']:.3f} | {s['own']:.3f} |"
 
 def gpu(r):
     s = r["setup"]
     yield f"{s['size']} px, batch {s['batch']}, {r['precision']}, {s['workers']} workers, {s['rounds']} rounds of {s['steps']} steps. Published: {'; '.join(f'{k}: {v}' for k, v in r['published'].items())}."
     for setup, rows in r["results"].items():
-        yield from ("", f"**{setup}**", "", "| | samples/s | images/s | peak GB | of the ceiling |", "|---|---|---|---|---|")
-        for name, x in rows.items(): yield f"| {name} | {x['samples_per_second']:.0f} | {x['images_per_second']:.0f} | {x['peak_GB'] or float('nan'):.1f} | {x['of_ceiling']:.2f} |"
-    yield from ("", "**Pairs**, beside forward passes of the generator's network", "", *_made(r["pairs"]))
+        yield from (
+            "",
+            f"**{setup}**",
+            "",
+            "| | samples/s | images/s | peak GB | of the ceiling |",
+            "|---|---|---|---|---|",
+        )
+        for name, x in rows.items():
+            yield f"| {name} | {x['samples_per_second']:.0f} | {x['images_per_second']:.0f} | {x['peak_GB'] or float('nan'):.1f} | {x['of_ceiling']:.2f} |"
+    yield from (
+        "",
+        "**Pairs**, beside forward passes of the generator's network",
+        "",
+        *_made(r["pairs"]),
+    )
 
 def loader(r):
     yield f"{r['what']}. Beside {r['baseline']}. Goal: a ratio of {r['goal']} or more."
@@ -97,14 +123,42 @@ def crossval(r):
         yield f"| {name} | {_range(x, 1)} | {_range(r['times_less_processor_time'][name], 1)} | {p['batch']['median']:.1f}, {p[name]['median']:.1f} | {o['batch']:.0e}, {o[name]:.0e} |"
 
 def main():
-    lines = ["<!-- Made from results/*.json by table.py. -->", "", "# Benchmarks", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
+    lines = [
+        "<!-- Made from results/*.json by table.py. -->",
+        "",
+        "# Benchmarks",
+        "",
+        *__doc__.split("\n\n", 2)[2].strip().splitlines(),
+        "",
+    ]
     for path in sorted((HERE/"results").glob("*.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
         e = r["environment"]
-        lines += [f"## {path.stem}", "", *{"losses": losses, "trainer": trainer, "startup": startup, "gpu": gpu, "loader": loader, "pairs": pairs, "volumes": volumes, "crossval": crossval}[r["benchmark"]](r), "",
-                  f"Measured {r['date'][:10]} on {', '.join(e['gpus']) or e['cpu']}, {r.get('threads', e['threads'])} thread(s), Python {e['python']}, torch {e['packages']['torch']}.", ""]
+        lines += [
+            f"## {path.stem}",
+            "",
+            *{
+                "losses": losses,
+                "trainer": trainer,
+                "startup": startup,
+                "gpu": gpu,
+                "loader": loader,
+                "pairs": pairs,
+                "volumes": volumes,
+                "crossval": crossval,
+            }[r["benchmark"]](r),
+            "",
+            f"Measured {r['date'][:10]} on {', '.join(e['gpus']) or e['cpu']}, "
+            f"{r.get('threads', e['threads'])} thread(s), Python {e['python']}, torch "
+            f"{e['packages']['torch']}.",
+            "",
+        ]
     missing = [name for name in GPU if not (HERE/"results"/f"{name}.json").exists()]
-    if missing: lines += [f"Not measured yet, for want of a GPU: {', '.join(missing)}. The commands are above.", ""]
+    if missing:
+        lines += [
+            f"Not measured yet, for want of a GPU: {', '.join(missing)}. The commands are above.",
+            "",
+        ]
     (HERE/"README.md").write_text("\n".join(lines), encoding="utf-8")
 
 if __name__ == "__main__": main()

@@ -1,4 +1,5 @@
-"Statistics agree with statsmodels, scipy and scikit-learn on the same numbers; intervals cover at their nominal rate; the table says what was computed."
+"""Statistics agree with statsmodels, scipy and scikit-learn on the same numbers; intervals cover at
+their nominal rate; the table says what was computed."""
 import re
 
 import mistune
@@ -29,9 +30,14 @@ def test_holm_is_statsmodels(m):
 def test_mcnemar_is_statsmodels(seed):
     rng = np.random.default_rng(seed)
     a, b = rng.uniform(size=120) < .8, rng.uniform(size=120) < .7
-    theirs = statsmodels_mcnemar([[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]], exact=True)
+    theirs = statsmodels_mcnemar(
+        [[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]], exact=True
+    )
     ours = mcnemar(a, b)
-    assert ours.p == pytest.approx(theirs.pvalue, rel=1e-12) and min(ours.only_a, ours.only_b) == theirs.statistic
+    assert (
+        ours.p == pytest.approx(theirs.pvalue, rel=1e-12)
+        and min(ours.only_a, ours.only_b) == theirs.statistic
+    )
 
 def test_over_single_rows_the_permutation_test_is_mcnemars():
     rng = np.random.default_rng(0)
@@ -40,39 +46,77 @@ def test_over_single_rows_the_permutation_test_is_mcnemars():
     assert exact.exact and exact.p == pytest.approx(mcnemar(a, b).p, rel=1e-12)
 
 def test_intervals_are_scipys_bootstrap():
-    "Independent draws on both sides, 20,000 each: a 2.5 % quantile has a standard error of 2.7/sqrt(20,000) standard deviations; 4 of the difference's are allowed"
+    """Independent draws on both sides, 20,000 each: a 2.5 % quantile has a standard error of
+    2.7/sqrt(20,000) standard deviations; 4 of the difference's are allowed"""
     rng = np.random.default_rng(0)
-    base, model = rng.uniform(size=(25, 12)) < rng.beta(3, 3, size=(25, 1)), rng.uniform(size=(25, 12)) < rng.beta(6, 2, size=(25, 1))
+    base, model = (
+        rng.uniform(size=(25, 12)) < rng.beta(3, 3, size=(25, 1)),
+        rng.uniform(size=(25, 12)) < rng.beta(6, 2, size=(25, 1)),
+    )
     groups = np.repeat(np.arange(25), 12)
     def theirs(statistic, *data):
-        r = stats.bootstrap(data, statistic, n_resamples=20_000, paired=True, method="percentile", vectorized=True, rng=np.random.default_rng(1))
-        return np.array(r.confidence_interval), 4*2**.5*2.7/20_000**.5*r.bootstrap_distribution.std()
+        r = stats.bootstrap(
+            data,
+            statistic,
+            n_resamples=20_000,
+            paired=True,
+            method="percentile",
+            vectorized=True,
+            rng=np.random.default_rng(1),
+        )
+        return np.array(
+            r.confidence_interval
+        ), 4 * 2**0.5 * 2.7 / 20_000**0.5 * r.bootstrap_distribution.std()
     ci, tolerance = theirs(lambda x, axis: x.mean(axis=axis), base.mean(1))
-    np.testing.assert_allclose(interval(base.ravel(), groups, n_boot=20_000)["ci"], ci, atol=tolerance)
-    ci, tolerance = theirs(lambda x, y, axis: (1 - x).mean(axis=axis)/(1 - y).mean(axis=axis), base.mean(1), model.mean(1))
-    np.testing.assert_allclose(error_reduction(base.ravel(), model.ravel(), groups, n_boot=20_000)["ci"], ci, atol=tolerance)
+    np.testing.assert_allclose(
+        interval(base.ravel(), groups, n_boot=20_000)["ci"], ci, atol=tolerance
+    )
+    ci, tolerance = theirs(
+        lambda x, y, axis: (1 - x).mean(axis=axis) / (1 - y).mean(axis=axis),
+        base.mean(1),
+        model.mean(1),
+    )
+    np.testing.assert_allclose(
+        error_reduction(base.ravel(), model.ravel(), groups, n_boot=20_000)["ci"],
+        ci,
+        atol=tolerance,
+    )
 
 def test_macro_scores_of_uneven_groups_are_scikit_learns():
     rng = np.random.default_rng(0)
     y, p = rng.integers(4, size=(2, 200))
     s = score_intervals(y, p, 4, rng.integers(9, size=200), n_boot=10)
-    assert s["balanced_accuracy"]["mean"] == pytest.approx(balanced_accuracy_score(y, p)) and s["macro_f1"]["mean"] == pytest.approx(f1_score(y, p, average="macro"))
+    assert s["balanced_accuracy"]["mean"] == pytest.approx(balanced_accuracy_score(y, p)) and s[
+        "macro_f1"
+    ]["mean"] == pytest.approx(f1_score(y, p, average="macro"))
 
 # coverage
 
 def accuracy_study(rng, G):
     "Patients of 20 tiles who differ in difficulty; true accuracy 2/3"
     correct = rng.uniform(size=(G, 20)) < rng.beta(4, 2, size=(G, 1))
-    return lambda seed: interval(correct.ravel(), np.repeat(range(G), 20), n_boot=400, seed=seed)["ci"], 2/3
+    return lambda seed: interval(correct.ravel(), np.repeat(range(G), 20), n_boot=400, seed=seed)[
+        "ci"
+    ], 2 / 3
 
 def ratio_study(rng, G):
-    "Patients of 30 tiles; the model errs on half of the tiles that the baseline errs on, so the true ratio is 2"
+    """Patients of 30 tiles; the model errs on half of the tiles that the baseline errs on, so the
+    true ratio is 2"""
     wrong = rng.uniform(size=(G, 30)) < rng.beta(2, 3, size=(G, 1))
     both = wrong & (rng.uniform(size=(G, 30)) < .5)
-    return lambda seed: error_reduction(~wrong.ravel(), ~both.ravel(), np.repeat(range(G), 30), n_boot=400, seed=seed)["ci"], 2
+    return lambda seed: error_reduction(
+        ~wrong.ravel(), ~both.ravel(), np.repeat(range(G), 30), n_boot=400, seed=seed
+    )["ci"], 2
 
-# The documentation says 0.83 and 0.85 with 5 patients, 0.94 and 0.94 with 50, of 10,000 other studies. The share of 3,000 studies has a standard error of 0.007 and 0.004: three of them are allowed, and 0.01 more for the documentation's rounding and error
-COVERAGE = [(accuracy_study, 5, .80, .86), (ratio_study, 5, .82, .88), (accuracy_study, 50, .92, .965), (ratio_study, 50, .92, .965)]
+# The documentation says 0.83 and 0.85 with 5 patients, 0.94 and 0.94 with 50, of 10,000 other
+# studies. The share of 3,000 studies has a standard error of 0.007 and 0.004: three of them are
+# allowed, and 0.01 more for the documentation's rounding and error
+COVERAGE = [
+    (accuracy_study, 5, 0.80, 0.86),
+    (ratio_study, 5, 0.82, 0.88),
+    (accuracy_study, 50, 0.92, 0.965),
+    (ratio_study, 50, 0.92, 0.965),
+]
 
 @pytest.mark.parametrize("study, G, low, high", COVERAGE)
 def test_intervals_cover(study, G, low, high):
@@ -92,7 +136,9 @@ def runs(S=3, n_groups=12, K=4, seed=0):
     y, fold = rng.uniform(size=(len(g), 2)) < .4, (g % K)
     def one(strength):
         s = rng.normal(size=y.shape) + strength*y + .5*rng.normal(size=(n_groups, 1))[g]
-        per_fold = np.array([[auc(y[fold == k, t], s[fold == k, t]) for k in range(K)] for t in range(2)])
+        per_fold = np.array(
+            [[auc(y[fold == k, t], s[fold == k, t]) for k in range(K)] for t in range(2)]
+        )
         return CrossValidation("auc", per_fold, s, np.ones((2, K)), fold, y, g, None, {})
     return [one(m) for m in np.linspace(.4, 1.6, S)]
 
@@ -102,32 +148,67 @@ def test_one_seed_and_a_list_of_one_are_the_same():
     assert a == b and a["per_seed"] == [a["mean"]] == [cv.mean]
     replicates = synthpi.evaluate.crossval._replicates(cv, 300, 0)
     assert a["ci"] == np.quantile(replicates.mean(1), [.025, .975]).tolist()
-    assert [t["ci"] for t in a["per_target"]] == [np.quantile(r, [.025, .975]).tolist() for r in replicates.T]
+    assert [t["ci"] for t in a["per_target"]] == [
+        np.quantile(r, [0.025, 0.975]).tolist() for r in replicates.T
+    ]
 
 def test_seeds_are_drawn_and_their_subjects_are_the_same():
     cvs = runs()
     r = auc_intervals(cvs, n_boot=500, seed=4)
-    assert r["mean"] == pytest.approx(np.mean([c.mean for c in cvs])) and r["per_seed"] == [c.mean for c in cvs] and r["missing"] == 0
+    assert (
+        r["mean"] == pytest.approx(np.mean([c.mean for c in cvs]))
+        and r["per_seed"] == [c.mean for c in cvs]
+        and r["missing"] == 0
+    )
     np.testing.assert_allclose(r["per_fold"], np.mean([c.fold_means for c in cvs], 0))
-    np.testing.assert_allclose([t["mean"] for t in r["per_target"]], np.mean([c.per_target for c in cvs], 0))
-    weight = np.random.default_rng([synthpi.core.seeds.seed_for("seeds"), 4]).multinomial(3, [1/3]*3, 500)/3
-    by_hand = np.einsum("bs,sbt->bt", weight, [synthpi.evaluate.crossval._replicates(c, 500, 4) for c in cvs])
+    np.testing.assert_allclose(
+        [t["mean"] for t in r["per_target"]], np.mean([c.per_target for c in cvs], 0)
+    )
+    weight = (
+        np.random.default_rng([synthpi.core.seeds.seed_for("seeds"), 4]).multinomial(
+            3, [1 / 3] * 3, 500
+        )
+        / 3
+    )
+    by_hand = np.einsum(
+        "bs,sbt->bt", weight, [synthpi.evaluate.crossval._replicates(c, 500, 4) for c in cvs]
+    )
     np.testing.assert_allclose(r["ci"], np.quantile(by_hand.mean(1), [.025, .975]), rtol=1e-12)
     assert np.ptp(r["ci"]) > 1.2*np.ptp(auc_intervals([cvs[1]]*3, n_boot=500, seed=4)["ci"])
     assert r["ci"] != auc_intervals(cvs, n_boot=500, seed=5)["ci"]
-    np.testing.assert_allclose(auc_intervals([cvs[0]]*3, n_boot=500)["ci"], auc_intervals(cvs[0], n_boot=500)["ci"], rtol=1e-12)
+    np.testing.assert_allclose(
+        auc_intervals([cvs[0]] * 3, n_boot=500)["ci"],
+        auc_intervals(cvs[0], n_boot=500)["ci"],
+        rtol=1e-12,
+    )
 
 def test_differences_of_arms_with_several_seeds():
     a, b = runs(3), runs(3, seed=0)
     zero = auc_difference(a, b, n_boot=300)
-    assert zero["difference"] == 0 and zero["ci"] == [0, 0]                        # equal runs, equal draws of subjects and of seeds
-    one = [CrossValidation(**{**c.__dict__, "scores": c.scores + .8*c.y, "per_fold": np.minimum(1, c.per_fold + .1)}) for c in a]
+    # equal runs, equal draws of subjects and of seeds
+    assert zero["difference"] == 0 and zero["ci"] == [0, 0]
+    one = [
+        CrossValidation(
+            **{
+                **c.__dict__,
+                "scores": c.scores + 0.8 * c.y,
+                "per_fold": np.minimum(1, c.per_fold + 0.1),
+            }
+        )
+        for c in a
+    ]
     d, back = auc_difference(one, a, n_boot=300), auc_difference(a, one, n_boot=300)
-    np.testing.assert_allclose([d["difference"], *d["ci"]], [-back["difference"], -back["ci"][1], -back["ci"][0]])
+    np.testing.assert_allclose(
+        [d["difference"], *d["ci"]], [-back["difference"], -back["ci"][1], -back["ci"][0]]
+    )
     assert d["ci"][0] > 0 and len(d["per_target"]) == 2
     alone = auc_difference(one[1], a[1], n_boot=300)
-    assert alone == auc_difference([one[1]], [a[1]], n_boot=300) and alone["difference"] == one[1].mean - a[1].mean
-    assert np.isfinite(auc_difference(one, a[0], n_boot=300)["ci"]).all()            # three seeds against one
+    assert (
+        alone == auc_difference([one[1]], [a[1]], n_boot=300)
+        and alone["difference"] == one[1].mean - a[1].mean
+    )
+    # three seeds against one
+    assert np.isfinite(auc_difference(one, a[0], n_boot=300)["ci"]).all()
 
 @pytest.mark.parametrize("call, message", [
     (lambda: auc_intervals([]), "0 cross-validations"), (lambda: auc_intervals([*runs(2), *runs(1, seed=1)]), "the training seeds differ in y"),
@@ -137,41 +218,96 @@ def test_arms_that_do_not_fit_together_are_refused(call, message):
 
 # the table
 
-def answers(n=80, seeds=None, p=.7, seed=0): return np.random.default_rng(seed).uniform(size=n if seeds is None else (seeds, n)) < p
+def answers(n=80, seeds=None, p=0.7, seed=0):
+    return np.random.default_rng(seed).uniform(size=n if seeds is None else (seeds, n)) < p
 
 def test_compare_with_a_base_on_single_images_is_mcnemar_after_holm():
-    arms = {name: dict(accuracy={"mean": c.mean()}, correct=c) for name, c in dict(a=answers(), b=answers(p=.9, seed=1), c=answers(p=.75, seed=2)).items()}
+    arms = {
+        name: dict(accuracy={"mean": c.mean()}, correct=c)
+        for name, c in dict(
+            a=answers(), b=answers(p=0.9, seed=1), c=answers(p=0.75, seed=2)
+        ).items()
+    }
     table = compare(arms, base="a")
     p = holm([mcnemar(arms[k]["correct"], arms["a"]["correct"]).p for k in "bc"])
-    assert table["p (Holm)"].tolist() == ["", *(f"{v:.3f}" for v in p)] and table["test"].tolist() == ["", "McNemar", "McNemar"]
+    assert table["p (Holm)"].tolist() == ["", *(f"{v:.3f}" for v in p)] and table[
+        "test"
+    ].tolist() == ["", "McNemar", "McNemar"]
     for k in "bc":
         d = arms[k]["correct"].mean() - arms["a"]["correct"].mean()
-        mean, low, high = map(float, re.fullmatch(r"([+-]\S+) \[([+-]\S+), ([+-]\S+)\]", table.loc[k, "difference to a"]).groups())
+        mean, low, high = map(
+            float,
+            re.fullmatch(
+                r"([+-]\S+) \[([+-]\S+), ([+-]\S+)\]", table.loc[k, "difference to a"]
+            ).groups(),
+        )
         assert mean == pytest.approx(d, abs=6e-4) and low < mean < high
     assert table["difference to a"]["a"] == "" and compare(arms).columns.tolist() == ["accuracy"]
 
 def test_compare_over_groups_and_seeds_is_the_permutation_test():
     groups = np.arange(80)//10
-    arms = dict(base=dict(correct=answers(seeds=3, p=.5)), model=dict(correct=answers(seeds=3, p=.9, seed=1)), one=dict(correct=answers(p=.6, seed=2)))
+    arms = dict(
+        base=dict(correct=answers(seeds=3, p=0.5)),
+        model=dict(correct=answers(seeds=3, p=0.9, seed=1)),
+        one=dict(correct=answers(p=0.6, seed=2)),
+    )
     table = compare(arms, "base", groups)
-    p = holm([permutation_test(np.atleast_2d(arms[k]["correct"]).mean(0), arms["base"]["correct"].mean(0), groups).p for k in ("model", "one")])
-    assert table["p (Holm)"].tolist()[1:] == [f"{v:.3f}" for v in p] and set(table["test"].iloc[1:]) == {"permutation, 8 groups"}
+    p = holm(
+        [
+            permutation_test(
+                np.atleast_2d(arms[k]["correct"]).mean(0), arms["base"]["correct"].mean(0), groups
+            ).p
+            for k in ("model", "one")
+        ]
+    )
+    assert table["p (Holm)"].tolist()[1:] == [f"{v:.3f}" for v in p] and set(
+        table["test"].iloc[1:]
+    ) == {"permutation, 8 groups"}
     assert set(compare(arms, "base")["test"].iloc[1:]) == {"permutation, 80 images"}
-    certain = compare(dict(base=dict(correct=np.zeros(400)), model=dict(correct=np.ones(400))), "base")
-    assert certain.loc["model", "p (Holm)"] == "< 0.001" and certain.loc["model", "difference to base"] == "+1.000 [+1.000, +1.000]"
+    certain = compare(
+        dict(base=dict(correct=np.zeros(400)), model=dict(correct=np.ones(400))), "base"
+    )
+    assert (
+        certain.loc["model", "p (Holm)"] == "< 0.001"
+        and certain.loc["model", "difference to base"] == "+1.000 [+1.000, +1.000]"
+    )
 
 def test_compare_over_folds_is_the_corrected_t_test():
     rng = np.random.default_rng(0)
-    arms = {k: dict(per_fold=rng.uniform(.7, .9, 10), n_train=90, n_test=10, auc={"mean": .8, "ci": [.7, .9]}) for k in "abc"} | {"lost": dict(auc={"mean": .5})}
+    arms = {
+        k: dict(
+            per_fold=rng.uniform(0.7, 0.9, 10),
+            n_train=90,
+            n_test=10,
+            auc={"mean": 0.8, "ci": [0.7, 0.9]},
+        )
+        for k in "abc"
+    } | {"lost": dict(auc={"mean": 0.5})}
     table = compare(arms, base="b")
     p = holm([compare_folds(arms[k]["per_fold"], arms["b"]["per_fold"], 90, 10).p for k in "ac"])
-    assert table["p (Holm)"][["a", "c"]].tolist() == [f"{v:.3f}" for v in p] and table["p (Holm)"]["lost"] == ""           # nothing to test it on, and the cell says nothing
-    assert table["AUC"].tolist() == ["0.800 [0.700, 0.900]"]*3 + ["0.500"] and table["test"]["a"] == "corrected t, 10 folds"
+    # nothing to test it on, and the cell says nothing
+    assert (
+        table["p (Holm)"][["a", "c"]].tolist() == [f"{v:.3f}" for v in p]
+        and table["p (Holm)"]["lost"] == ""
+    )
+    assert (
+        table["AUC"].tolist() == ["0.800 [0.700, 0.900]"] * 3 + ["0.500"]
+        and table["test"]["a"] == "corrected t, 10 folds"
+    )
 
 def test_fold_sizes_may_stand_with_one_arm():
-    size, a, b = dict(n_train=90, n_test=10), dict(per_fold=[.7, .8, .9]), dict(per_fold=[.6, .8, .7])
+    size, a, b = (
+        dict(n_train=90, n_test=10),
+        dict(per_fold=[0.7, 0.8, 0.9]),
+        dict(per_fold=[0.6, 0.8, 0.7]),
+    )
     both = compare(dict(a=a | size, b=b | size), base="a")
-    for one in (dict(a=a | size, b=b), dict(a=a, b=b | size), dict(a=a | size, b=b | dict(n_train=90*(1 + 1e-12)))): assert compare(one, base="a").equals(both)
+    for one in (
+        dict(a=a | size, b=b),
+        dict(a=a, b=b | size),
+        dict(a=a | size, b=b | dict(n_train=90 * (1 + 1e-12))),
+    ):
+        assert compare(one, base="a").equals(both)
 
 @pytest.mark.parametrize("arms, options, message", [
     (dict(a={}), dict(base="b"), "base is 'b'; expected one of the arms: a"), (dict(a={}, b=dict(correct=[1, 0])), dict(base="a"), "no arm shares"),
@@ -183,25 +319,86 @@ def test_fold_sizes_may_stand_with_one_arm():
 def test_tables_that_cannot_be_made(arms, options, message):
     with pytest.raises(ValueError, match=message): compare(arms, **options)
 
-ODD = pd.DataFrame({"a|b": [.5, np.nan, 1e6], "texts": ["< 0.001 & 5 %_", "[1] *bold* `code` <b>", "a\\b\nc ~^{}$#"], "n": [1, 2, 3], "none": [None, pd.NA, "mean_rgb"]}, index=pd.Index(["x_1", "_x_", "é"], name="arm|x"))
+ODD = pd.DataFrame(
+    {
+        "a|b": [0.5, np.nan, 1e6],
+        "texts": ["< 0.001 & 5 %_", "[1] *bold* `code` <b>", "a\\b\nc ~^{}$#"],
+        "n": [1, 2, 3],
+        "none": [None, pd.NA, "mean_rgb"],
+    },
+    index=pd.Index(["x_1", "_x_", "é"], name="arm|x"),
+)
 
 def test_markdown_says_what_the_frame_says():
     html = mistune.create_markdown(plugins=["table"])(to_markdown(ODD))
-    cells = [re.sub("&lt;", "<", re.sub("&gt;", ">", re.sub("&amp;", "&", c))) for c in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", html)]
-    assert cells == ["arm|x", "a|b", "texts", "n", "none", "x_1", "0.500", "< 0.001 & 5 %_", "1", "", "_x_", "", "[1] *bold* `code` <b>", "2", "", "é", "1000000.000", "a\\b c ~^{}$#", "3", "mean_rgb"]
-    assert re.findall(r'style="text-align:(\w+)"', html)[:2] == ["right", "right"] and len({len(line) for line in to_markdown(ODD).splitlines()}) == 1
+    cells = [
+        re.sub("&lt;", "<", re.sub("&gt;", ">", re.sub("&amp;", "&", c)))
+        for c in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", html)
+    ]
+    assert cells == [
+        "arm|x",
+        "a|b",
+        "texts",
+        "n",
+        "none",
+        "x_1",
+        "0.500",
+        "< 0.001 & 5 %_",
+        "1",
+        "",
+        "_x_",
+        "",
+        "[1] *bold* `code` <b>",
+        "2",
+        "",
+        "é",
+        "1000000.000",
+        "a\\b c ~^{}$#",
+        "3",
+        "mean_rgb",
+    ]
+    assert (
+        re.findall(r'style="text-align:(\w+)"', html)[:2] == ["right", "right"]
+        and len({len(line) for line in to_markdown(ODD).splitlines()}) == 1
+    )
     assert "0.5000" in to_markdown(ODD, digits=4)
 
 def test_latex_is_escaped():
     text = to_latex(ODD)
     lines = text.splitlines()
-    assert lines[0] == r"\begin{tabular}{lrlrl}" and [l for l in lines if l.endswith("rule")] == [r"\toprule", r"\midrule", r"\bottomrule"] and lines[-1] == r"\end{tabular}"
-    assert lines[2] == r"arm\textbar{}x & a\textbar{}b & texts & n & none \\" and lines[4] == r"x\_1 & 0.500 & \textless{} 0.001 \& 5 \%\_ & 1 &  \\"
-    assert lines[5] == r"\_x\_ &  & {}[1] *bold* `code` \textless{}b\textgreater{} & 2 &  \\" and lines[6] == r"é & 1000000.000 & a\textbackslash{}b c \textasciitilde{}\textasciicircum{}\{\}\$\# & 3 & mean\_rgb \\"
+    assert (
+        lines[0] == r"\begin{tabular}{lrlrl}"
+        and [l for l in lines if l.endswith("rule")] == [r"\toprule", r"\midrule", r"\bottomrule"]
+        and lines[-1] == r"\end{tabular}"
+    )
+    assert (
+        lines[2] == r"arm\textbar{}x & a\textbar{}b & texts & n & none \\"
+        and lines[4] == r"x\_1 & 0.500 & \textless{} 0.001 \& 5 \%\_ & 1 &  \\"
+    )
+    assert (
+        lines[5] == r"\_x\_ &  & {}[1] *bold* `code` \textless{}b\textgreater{} & 2 &  \\"
+        and lines[6]
+        == r"é & 1000000.000 & a\textbackslash{}b c \textasciitilde{}\textasciicircum{}\{\}\$\# & "
+           r"3 & mean\_rgb \\"
+    )
     whole = to_latex(ODD, caption="Of \\emph{all}.", label="tab:x")
-    assert whole.startswith("\\begin{table}\n\\centering\n\\caption{Of \\emph{all}.}\n\\label{tab:x}\n") and text in whole and whole.endswith("\\end{table}\n")
-    with pytest.raises(ValueError, match="label 'x' arrived without a caption"): to_latex(ODD, label="x")
+    assert (
+        whole.startswith(
+            "\\begin{table}\n\\centering\n\\caption{Of \\emph{all}.}\n\\label{tab:x}\n"
+        )
+        and text in whole
+        and whole.endswith("\\end{table}\n")
+    )
+    with pytest.raises(ValueError, match="label 'x' arrived without a caption"):
+        to_latex(ODD, label="x")
 
 def test_tables_of_several_levels():
-    frame = pd.DataFrame([[1, 2]], index=pd.MultiIndex.from_tuples([("a", 1)], names=["arm", "seed"]), columns=pd.MultiIndex.from_tuples([("x", "y"), ("x", "z")]))
-    assert to_markdown(frame).splitlines()[0].replace(" ", "") == "|arm|seed|x,y|x,z|" and to_latex(frame).splitlines()[2] == r"arm & seed & x, y & x, z \\"
+    frame = pd.DataFrame(
+        [[1, 2]],
+        index=pd.MultiIndex.from_tuples([("a", 1)], names=["arm", "seed"]),
+        columns=pd.MultiIndex.from_tuples([("x", "y"), ("x", "z")]),
+    )
+    assert (
+        to_markdown(frame).splitlines()[0].replace(" ", "") == "|arm|seed|x,y|x,z|"
+        and to_latex(frame).splitlines()[2] == r"arm & seed & x, y & x, z \\"
+    )

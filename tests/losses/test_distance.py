@@ -1,4 +1,5 @@
-"The losses of positions against the golden values, NumPy written from the equations, finite differences, one process against two, and the ways they are misused."
+"""The losses of positions against the golden values, NumPy written from the equations, finite
+differences, one process against two, and the ways they are misused."""
 import gc
 import math
 import time
@@ -16,9 +17,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from synthpi.losses import distance
-from synthpi.losses.distance import DistanceBarlow, DistanceLoss, GaussianKL, RelativePosition, TwoHead, TwoHeadLoss, gaussian_kl
+from synthpi.losses.distance import (
+    DistanceBarlow,
+    DistanceLoss,
+    GaussianKL,
+    RelativePosition,
+    TwoHead,
+    TwoHeadLoss,
+    gaussian_kl,
+)
 from synthpi.losses.position import PositionHead, PositionRegression, axis_scale
-from synthpi.losses.geometry import PAIRS, _choices, _mask, distance_agreement, mean_pair_distance, pair_distances, stress
+from synthpi.losses.geometry import (
+    PAIRS,
+    _choices,
+    _mask,
+    distance_agreement,
+    mean_pair_distance,
+    pair_distances,
+    stress,
+)
 from synthpi.losses.paired import BarlowTwins, SimCLR, VICReg
 
 Z1 = torch.tensor([[1, 0, 2], [0, 1, -1], [2, 1, 0], [-1, -2, 1]], dtype=torch.float32)
@@ -26,15 +43,29 @@ Z2 = torch.tensor([[1, 1, 2], [0, 0, -1], [1, 1, 0], [-1, -1, 2]], dtype=torch.f
 VOXELS = torch.tensor([[16, 31, 35], [32, 36, 27], [28, 29, 22], [39, 21, 35]], dtype=torch.float32)
 SPACING = torch.tensor([2.04, 2.04, 3])
 VOLUME = torch.tensor([0, 0, 1, 2, 2, 2, 2, 7, 1, 0])
-OPTIONS = {"plain": {}, "relative": {"relative": .05}, "huber": {"huber": .4}, "relative huber": {"relative": .05, "huber": .3}, "kl": {"kl": .3}, "scale": {"scale": 4.}}
+OPTIONS = {
+    "plain": {},
+    "relative": {"relative": 0.05},
+    "huber": {"huber": 0.4},
+    "relative huber": {"relative": 0.05, "huber": 0.3},
+    "kl": {"kl": 0.3},
+    "scale": {"scale": 4.0},
+}
 
 def draw(n=10, d=5, axes=3, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    return 3*torch.randn(n, d, generator=g, dtype=dtype), 3*torch.randn(n, axes, generator=g, dtype=dtype)
+    return 3 * torch.randn(n, d, generator=g, dtype=dtype), 3 * torch.randn(
+        n, axes, generator=g, dtype=dtype
+    )
 
 def allowed(pairs, volume, n):
-    same = lambda i, j: volume[i] == volume[j]
-    keep = {"all": lambda i, j: True, "off-diagonal": lambda i, j: i != j, "within": lambda i, j: i != j and same(i, j), "cross": lambda i, j: not same(i, j)}[pairs]
+    def same(i, j): return volume[i] == volume[j]
+    keep = {
+        "all": lambda i, j: True,
+        "off-diagonal": lambda i, j: i != j,
+        "within": lambda i, j: i != j and same(i, j),
+        "cross": lambda i, j: not same(i, j),
+    }[pairs]
     return [(i, j) for i in range(n) for j in range(n) if keep(i, j)]
 
 def numpy_kl(z):
@@ -49,25 +80,38 @@ def numpy_distance(z, c, volume, pairs="off-diagonal", scale=1., relative=None, 
     z, c = z.detach().numpy().astype(np.float64), c.numpy().astype(np.float64)
     costs, latent, physical = [], [], []
     for i, j in allowed(pairs, volume, len(z)):
-        dl, dp = math.sqrt(((z[i] - z[j])**2).sum()), math.sqrt(((c[i] - c[j])**2).sum())/scale
+        dl, dp = (
+            math.sqrt(((z[i] - z[j]) ** 2).sum()),
+            math.sqrt(((c[i] - c[j]) ** 2).sum()) / scale,
+        )
         r = dl - dp
-        if relative is not None: r /= math.sqrt(dp**2 + relative)
-        costs.append(r**2 if huber is None or abs(r) <= huber else 2*huber*abs(r) - huber**2)
-        latent.append(dl); physical.append(dp)
+        if relative is not None:
+            r /= math.sqrt(dp**2 + relative)
+        costs.append(r**2 if huber is None or abs(r) <= huber else 2 * huber * abs(r) - huber**2)
+        latent.append(dl)
+        physical.append(dp)
     value = np.mean(costs)
-    return value + kl*numpy_kl(z), value, scale*np.abs(np.subtract(latent, physical)).mean(), np.corrcoef(latent, physical)[0, 1]
+    return (
+        value + kl * numpy_kl(z),
+        value,
+        scale * np.abs(np.subtract(latent, physical)).mean(),
+        np.corrcoef(latent, physical)[0, 1],
+    )
 
 # Golden values and equations
 
 @pytest.mark.parametrize("centers, pairs, expected", [(VOXELS, "all", 179.007489), (VOXELS, "off-diagonal", 238.676652), (VOXELS*SPACING, "all", 1178.656771)])
 def test_golden_values_of_the_distance_loss(centers, pairs, expected):
-    assert DistanceLoss(pairs=pairs)(Z1, centers)[0].item() == pytest.approx(expected, rel=1e-6)        # float32
+    # float32
+    assert DistanceLoss(pairs=pairs)(Z1, centers)[0].item() == pytest.approx(expected, rel=1e-6)
 
 def test_golden_values_of_combinations():
     loss = DistanceBarlow(DistanceLoss(pairs="all"), BarlowTwins(), 1e4)
     assert loss(Z1, Z2, center_mm=VOXELS)[0].item() == pytest.approx(470.0984, rel=1e-6)
     assert DistanceBarlow().weight == 1e4
-    assert gaussian_kl(Z1).item() == pytest.approx(.108041, abs=1e-6) and GaussianKL()(Z1)[0] == gaussian_kl(Z1)
+    assert gaussian_kl(Z1).item() == pytest.approx(0.108041, abs=1e-6) and GaussianKL()(Z1)[
+        0
+    ] == gaussian_kl(Z1)
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("pairs", PAIRS)
@@ -76,8 +120,16 @@ def test_agrees_with_numpy_pair_by_pair(pairs, option, axes):
     z, c = draw(axes=axes)
     scalar, terms = DistanceLoss(pairs=pairs, **OPTIONS[option])(z, c, VOLUME)
     value, plain, error, r = numpy_distance(z, c, VOLUME, pairs, **OPTIONS[option])
-    for found, expected in ((scalar, value), (terms["distance"], plain), (terms["abs_error"], error), (terms["pearson"], r)): assert found.item() == pytest.approx(expected, rel=1e-11)
-    assert set(terms) == {"distance", "abs_error", "pearson"} | ({"kl"} if option == "kl" else set())
+    for found, expected in (
+        (scalar, value),
+        (terms["distance"], plain),
+        (terms["abs_error"], error),
+        (terms["pearson"], r),
+    ):
+        assert found.item() == pytest.approx(expected, rel=1e-11)
+    assert set(terms) == {"distance", "abs_error", "pearson"} | (
+        {"kl"} if option == "kl" else set()
+    )
     if option == "kl": assert terms["kl"].item() == pytest.approx(numpy_kl(z.numpy()), rel=1e-11)
     assert not any(t.requires_grad for t in terms.values())
 
@@ -88,12 +140,24 @@ def test_combinations_agree_with_their_parts():
     torch.testing.assert_close(total, distance_((z1 + z2)/2, c, VOLUME)[0] + 7*barlow(z1, z2)[0])
     assert set(terms) == {"distance", "abs_error", "pearson", "on_diagonal", "off_diagonal"}
     three = DistanceBarlow(distance_, barlow, 7.)(z1, z2, z3, center_mm=c, volume_id=VOLUME)[0]
-    torch.testing.assert_close(three, distance_((z1 + z2 + z3)/3, c, VOLUME)[0] + 7*barlow(z1, z2, z3)[0])
+    torch.testing.assert_close(
+        three, distance_((z1 + z2 + z3) / 3, c, VOLUME)[0] + 7 * barlow(z1, z2, z3)[0]
+    )
     d, b = [z[:, :2] for z in (z1, z2)], [z[:, 2:] for z in (z1, z2)]
     total, terms = TwoHeadLoss(2, distance_, barlow, 7.)(z1, z2, center_mm=c, volume_id=VOLUME)
-    torch.testing.assert_close(total, (distance_(d[0], c, VOLUME)[0] + distance_(d[1], c, VOLUME)[0])/2 + 7*barlow(*b)[0])
-    torch.testing.assert_close(terms["abs_error"], (distance_(d[0], c, VOLUME)[1]["abs_error"] + distance_(d[1], c, VOLUME)[1]["abs_error"])/2)
-    assert TwoHeadLoss().width == 512 and TwoHead(1024)(torch.zeros(3, 1024)).shape == (3, 512 + 2048)
+    torch.testing.assert_close(
+        total,
+        (distance_(d[0], c, VOLUME)[0] + distance_(d[1], c, VOLUME)[0]) / 2 + 7 * barlow(*b)[0],
+    )
+    torch.testing.assert_close(
+        terms["abs_error"],
+        (distance_(d[0], c, VOLUME)[1]["abs_error"] + distance_(d[1], c, VOLUME)[1]["abs_error"])
+        / 2,
+    )
+    assert TwoHeadLoss().width == 512 and TwoHead(1024)(torch.zeros(3, 1024)).shape == (
+        3,
+        512 + 2048,
+    )
 
 def test_heads_of_two_head_are_linear_and_apart():
     torch.manual_seed(0)
@@ -109,36 +173,60 @@ def test_heads_of_two_head_are_linear_and_apart():
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_gradient_against_finite_differences(pairs, option):
     z, c = draw(d=3)
-    assert torch.autograd.gradcheck(lambda z: DistanceLoss(pairs=pairs, **OPTIONS[option])(z, c, VOLUME)[0], z.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z: DistanceLoss(pairs=pairs, **OPTIONS[option])(z, c, VOLUME)[0], z.requires_grad_()
+    )
 
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_gradient_of_random_partners_against_finite_differences(pairs):
     z, c = draw(d=3)
     def value(z):
-        torch.manual_seed(3)                                                      # the same partners in every evaluation
+        # the same partners in every evaluation
+        torch.manual_seed(3)
         return DistanceLoss(3., pairs, partners=4)(z, c, VOLUME)[0]
     assert torch.autograd.gradcheck(value, z.requires_grad_())
 
 def test_gradients_of_the_others_against_finite_differences():
     (z1, c), (z2, _) = draw(d=4), draw(d=4, seed=1)
-    z1.requires_grad_(); z2.requires_grad_()
-    for loss in (DistanceBarlow(DistanceLoss(4.), weight=3.), TwoHeadLoss(2, DistanceLoss(4.), weight=3.)):
-        assert torch.autograd.gradcheck(lambda a, b: loss(a, b, center_mm=c, volume_id=VOLUME)[0], (z1, z2))
+    z1.requires_grad_()
+    z2.requires_grad_()
+    for loss in (
+        DistanceBarlow(DistanceLoss(4.0), weight=3.0),
+        TwoHeadLoss(2, DistanceLoss(4.0), weight=3.0),
+    ):
+        assert torch.autograd.gradcheck(
+            lambda a, b: loss(a, b, center_mm=c, volume_id=VOLUME)[0], (z1, z2)
+        )
     z = draw(d=3, seed=2)[0].requires_grad_()
-    for loss in (GaussianKL(), PositionRegression([1., 2, 3], [2., 3, 4]), RelativePosition([2., 3, 4])): assert torch.autograd.gradcheck(lambda z: loss(z, c, VOLUME)[0], z)
+    for loss in (
+        GaussianKL(),
+        PositionRegression([1.0, 2, 3], [2.0, 3, 4]),
+        RelativePosition([2.0, 3, 4]),
+    ):
+        assert torch.autograd.gradcheck(lambda z: loss(z, c, VOLUME)[0], z)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("partners", [0, 3])
 def test_coincident_rows_have_distance_and_gradient_zero(partners, dtype):
-    x = (10*torch.randn(1, 1024, generator=torch.Generator().manual_seed(0), dtype=dtype)).repeat(40, 1).requires_grad_()       # more than 25 rows: where cdist would multiply
-    partner = torch.arange(40).add(1).remainder(40)[:, None].repeat(1, partners) if partners else None
+    # more than 25 rows: where cdist would multiply
+    x = (
+        (10 * torch.randn(1, 1024, generator=torch.Generator().manual_seed(0), dtype=dtype))
+        .repeat(40, 1)
+        .requires_grad_()
+    )
+    partner = (
+        torch.arange(40).add(1).remainder(40)[:, None].repeat(1, partners) if partners else None
+    )
     d = pair_distances(x, partner)
     d.sum().backward()
     assert d.max() == 0 and x.grad.abs().max() == 0
     x.grad = None
-    loss, terms = DistanceLoss(partners=partners)(x, 100*torch.rand(40, 3, generator=torch.Generator().manual_seed(1)))
+    loss, terms = DistanceLoss(partners=partners)(
+        x, 100 * torch.rand(40, 3, generator=torch.Generator().manual_seed(1))
+    )
     loss.backward()
-    assert loss > 0 and x.grad.abs().max() == 0 and all(t.isfinite() for t in terms.values())       # a collapse is a saddle: finite, without a direction
+    # a collapse is a saddle: finite, without a direction
+    assert loss > 0 and x.grad.abs().max() == 0 and all(t.isfinite() for t in terms.values())
 
 @pytest.mark.parametrize("partners", [0, 4])
 def test_two_coincident_rows_among_others_push_only_against_the_others(partners):
@@ -153,16 +241,20 @@ def test_two_coincident_rows_among_others_push_only_against_the_others(partners)
     assert z.grad[:2].abs().max() == 0 and z.grad[2:].abs().min() > 0
 
 def test_distances_in_blocks_are_those_at_once():
-    x = torch.randn(23, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    x = torch.randn(
+        23, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).requires_grad_()
     partner = torch.randint(0, 23, (23, 5), generator=torch.Generator().manual_seed(1))
     reference = (x[:, None] - x).square().sum(-1).detach().sqrt()
     weight = torch.randn(23, 23, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     grads = []
-    for block in (1, 6*23*4, 2**25):
+    for block in (1, 6 * 23 * 4, 2**25):
         d = pair_distances(x, block=block)
         torch.testing.assert_close(d, reference)
         torch.testing.assert_close(pair_distances(x, partner, block), reference.gather(1, partner))
-        x.grad = None; (d*weight).sum().backward(); grads.append(x.grad)
+        x.grad = None
+        (d * weight).sum().backward()
+        grads.append(x.grad)
     for grad in grads[1:]: torch.testing.assert_close(grad, grads[0])
 
 # Invariances
@@ -171,18 +263,32 @@ def test_distances_in_blocks_are_those_at_once():
 def test_order_of_crops_is_of_no_account(pairs):
     z, c = draw()
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
-    for loss in (DistanceLoss(4., pairs, kl=.1), RelativePosition([1.]*3), PositionRegression([0.]*3, [1.]*3)):
+    for loss in (
+        DistanceLoss(4.0, pairs, kl=0.1),
+        RelativePosition([1.0] * 3),
+        PositionRegression([0.0] * 3, [1.0] * 3),
+    ):
         z_ = z if isinstance(loss, DistanceLoss) else z[:, :3]
-        torch.testing.assert_close(loss(z_, c, VOLUME)[0], loss(z_[order], c[order], VOLUME[order])[0], rtol=1e-12, atol=0)
-        names = torch.tensor([5, 3, 9, 0, 0, 0, 0, 4])[VOLUME]                    # which number a volume has is of no account either
-        torch.testing.assert_close(loss(z_, c, VOLUME)[0], loss(z_, c, names)[0], rtol=1e-12, atol=0)
-    assert abs(DistanceLoss(4.)(z, c[order])[0] - DistanceLoss(4.)(z, c)[0]) > .01        # but which crop is where is
+        torch.testing.assert_close(
+            loss(z_, c, VOLUME)[0], loss(z_[order], c[order], VOLUME[order])[0], rtol=1e-12, atol=0
+        )
+        # which number a volume has is of no account either
+        names = torch.tensor([5, 3, 9, 0, 0, 0, 0, 4])[VOLUME]
+        torch.testing.assert_close(
+            loss(z_, c, VOLUME)[0], loss(z_, c, names)[0], rtol=1e-12, atol=0
+        )
+    # but which crop is where is
+    assert abs(DistanceLoss(4.)(z, c[order])[0] - DistanceLoss(4.)(z, c)[0]) > .01
 
 def test_turns_and_shifts_of_either_space_are_of_no_account():
     z, c = draw(d=4)
-    turn = lambda d: torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d)))[0]
+    def turn(d):
+        return torch.linalg.qr(
+            torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))
+        )[0]
     value = DistanceLoss(4.)(z, c)[0]
-    for a, b in ((z @ turn(4) + 5, c), (z, c @ turn(3) - 80), (-z, c)): torch.testing.assert_close(DistanceLoss(4.)(a, b)[0], value, rtol=1e-11, atol=0)
+    for a, b in ((z @ turn(4) + 5, c), (z, c @ turn(3) - 80), (-z, c)):
+        torch.testing.assert_close(DistanceLoss(4.0)(a, b)[0], value, rtol=1e-11, atol=0)
     assert abs(DistanceLoss(4.)(2*z, c)[0] - value) > .1
 
 @pytest.mark.parametrize("options", [{}, {"relative": 1e-3}, {"huber": .1}, {"partners": 5}, {"pairs": "all"}, {"pairs": "within"}, {"pairs": "cross"}])
@@ -190,7 +296,11 @@ def test_turns_and_shifts_of_either_space_are_of_no_account():
 def test_an_embedding_that_is_the_position_costs_nothing(options, axes):
     c = 1e4*draw(axes=axes, dtype=torch.float32)[1]
     loss, terms = DistanceLoss(37.3, **options)(c/37.3, c, VOLUME)
-    assert loss.item() == 0 and terms["abs_error"].item() == 0 and terms["pearson"].item() == pytest.approx(1)
+    assert (
+        loss.item() == 0
+        and terms["abs_error"].item() == 0
+        and terms["pearson"].item() == pytest.approx(1)
+    )
 
 def test_anisotropic_spacing_changes_distances():
     z = VOXELS
@@ -199,38 +309,63 @@ def test_anisotropic_spacing_changes_distances():
 
 def test_local_frames_agree_within_volumes_only():
     c = draw()[1]
-    moved = c + 50*torch.tensor([0, 0, 1, 2, 2, 2, 2, 7, 1, 0])[:, None]          # each volume counts from another corner
-    assert DistanceLoss(pairs="within")(c, moved, VOLUME)[0] < 1e-20 and DistanceLoss(pairs="cross")(c, moved, VOLUME)[0] > 100 and DistanceLoss()(c, moved)[0] > 100
+    # each volume counts from another corner
+    moved = c + 50*torch.tensor([0, 0, 1, 2, 2, 2, 2, 7, 1, 0])[:, None]
+    assert (
+        DistanceLoss(pairs="within")(c, moved, VOLUME)[0] < 1e-20
+        and DistanceLoss(pairs="cross")(c, moved, VOLUME)[0] > 100
+        and DistanceLoss()(c, moved)[0] > 100
+    )
 
 def test_scale_divides_centres_and_error_stays_in_their_unit():
     z, c = draw()
-    for s in (1., 25.):
-        loss, terms = DistanceLoss(s)(z/s, c)
-        torch.testing.assert_close(loss*s**2, DistanceLoss()(z, c)[0]); torch.testing.assert_close(terms["abs_error"], DistanceLoss()(z, c)[1]["abs_error"])
+    for s in (1.0, 25.0):
+        loss, terms = DistanceLoss(s)(z / s, c)
+        torch.testing.assert_close(loss * s**2, DistanceLoss()(z, c)[0])
+        torch.testing.assert_close(terms["abs_error"], DistanceLoss()(z, c)[1]["abs_error"])
 
 def test_millimetres_and_micrometres_of_a_slide_are_the_same_with_their_scale():
     z, tiles_mm = draw(30, 8, axes=2)
-    mm, um = DistanceLoss(mean_pair_distance(tiles_mm)), DistanceLoss(mean_pair_distance(1000*tiles_mm))
+    mm, um = (
+        DistanceLoss(mean_pair_distance(tiles_mm)),
+        DistanceLoss(mean_pair_distance(1000 * tiles_mm)),
+    )
     torch.testing.assert_close(um(z, 1000*tiles_mm)[0], mm(z, tiles_mm)[0])
-    torch.testing.assert_close(um(z, 1000*tiles_mm)[1]["abs_error"], 1000*mm(z, tiles_mm)[1]["abs_error"])
-    flat = torch.cat([tiles_mm, torch.full((30, 1), 4., dtype=torch.float64)], 1)       # a slide is a plane of a volume
+    torch.testing.assert_close(
+        um(z, 1000 * tiles_mm)[1]["abs_error"], 1000 * mm(z, tiles_mm)[1]["abs_error"]
+    )
+    # a slide is a plane of a volume
+    flat = torch.cat([tiles_mm, torch.full((30, 1), 4., dtype=torch.float64)], 1)
     torch.testing.assert_close(mm(z, flat)[0], mm(z, tiles_mm)[0])
     mean, std = axis_scale(tiles_mm)
-    for loss, out in ((PositionRegression(mean, std), 2), (RelativePosition(std), 2)): assert loss(z[:, :out], tiles_mm)[0].isfinite()
-    for loss in (DistanceBarlow(mm, weight=2.), TwoHeadLoss(3, mm, weight=2.)): assert loss(z, z + .1, center_mm=tiles_mm)[0].isfinite()
+    for loss, out in ((PositionRegression(mean, std), 2), (RelativePosition(std), 2)):
+        assert loss(z[:, :out], tiles_mm)[0].isfinite()
+    for loss in (DistanceBarlow(mm, weight=2.0), TwoHeadLoss(3, mm, weight=2.0)):
+        assert loss(z, z + 0.1, center_mm=tiles_mm)[0].isfinite()
 
 def test_paired_and_distance_loss_in_one_objective_train_both():
-    from synthpi.models.branches import Branches                                           # slow to import, and the processes below need none of it
+    # slow to import, and the processes below need none of it
+    from synthpi.models.branches import Branches
     torch.manual_seed(0)
     tiles_um = 4000*torch.rand(120, 2)
     x = torch.cat([torch.tanh((tiles_um/2000 - 1) @ torch.randn(2, 6)), torch.randn(120, 4)], 1)
-    model = Branches([nn.Sequential(nn.Linear(10, 64), nn.ReLU()) for _ in range(2)], [TwoHead(64, 8, 12) for _ in range(2)], (0, 1))
+    model = Branches(
+        [nn.Sequential(nn.Linear(10, 64), nn.ReLU()) for _ in range(2)],
+        [TwoHead(64, 8, 12) for _ in range(2)],
+        (0, 1),
+    )
     paired, placed = VICReg(), DistanceLoss(mean_pair_distance(tiles_um))
     opt, history = torch.optim.Adam(model.parameters(), 5e-3), []
     for _ in range(60):
-        (d, a), (_, b) = (z.split([8, 12], 1) for z in model(x + .1*torch.randn_like(x), x.roll(1, 1) + .1*torch.randn_like(x)))
+        (d, a), (_, b) = (
+            z.split([8, 12], 1)
+            for z in model(x + 0.1 * torch.randn_like(x), x.roll(1, 1) + 0.1 * torch.randn_like(x))
+        )
         one, two = paired(a, b)[0], placed(d, tiles_um)[0]
-        opt.zero_grad(); (one + 10*two).backward(); opt.step(); history.append((one.item(), two.item()))
+        opt.zero_grad()
+        (one + 10 * two).backward()
+        opt.step()
+        history.append((one.item(), two.item()))
     assert history[-1][0] < .8*history[0][0] and history[-1][1] < .3*history[0][1]
 
 # Random partners
@@ -240,13 +375,20 @@ def test_partners_are_drawn_evenly_among_those_allowed(pairs):
     n = len(VOLUME)
     count, partners = _choices(n, pairs, VOLUME, "cpu")
     mask = _mask(n, pairs, VOLUME, "cpu")
-    assert sorted(map(tuple, mask.nonzero().tolist())) == allowed(pairs, VOLUME, n) and torch.equal(mask.sum(1), count)
-    uniform = (torch.arange(2520) + .5).div(2520).expand(n, -1)                    # a multiple of every possible count: each partner equally often
+    assert sorted(map(tuple, mask.nonzero().tolist())) == allowed(pairs, VOLUME, n) and torch.equal(
+        mask.sum(1), count
+    )
+    # a multiple of every possible count: each partner equally often
+    uniform = (torch.arange(2520) + .5).div(2520).expand(n, -1)
     drawn = partners(torch.arange(n), uniform)
     for i in range(n):
-        if count[i]: assert torch.equal(torch.bincount(drawn[i], minlength=n), mask[i].long()*2520//count[i])
+        if count[i]:
+            assert torch.equal(
+                torch.bincount(drawn[i], minlength=n), mask[i].long() * 2520 // count[i]
+            )
     assert torch.equal(partners(torch.tensor([4, 0]), uniform[:2]), drawn[[4, 0]])
-    largest = partners(torch.arange(n), torch.full((n, 1), 1 - 2**-24))            # the largest float32 below one
+    # the largest float32 below one
+    largest = partners(torch.arange(n), torch.full((n, 1), 1 - 2**-24))
     assert all(mask[i, largest[i, 0]] for i in range(n) if count[i])
 
 @pytest.mark.parametrize("option", ["plain", "relative huber"])
@@ -254,14 +396,20 @@ def test_partners_are_drawn_evenly_among_those_allowed(pairs):
 def test_random_partners_estimate_loss_and_gradient_without_bias(pairs, option):
     z, c = draw()
     z.requires_grad_()
-    gradient = lambda loss: torch.autograd.grad(loss, z)[0]
+    def gradient(loss): return torch.autograd.grad(loss, z)[0]
     exact = DistanceLoss(3., pairs, **OPTIONS[option])(z, c, VOLUME)
     torch.manual_seed(0)
-    draws = [DistanceLoss(3., pairs, partners=3, **OPTIONS[option])(z, c, VOLUME) for _ in range(500)]
-    for values, expected in ((torch.stack([d[0] for d in draws]).detach()[:, None], exact[0].detach()), (torch.stack([d[1]["abs_error"] for d in draws])[:, None], exact[1]["abs_error"]),
-                             (torch.stack([gradient(d[0]) for d in draws]).flatten(1), gradient(exact[0]).flatten())):
-        error = (values.mean(0) - expected)/(values.std(0)/500**.5 + 1e-12)
-        assert error.abs().max() < 4.5 and values.std(0).max() > 0                   # 50 standard errors at most: four and a half by chance once in 3000
+    draws = [
+        DistanceLoss(3.0, pairs, partners=3, **OPTIONS[option])(z, c, VOLUME) for _ in range(500)
+    ]
+    for values, expected in (
+        (torch.stack([d[0] for d in draws]).detach()[:, None], exact[0].detach()),
+        (torch.stack([d[1]["abs_error"] for d in draws])[:, None], exact[1]["abs_error"]),
+        (torch.stack([gradient(d[0]) for d in draws]).flatten(1), gradient(exact[0]).flatten()),
+    ):
+        error = (values.mean(0) - expected) / (values.std(0) / 500**0.5 + 1e-12)
+        # 50 standard errors at most: four and a half by chance once in 3000
+        assert error.abs().max() < 4.5 and values.std(0).max() > 0
 
 def test_many_rows_meet_random_partners_by_default():
     g = torch.Generator().manual_seed(0)
@@ -269,24 +417,38 @@ def test_many_rows_meet_random_partners_by_default():
     a, b = (DistanceLoss(60.)(z, c)[0] for _ in range(2))
     exact = DistanceLoss(60., partners=0)(z, c)[0]
     assert a != b and abs(a/exact - 1) < .02 and abs(b/exact - 1) < .02
-    assert DistanceLoss(60.)(z[:2047], c[:2047])[0] == DistanceLoss(60.)(z[:2047], c[:2047])[0] == DistanceLoss(60., partners=0)(z[:2047], c[:2047])[0]
-    assert DistanceLoss(60., partners=5000)(z, c)[0] == exact                         # as many as there are: all of them
+    assert (
+        DistanceLoss(60.0)(z[:2047], c[:2047])[0]
+        == DistanceLoss(60.0)(z[:2047], c[:2047])[0]
+        == DistanceLoss(60.0, partners=0)(z[:2047], c[:2047])[0]
+    )
+    # as many as there are: all of them
+    assert DistanceLoss(60., partners=5000)(z, c)[0] == exact
 
 class Largest(TorchDispatchMode):
     "Numbers in the largest tensor that any operation made"
     most = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.most = max([self.most] + [t.untyped_storage().nbytes()//t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
+        self.most = max(
+            [self.most]
+            + [
+                t.untyped_storage().nbytes() // t.element_size()
+                for t in tree_leaves(out)
+                if isinstance(t, torch.Tensor)
+            ]
+        )
         return out
 
 @pytest.mark.parametrize("pairs", ["off-diagonal", "within"])
 def test_memory_with_random_partners_grows_with_rows_not_their_square(pairs):
     def largest(n, p):
         z, c = torch.randn(n, 2, requires_grad=True), torch.rand(n, 3)
-        with Largest() as seen: DistanceLoss(partners=p, pairs=pairs)(z, c, torch.arange(n)//8)[0].backward()
+        with Largest() as seen:
+            DistanceLoss(partners=p, pairs=pairs)(z, c, torch.arange(n) // 8)[0].backward()
         return seen.most
-    assert largest(1024, 8) <= 1024*8*3 and largest(4096, 8) <= 4*1024*8*3           # one difference of three axes for every pair
+    # one difference of three axes for every pair
+    assert largest(1024, 8) <= 1024*8*3 and largest(4096, 8) <= 4*1024*8*3
     assert largest(1024, 0) >= 1024**2
 
 # Rivals that are told the position
@@ -299,13 +461,20 @@ def test_regression_is_that_of_standardised_positions():
     error = z.numpy() - (c.numpy() - np.float32(mean))/np.float32(std)
     assert loss.item() == pytest.approx((error**2).mean(), rel=1e-12) == terms["mse"].item()
     assert terms["mae_mm"].item() == pytest.approx(np.abs(error*np.float32(std)).mean(), rel=1e-12)
-    torch.testing.assert_close(PositionRegression(mean, std).to_mm(z), z*torch.tensor(std) + torch.tensor(mean), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        PositionRegression(mean, std).to_mm(z),
+        z * torch.tensor(std) + torch.tensor(mean),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 def test_the_head_of_the_regression_is_linear_at_its_end():
     torch.manual_seed(0)
     head = PositionHead(6, axes=2, hidden=16).eval()
     h = torch.randn(50, 6)
-    torch.testing.assert_close(head(h), torch.relu(h @ head[1].weight.T + head[1].bias) @ head[3].weight.T + head[3].bias)
+    torch.testing.assert_close(
+        head(h), torch.relu(h @ head[1].weight.T + head[1].bias) @ head[3].weight.T + head[3].bias
+    )
     assert (head(h) < 0).any() and head[0].p == .25 and PositionHead(6)[1].out_features == 2048
     with torch.no_grad(): assert not torch.equal(head.train()(h), head(h))
 
@@ -330,10 +499,17 @@ def test_relative_position_is_the_mean_over_pairs_of_one_volume(grouped, bound):
 def test_baselines_train_with_and_without_projector(loss, projector):
     from synthpi.models.branches import Branches, Projector
     torch.manual_seed(0)
-    model = Branches([nn.Sequential(nn.Linear(6, 12), nn.ReLU())], [Projector(12, (24, 16)) if projector else nn.Identity()], (0, 0))
+    model = Branches(
+        [nn.Sequential(nn.Linear(6, 12), nn.ReLU())],
+        [Projector(12, (24, 16)) if projector else nn.Identity()],
+        (0, 0),
+    )
     x = torch.randn(16, 6)
     loss(*model(x, x + .1*torch.randn(16, 6)))[0].backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters()) and model.encoders[0][0].weight.grad.abs().sum() > 0
+    assert (
+        all(p.grad.isfinite().all() for p in model.parameters())
+        and model.encoders[0][0].weight.grad.abs().sum() > 0
+    )
 
 # Precision
 
@@ -342,35 +518,72 @@ def test_half_precision_is_computed_in_float32(half):
     z, c = draw(40, 64, dtype=torch.float32)
     z, c = (100*z).to(half), 100*c
     volume = torch.arange(40)//8
-    cases = [(loss, (z,)) for loss in (DistanceLoss(), DistanceLoss(kl=.1), DistanceLoss(relative=.1, pairs="within"), DistanceLoss(partners=5), GaussianKL())]
-    cases += [(loss, (z[:, :3]/300,)) for loss in (PositionRegression([0.]*3, [9.]*3), RelativePosition([9.]*3))]
+    cases = [
+        (loss, (z,))
+        for loss in (
+            DistanceLoss(),
+            DistanceLoss(kl=0.1),
+            DistanceLoss(relative=0.1, pairs="within"),
+            DistanceLoss(partners=5),
+            GaussianKL(),
+        )
+    ]
+    cases += [
+        (loss, (z[:, :3] / 300,))
+        for loss in (PositionRegression([0.0] * 3, [9.0] * 3), RelativePosition([9.0] * 3))
+    ]
     cases += [(loss, (z, z + 1)) for loss in (DistanceBarlow(), TwoHeadLoss(16))]
     for loss, zs in cases:
         values = []
         for autocast in (True, False):
-            leaves = [z.detach().clone().requires_grad_() for z in zs] if autocast else [z.detach().float().requires_grad_() for z in zs]
+            leaves = (
+                [z.detach().clone().requires_grad_() for z in zs]
+                if autocast
+                else [z.detach().float().requires_grad_() for z in zs]
+            )
             torch.manual_seed(0)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast): value, terms = loss(*leaves, center_mm=c, volume_id=volume)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                value, terms = loss(*leaves, center_mm=c, volume_id=volume)
             value.backward()
-            assert value.dtype == torch.float32 and value.isfinite() and all(t.isfinite() for t in terms.values()) and all(z.grad.isfinite().all() for z in leaves)
+            assert (
+                value.dtype == torch.float32
+                and value.isfinite()
+                and all(t.isfinite() for t in terms.values())
+                and all(z.grad.isfinite().all() for z in leaves)
+            )
             values.append(value.detach())
         torch.testing.assert_close(*values, rtol=1e-6, atol=0)
 
 def test_centres_of_any_number_type_are_taken():
     z = Z1.clone()
     expected = DistanceLoss()(z, VOXELS)[0]
-    for c in (VOXELS.double(), VOXELS.long(), VOXELS.half()): torch.testing.assert_close(DistanceLoss()(z, c)[0], expected)
+    for c in (VOXELS.double(), VOXELS.long(), VOXELS.half()):
+        torch.testing.assert_close(DistanceLoss()(z, c)[0], expected)
     assert DistanceLoss()(z.double(), VOXELS)[0].dtype == torch.float64
 
 def test_volumes_are_looked_at_where_they_matter_only():
     z, c = draw()
-    for pairs in ("off-diagonal", "all"): assert DistanceLoss(pairs=pairs)(z, c, ["scan a"]*10)[0] == DistanceLoss(pairs=pairs)(z, c)[0]      # names, as a batch of records may hold
+    # names, as a batch of records may hold
+    for pairs in ("off-diagonal", "all"):
+        assert (
+            DistanceLoss(pairs=pairs)(z, c, ["scan a"] * 10)[0]
+            == DistanceLoss(pairs=pairs)(z, c)[0]
+        )
 
 def test_nothing_leaves_the_device(monkeypatch):
     "No loss asks for a copy on the processor"
-    for name in ("cpu", "numpy", "tolist"): monkeypatch.setattr(torch.Tensor, name, lambda *a, **k: pytest.fail("a copy was asked for"))
+    for name in ("cpu", "numpy", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, **k: pytest.fail("a copy was asked for"))
     z, c = draw(d=3)
-    for loss in (DistanceLoss(kl=.1), DistanceLoss(partners=3), DistanceLoss(pairs="within"), RelativePosition([1.]*3), GaussianKL(), PositionRegression([0.]*3, [1.]*3)): loss(z, c, VOLUME)
+    for loss in (
+        DistanceLoss(kl=0.1),
+        DistanceLoss(partners=3),
+        DistanceLoss(pairs="within"),
+        RelativePosition([1.0] * 3),
+        GaussianKL(),
+        PositionRegression([0.0] * 3, [1.0] * 3),
+    ):
+        loss(z, c, VOLUME)
 
 # What is measured outside training
 
@@ -379,9 +592,17 @@ def test_mean_pair_distance_of_all_pairs_and_of_a_sample(pairs):
     c = draw(60)[1]
     volume = torch.arange(60) % 7
     expected = np.mean([np.linalg.norm(c[i] - c[j]) for i, j in allowed(pairs, volume, 60)])
-    assert mean_pair_distance(c, volume, pairs) == pytest.approx(expected) == mean_pair_distance(c.numpy(), [f"scan {v}" for v in volume], pairs)
+    assert (
+        mean_pair_distance(c, volume, pairs)
+        == pytest.approx(expected)
+        == mean_pair_distance(c.numpy(), [f"scan {v}" for v in volume], pairs)
+    )
     sample = [mean_pair_distance(c, volume, pairs, max_pairs=1000, seed=s) for s in range(30)]
-    assert abs(np.mean(sample) - expected) < 4*np.std(sample)/30**.5 and np.std(sample) > 0 and sample[0] == mean_pair_distance(c, volume, pairs, max_pairs=1000, seed=0)
+    assert (
+        abs(np.mean(sample) - expected) < 4 * np.std(sample) / 30**0.5
+        and np.std(sample) > 0
+        and sample[0] == mean_pair_distance(c, volume, pairs, max_pairs=1000, seed=0)
+    )
 
 def test_a_sample_of_pairs_gives_every_pair_the_same_chance():
     "One volume of 2 crops that are far apart, one of 38 at one point: 2 of 1408 pairs"
@@ -397,18 +618,41 @@ def test_agreement_against_scipy(pairs):
     volume = torch.arange(50) % 6
     a = distance_agreement(z, c, volume, pairs, scale=2.5, bins=[0, 1, 5, 100])
     index = [(i, j) for i, j in allowed(pairs, volume, 50) if i < j]
-    dl, dp = (np.array([np.linalg.norm(x[i] - x[j]) for i, j in index]) for x in (z.numpy(), c.numpy()))
+    dl, dp = (
+        np.array([np.linalg.norm(x[i] - x[j]) for i, j in index]) for x in (z.numpy(), c.numpy())
+    )
     error = np.abs(2.5*dl - dp)
-    assert a.pairs == len(index) and a.scale == 2.5 and a.mean_abs_error == pytest.approx(error.mean())
-    assert a.pearson == pytest.approx(scipy.stats.pearsonr(dl, dp)[0]) and a.spearman == pytest.approx(scipy.stats.spearmanr(dl, dp)[0])
+    assert (
+        a.pairs == len(index) and a.scale == 2.5 and a.mean_abs_error == pytest.approx(error.mean())
+    )
+    assert a.pearson == pytest.approx(
+        scipy.stats.pearsonr(dl, dp)[0]
+    ) and a.spearman == pytest.approx(scipy.stats.spearmanr(dl, dp)[0])
     assert a.stress == pytest.approx(math.sqrt((error**2).sum()/(dp**2).sum()))
-    assert a.counts.tolist() == np.histogram(error, [0, 1, 5, 100])[0].tolist() and a.counts.sum() == a.pairs
+    assert (
+        a.counts.tolist() == np.histogram(error, [0, 1, 5, 100])[0].tolist()
+        and a.counts.sum() == a.pairs
+    )
     s = distance_agreement(z, c, volume, pairs, scale="fit")
-    assert s.scale == pytest.approx((dl @ dp)/(dl @ dl)) and all(s.stress <= distance_agreement(z, c, volume, pairs, scale=s.scale*f).stress for f in (.9, .99, 1.01, 1.1))
-    few = distance_agreement(z.float().numpy(), c.numpy(), volume.tolist(), pairs, scale=2.5, max_pairs=800)
-    assert few.pairs == (800 if len(index) > 800 or 50*49/2 > 800 else len(index)) and abs(few.mean_abs_error/a.mean_abs_error - 1) < .15
-    again = distance_agreement(z.float().numpy(), c.numpy(), volume.tolist(), pairs, scale=2.5, max_pairs=800)
-    assert few.mean_abs_error == again.mean_abs_error != distance_agreement(z, c, volume, pairs, scale=2.5, max_pairs=800, seed=1).mean_abs_error
+    assert s.scale == pytest.approx((dl @ dp) / (dl @ dl)) and all(
+        s.stress <= distance_agreement(z, c, volume, pairs, scale=s.scale * f).stress
+        for f in (0.9, 0.99, 1.01, 1.1)
+    )
+    few = distance_agreement(
+        z.float().numpy(), c.numpy(), volume.tolist(), pairs, scale=2.5, max_pairs=800
+    )
+    assert (
+        few.pairs == (800 if len(index) > 800 or 50 * 49 / 2 > 800 else len(index))
+        and abs(few.mean_abs_error / a.mean_abs_error - 1) < 0.15
+    )
+    again = distance_agreement(
+        z.float().numpy(), c.numpy(), volume.tolist(), pairs, scale=2.5, max_pairs=800
+    )
+    assert (
+        few.mean_abs_error
+        == again.mean_abs_error
+        != distance_agreement(z, c, volume, pairs, scale=2.5, max_pairs=800, seed=1).mean_abs_error
+    )
 
 def test_a_collapsed_encoder_has_no_correlation_and_no_error_of_arithmetic():
     a = distance_agreement(torch.ones(30, 8), draw(30)[1], scale="fit")
@@ -418,27 +662,139 @@ def test_a_collapsed_encoder_has_no_correlation_and_no_error_of_arithmetic():
 
 # Misuse
 
-BAD = [(lambda z, c: DistanceLoss()(z[0], c), ValueError, r"shape \(5,\)"), (lambda z, c: DistanceLoss()(z.long(), c), ValueError, "int64"), (lambda z, c: DistanceLoss()(z[:, :0], c), ValueError, "at least one column"),
-       (lambda z, c: DistanceLoss()((z, z), c), TypeError, "a tuple arrived as embeddings"), (lambda z, c: DistanceLoss()(z, c.tolist()), TypeError, "center_mm is a list"),
-       (lambda z, c: DistanceLoss()(z, c[:9]), ValueError, r"shape \(9, 3\) arrived for 10 embeddings"), (lambda z, c: DistanceLoss()(z, c[:, 0]), ValueError, r"shape \(10,\)"),
-       (lambda z, c: DistanceLoss()(z, torch.cat([c, c], 1)), ValueError, r"\(10, 6\) arrived"), (lambda z, c: DistanceLoss()(z[:1], c[:1]), ValueError, "1 row arrived"), (lambda z, c: DistanceLoss()(z[:0], c[:0]), ValueError, "0 rows arrived"),
-       (lambda z, c: GaussianKL()(z[:1]), ValueError, "1 row arrived"), (lambda z, c: DistanceLoss(pairs="within")(z, c), ValueError, "needs volume_id"), (lambda z, c: DistanceLoss(pairs="within")(z, c, torch.arange(10)), ValueError, "no pair among 10 rows of 10 volumes"),
-       (lambda z, c: DistanceLoss(pairs="within", partners=3)(z, c, torch.arange(10)), ValueError, "no pair among"), (lambda z, c: DistanceLoss(pairs="cross")(z, c, torch.zeros(10, dtype=torch.long)), ValueError, "10 rows of 1 volume:"),
-       (lambda z, c: RelativePosition([1.]*3)(z[:, :3], c, torch.arange(10)), ValueError, "no pair among"), (lambda z, c: DistanceLoss(pairs="cross")(z, c, VOLUME[:4]), ValueError, r"\(4,\) int64 arrived"), (lambda z, c: DistanceLoss(pairs="within")(z, c, VOLUME.float()), ValueError, "float32 arrived"),
-       (lambda z, c: DistanceLoss(pairs="within")(z, c, ["a"]*10), ValueError, "volume_id: a list arrived"), (lambda z, c: DistanceLoss()(z, c.index_fill(0, torch.tensor([3, 6]), math.inf)), ValueError, "2 of 10 rows of centres are not finite, the first is row 3"),
-       (lambda z, c: DistanceLoss(partners=3)(z, c.index_fill(1, torch.tensor([1]), math.nan)), ValueError, "10 of 10 rows"), (lambda z, c: PositionRegression([0.]*3, [1.]*3)(z[:, :3], c*math.nan), ValueError, "not finite"),
-       (lambda z, c: PositionRegression([0.]*3, [1.]*3)(z, c), ValueError, "5 outputs, 3 axes of centres and 3"), (lambda z, c: RelativePosition([1.]*2)(z[:, :3], c), ValueError, "3 outputs, 3 axes of centres and 2"),
-       (lambda z, c: PositionRegression([0.]*3, [1., 0, 1]), ValueError, "above zero"), (lambda z, c: PositionRegression([0.]*3, [1.]*2), ValueError, "one of each"), (lambda z, c: RelativePosition([1.]*3, bound=0), ValueError, "bound=0"),
-       (lambda z, c: DistanceLoss(0.), ValueError, "scale=0.0"), (lambda z, c: DistanceLoss(math.inf), ValueError, "scale=inf"), (lambda z, c: DistanceLoss(math.nan), ValueError, "scale=nan"), (lambda z, c: DistanceLoss(relative=0.), ValueError, "relative=0.0"),
-       (lambda z, c: DistanceLoss(huber=-1.), ValueError, "huber=-1.0"), (lambda z, c: DistanceLoss(kl=-1.), ValueError, "kl=-1.0 arrived; expected a finite number of zero or more"), (lambda z, c: DistanceLoss(partners=-1), ValueError, "partners=-1"),
-       (lambda z, c: DistanceLoss(partners=2.5), ValueError, "partners=2.5"), (lambda z, c: DistanceLoss(pairs="diagonal"), ValueError, "pairs='diagonal' arrived; expected one of 'off-diagonal', 'within', 'cross', 'all'"),
-       (lambda z, c: DistanceBarlow()(z, center_mm=c), ValueError, "1 view arrived"), (lambda z, c: DistanceBarlow(weight=-1), ValueError, "weight=-1"), (lambda z, c: DistanceBarlow("isimed"), TypeError, "distance is a str"),
-       (lambda z, c: TwoHeadLoss(5)(z, z, center_mm=c), ValueError, "5 columns arrived, of which the first 5"), (lambda z, c: TwoHeadLoss(2)(z, center_mm=c), ValueError, "1 view arrived"), (lambda z, c: TwoHeadLoss(2)(center_mm=c), ValueError, "0 view"),
-       (lambda z, c: axis_scale(c*torch.tensor([1., 0, 1])), ValueError, "every axis to vary"), (lambda z, c: axis_scale(c[:1]), ValueError, "1 centres"), (lambda z, c: mean_pair_distance(c, pairs="all"), ValueError, "expected one of 'off-diagonal', 'within', 'cross'"),
-       (lambda z, c: mean_pair_distance(c.T), ValueError, r"\(3, 10\) arrived"), (lambda z, c: mean_pair_distance(c[:1]), ValueError, "no pair among 1 rows"), (lambda z, c: mean_pair_distance(c, pairs="within"), ValueError, "without volume_id"),
-       (lambda z, c: mean_pair_distance(c, ["a"]*9), ValueError, r"volume_id of shape \(9,\)"), (lambda z, c: mean_pair_distance(c*math.nan), ValueError, "not finite"), (lambda z, c: distance_agreement(z*math.nan, c), ValueError, "rows of embeddings are not finite"),
-       (lambda z, c: distance_agreement(z, c[:9]), ValueError, r"\(9, 3\) arrived; expected \(10, 2\)"), (lambda z, c: distance_agreement(z, c, scale="best"), ValueError, "scale='best'"), (lambda z, c: distance_agreement(z, c, scale=-2.), ValueError, "scale=-2.0"),
-       (lambda z, c: distance_agreement(z, c, list(range(10)), "within"), ValueError, "10 volumes")]
+BAD = [
+    (lambda z, c: DistanceLoss()(z[0], c), ValueError, r"shape \(5,\)"),
+    (lambda z, c: DistanceLoss()(z.long(), c), ValueError, "int64"),
+    (lambda z, c: DistanceLoss()(z[:, :0], c), ValueError, "at least one column"),
+    (lambda z, c: DistanceLoss()((z, z), c), TypeError, "a tuple arrived as embeddings"),
+    (lambda z, c: DistanceLoss()(z, c.tolist()), TypeError, "center_mm is a list"),
+    (
+        lambda z, c: DistanceLoss()(z, c[:9]),
+        ValueError,
+        r"shape \(9, 3\) arrived for 10 embeddings",
+    ),
+    (lambda z, c: DistanceLoss()(z, c[:, 0]), ValueError, r"shape \(10,\)"),
+    (lambda z, c: DistanceLoss()(z, torch.cat([c, c], 1)), ValueError, r"\(10, 6\) arrived"),
+    (lambda z, c: DistanceLoss()(z[:1], c[:1]), ValueError, "1 row arrived"),
+    (lambda z, c: DistanceLoss()(z[:0], c[:0]), ValueError, "0 rows arrived"),
+    (lambda z, c: GaussianKL()(z[:1]), ValueError, "1 row arrived"),
+    (lambda z, c: DistanceLoss(pairs="within")(z, c), ValueError, "needs volume_id"),
+    (
+        lambda z, c: DistanceLoss(pairs="within")(z, c, torch.arange(10)),
+        ValueError,
+        "no pair among 10 rows of 10 volumes",
+    ),
+    (
+        lambda z, c: DistanceLoss(pairs="within", partners=3)(z, c, torch.arange(10)),
+        ValueError,
+        "no pair among",
+    ),
+    (
+        lambda z, c: DistanceLoss(pairs="cross")(z, c, torch.zeros(10, dtype=torch.long)),
+        ValueError,
+        "10 rows of 1 volume:",
+    ),
+    (
+        lambda z, c: RelativePosition([1.0] * 3)(z[:, :3], c, torch.arange(10)),
+        ValueError,
+        "no pair among",
+    ),
+    (
+        lambda z, c: DistanceLoss(pairs="cross")(z, c, VOLUME[:4]),
+        ValueError,
+        r"\(4,\) int64 arrived",
+    ),
+    (
+        lambda z, c: DistanceLoss(pairs="within")(z, c, VOLUME.float()),
+        ValueError,
+        "float32 arrived",
+    ),
+    (
+        lambda z, c: DistanceLoss(pairs="within")(z, c, ["a"] * 10),
+        ValueError,
+        "volume_id: a list arrived",
+    ),
+    (
+        lambda z, c: DistanceLoss()(z, c.index_fill(0, torch.tensor([3, 6]), math.inf)),
+        ValueError,
+        "2 of 10 rows of centres are not finite, the first is row 3",
+    ),
+    (
+        lambda z, c: DistanceLoss(partners=3)(z, c.index_fill(1, torch.tensor([1]), math.nan)),
+        ValueError,
+        "10 of 10 rows",
+    ),
+    (
+        lambda z, c: PositionRegression([0.0] * 3, [1.0] * 3)(z[:, :3], c * math.nan),
+        ValueError,
+        "not finite",
+    ),
+    (
+        lambda z, c: PositionRegression([0.0] * 3, [1.0] * 3)(z, c),
+        ValueError,
+        "5 outputs, 3 axes of centres and 3",
+    ),
+    (
+        lambda z, c: RelativePosition([1.0] * 2)(z[:, :3], c),
+        ValueError,
+        "3 outputs, 3 axes of centres and 2",
+    ),
+    (lambda z, c: PositionRegression([0.0] * 3, [1.0, 0, 1]), ValueError, "above zero"),
+    (lambda z, c: PositionRegression([0.0] * 3, [1.0] * 2), ValueError, "one of each"),
+    (lambda z, c: RelativePosition([1.0] * 3, bound=0), ValueError, "bound=0"),
+    (lambda z, c: DistanceLoss(0.0), ValueError, "scale=0.0"),
+    (lambda z, c: DistanceLoss(math.inf), ValueError, "scale=inf"),
+    (lambda z, c: DistanceLoss(math.nan), ValueError, "scale=nan"),
+    (lambda z, c: DistanceLoss(relative=0.0), ValueError, "relative=0.0"),
+    (lambda z, c: DistanceLoss(huber=-1.0), ValueError, "huber=-1.0"),
+    (
+        lambda z, c: DistanceLoss(kl=-1.0),
+        ValueError,
+        "kl=-1.0 arrived; expected a finite number of zero or more",
+    ),
+    (lambda z, c: DistanceLoss(partners=-1), ValueError, "partners=-1"),
+    (lambda z, c: DistanceLoss(partners=2.5), ValueError, "partners=2.5"),
+    (
+        lambda z, c: DistanceLoss(pairs="diagonal"),
+        ValueError,
+        "pairs='diagonal' arrived; expected one of 'off-diagonal', 'within', 'cross', 'all'",
+    ),
+    (lambda z, c: DistanceBarlow()(z, center_mm=c), ValueError, "1 view arrived"),
+    (lambda z, c: DistanceBarlow(weight=-1), ValueError, "weight=-1"),
+    (lambda z, c: DistanceBarlow("isimed"), TypeError, "distance is a str"),
+    (
+        lambda z, c: TwoHeadLoss(5)(z, z, center_mm=c),
+        ValueError,
+        "5 columns arrived, of which the first 5",
+    ),
+    (lambda z, c: TwoHeadLoss(2)(z, center_mm=c), ValueError, "1 view arrived"),
+    (lambda z, c: TwoHeadLoss(2)(center_mm=c), ValueError, "0 view"),
+    (lambda z, c: axis_scale(c * torch.tensor([1.0, 0, 1])), ValueError, "every axis to vary"),
+    (lambda z, c: axis_scale(c[:1]), ValueError, "1 centres"),
+    (
+        lambda z, c: mean_pair_distance(c, pairs="all"),
+        ValueError,
+        "expected one of 'off-diagonal', 'within', 'cross'",
+    ),
+    (lambda z, c: mean_pair_distance(c.T), ValueError, r"\(3, 10\) arrived"),
+    (lambda z, c: mean_pair_distance(c[:1]), ValueError, "no pair among 1 rows"),
+    (lambda z, c: mean_pair_distance(c, pairs="within"), ValueError, "without volume_id"),
+    (lambda z, c: mean_pair_distance(c, ["a"] * 9), ValueError, r"volume_id of shape \(9,\)"),
+    (lambda z, c: mean_pair_distance(c * math.nan), ValueError, "not finite"),
+    (
+        lambda z, c: distance_agreement(z * math.nan, c),
+        ValueError,
+        "rows of embeddings are not finite",
+    ),
+    (
+        lambda z, c: distance_agreement(z, c[:9]),
+        ValueError,
+        r"\(9, 3\) arrived; expected \(10, 2\)",
+    ),
+    (lambda z, c: distance_agreement(z, c, scale="best"), ValueError, "scale='best'"),
+    (lambda z, c: distance_agreement(z, c, scale=-2.0), ValueError, "scale=-2.0"),
+    (lambda z, c: distance_agreement(z, c, list(range(10)), "within"), ValueError, "10 volumes"),
+]
 
 @pytest.mark.parametrize("case", range(len(BAD)))
 def test_misuse_says_what_arrived_and_what_was_expected(case):
@@ -448,9 +804,18 @@ def test_misuse_says_what_arrived_and_what_was_expected(case):
 # Several processes
 
 ROWS = (6, 4)
-CASES = {"plain": (DistanceLoss(4.), 1), "all, kl": (DistanceLoss(4., "all", kl=.3), 1), "within": (DistanceLoss(4., "within", relative=.1), 1), "cross": (DistanceLoss(4., "cross", huber=.5), 1), "kl": (GaussianKL(), 1),
-         "barlow": (DistanceBarlow(DistanceLoss(4.), weight=5.), 2), "two heads": (TwoHeadLoss(2, DistanceLoss(4., "within"), weight=5.), 2), "regression": (PositionRegression([1.]*3, [2.]*3), 1), "relative": (RelativePosition([2.]*3), 1),
-         "partners": (DistanceLoss(4., "within", partners=4), 1)}
+CASES = {
+    "plain": (DistanceLoss(4.0), 1),
+    "all, kl": (DistanceLoss(4.0, "all", kl=0.3), 1),
+    "within": (DistanceLoss(4.0, "within", relative=0.1), 1),
+    "cross": (DistanceLoss(4.0, "cross", huber=0.5), 1),
+    "kl": (GaussianKL(), 1),
+    "barlow": (DistanceBarlow(DistanceLoss(4.0), weight=5.0), 2),
+    "two heads": (TwoHeadLoss(2, DistanceLoss(4.0, "within"), weight=5.0), 2),
+    "regression": (PositionRegression([1.0] * 3, [2.0] * 3), 1),
+    "relative": (RelativePosition([2.0] * 3), 1),
+    "partners": (DistanceLoss(4.0, "within", partners=4), 1),
+}
 
 class Net(nn.Module):
     def __init__(self, d):
@@ -462,12 +827,20 @@ def data(name):
     "The same model and joined batch in every process"
     torch.manual_seed(0)
     model = Net(3 if name in ("regression", "relative") else 5).double()
-    return model, [torch.randn(10, 6, dtype=torch.float64) for _ in range(CASES[name][1])], 3*torch.randn(10, 3, dtype=torch.float64)
+    return (
+        model,
+        [torch.randn(10, 6, dtype=torch.float64) for _ in range(CASES[name][1])],
+        3 * torch.randn(10, 3, dtype=torch.float64),
+    )
 
 def train_step(model, name, views, c, volume):
     scalar, terms = CASES[name][0](*model(*views), center_mm=c, volume_id=volume)
     scalar.backward()
-    return scalar.detach(), terms, {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()}
+    return (
+        scalar.detach(),
+        terms,
+        {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters()},
+    )
 
 def raises(call):
     try: call()
@@ -475,12 +848,21 @@ def raises(call):
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=(folder/"meeting").as_uri(), rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=(folder / "meeting").as_uri(),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
     own, out = slice(0, ROWS[0]) if rank == 0 else slice(ROWS[0], None), {}
     for name in CASES:
         model, views, c = data(name)
-        torch.manual_seed(10 + rank)                                              # processes draw different numbers
-        out[name] = train_step(DistributedDataParallel(model), name, [v[own] for v in views], c[own], VOLUME[own])
+        # processes draw different numbers
+        torch.manual_seed(10 + rank)
+        out[name] = train_step(
+            DistributedDataParallel(model), name, [v[own] for v in views], c[own], VOLUME[own]
+        )
     z, c = draw(2, 3)
     out["one row each"] = DistanceLoss()(z[rank:rank + 1], c[rank:rank + 1])[0]
     out["not finite in one"] = raises(lambda: DistanceLoss()(z, c*(math.nan if rank else 1)))
@@ -491,34 +873,55 @@ def worker(rank, world, folder):
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     folder, context = tmp_path_factory.mktemp("group"), mp.get_context("spawn")
-    children = [context.Process(target=worker, args=(rank, 2, folder), daemon=True) for rank in range(2)]
+    children = [
+        context.Process(target=worker, args=(rank, 2, folder), daemon=True) for rank in range(2)
+    ]
     for c in children: c.start()
     try:
         end = time.monotonic() + 120
-        while any(c.is_alive() for c in children) and time.monotonic() < end and not any(c.exitcode for c in children): time.sleep(.05)
-        assert [c.exitcode for c in children] == [0, 0], "a process failed or hung; its traceback is on standard error"
+        while (
+            any(c.is_alive() for c in children)
+            and time.monotonic() < end
+            and not any(c.exitcode for c in children)
+        ):
+            time.sleep(0.05)
+        assert [c.exitcode for c in children] == [0, 0], (
+            "a process failed or hung; its traceback is on standard error"
+        )
     finally:
-        for c in children: c.kill(); c.join()
+        for c in children:
+            c.kill()
+            c.join()
     return [torch.load(folder/f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one_on_the_joined_batch(processes, name, monkeypatch):
-    if name == "partners":                                                        # what both processes drew for their rows
+    # what both processes drew for their rows
+    if name == "partners":
         draws = []
-        for rank in range(2): torch.manual_seed(10 + rank); draws.append(torch.rand(ROWS[rank], 4))
+        for rank in range(2):
+            torch.manual_seed(10 + rank)
+            draws.append(torch.rand(ROWS[rank], 4))
         monkeypatch.setattr(distance.torch, "rand", lambda *shape, **kw: torch.cat(draws))
     model, views, c = data(name)
     scalar, terms, grads = train_step(model, name, views, c, VOLUME)
     largest = max(g.abs().max().item() for g in grads.values())
     assert largest > 0
     for found, found_terms, found_grads in (p[name] for p in processes):
-        torch.testing.assert_close(found, scalar, rtol=1e-12, atol=1e-13)         # float64: sums in another order
+        # float64: sums in another order
+        torch.testing.assert_close(found, scalar, rtol=1e-12, atol=1e-13)
         for k in terms: torch.testing.assert_close(found_terms[k], terms[k], rtol=1e-11, atol=1e-13)
-        for k in grads: torch.testing.assert_close(found_grads[k], grads[k], rtol=1e-9, atol=1e-11*largest)
-    if name not in ("partners", "within", "two heads", "relative"):               # the others have no pair within the second process alone
+        for k in grads:
+            torch.testing.assert_close(found_grads[k], grads[k], rtol=1e-9, atol=1e-11 * largest)
+    # the others have no pair within the second process alone
+    if name not in ("partners", "within", "two heads", "relative"):
         model, views, c = data(name)
-        apart = [CASES[name][0](*model(*[v[s] for v in views]), center_mm=c[s], volume_id=VOLUME[s])[0] for s in (slice(0, 6), slice(6, 10))]
-        assert abs(sum(apart)/2 - scalar) > 1e-6                                  # each to itself would be another loss
+        apart = [
+            CASES[name][0](*model(*[v[s] for v in views]), center_mm=c[s], volume_id=VOLUME[s])[0]
+            for s in (slice(0, 6), slice(6, 10))
+        ]
+        # each to itself would be another loss
+        assert abs(sum(apart)/2 - scalar) > 1e-6
 
 def test_rows_of_one_process_count_in_the_other_and_so_do_errors(processes):
     z, c = draw(2, 3)

@@ -1,4 +1,5 @@
-"A generator learns on a small set, paired or not; it is chosen on patients that it has not seen; it goes on where it was stopped."
+"""A generator learns on a small set, paired or not; it is chosen on patients that it has not seen;
+it goes on where it was stopped."""
 import os
 import subprocess
 import sys
@@ -26,22 +27,38 @@ def pairs(tmp_path_factory):
 SMALL = dict(um_per_px=.5, crop=48, batch_size=4, progress=None)
 
 @pytest.fixture(scope="module")
-def regression(pairs): return fit_generator(pairs, Regression(width=8), steps=60, evaluate_every=25, **SMALL)
+def regression(pairs):
+    return fit_generator(pairs, Regression(width=8), steps=60, evaluate_every=25, **SMALL)
 
 def test_masks_carry_over_to_another_laboratory(regression):
     generator = regression
-    assert generator.about["dice_validation"] >= .75 and not generator.about["unpaired"]      # 0.88 was reached
-    assert not set(generator.training_ids) & set(generator.about["validation_groups"]) and len(generator.training_ids) == 6
+    # 0.88 was reached
+    assert generator.about["dice_validation"] >= .75 and not generator.about["unpaired"]
+    assert (
+        not set(generator.training_ids) & set(generator.about["validation_groups"])
+        and len(generator.training_ids) == 6
+    )
     tiles = tissue_phantoms(6, 3, seed=1)
-    with pytest.warns(UserWarning, match="0.75 micrometres per pixel and the generator 'unet_mask' was trained at 0.5"):
-        drawn = generator.translate(torch.from_numpy(tiles.image).permute(0, 3, 1, 2).float()/255, um_per_px=tiles.um_per_px)[:, 0]
+    with pytest.warns(
+        UserWarning,
+        match="0.75 micrometres per pixel and the generator 'unet_mask' was trained at 0.5",
+    ):
+        drawn = generator.translate(
+            torch.from_numpy(tiles.image).permute(0, 3, 1, 2).float() / 255,
+            um_per_px=tiles.um_per_px,
+        )[:, 0]
     true = torch.from_numpy((tiles.mask > 0).astype(np.float32))
-    assert dice_score((drawn > .5).float(), true) >= .6 > dice_score((drawn > .5).float(), true.roll(1, 0))
+    assert (
+        dice_score((drawn > 0.5).float(), true)
+        >= 0.6
+        > dice_score((drawn > 0.5).float(), true.roll(1, 0))
+    )
 
 @pytest.mark.parametrize("objective, steps, lr, least", [(Pix2Pix(width=8), 50, 2e-3, .75), pytest.param(CycleGAN(width=8, network="unet"), 75, 2e-3, .65, marks=pytest.mark.slow), pytest.param(CUT(width=8, blocks=2, patches=64), 75, 1e-3, .6, marks=pytest.mark.slow)],
                          ids=lambda o: getattr(o, "name", ""))
 def test_every_objective_converges_on_phantoms(pairs, objective, steps, lr, least):
-    "Reached: 0.83, 0.79, 0.70, and 0.88 by the regression above. All pixels as nuclei would give 0.35"
+    """Reached: 0.83, 0.79, 0.70, and 0.88 by the regression above. All pixels as nuclei would give
+    0.35"""
     generator = fit_generator(pairs, objective, steps=steps, lr=lr, evaluate_every=25, **SMALL)
     assert generator.about["dice_validation"] >= least, generator.about["evaluations"]
     assert generator.about["unpaired"] is not objective.paired
@@ -51,7 +68,8 @@ def test_colour_targets_are_learnt_by_their_absolute_error():
     loss, terms = Regression("image")(torch.logit(target.clamp(.01, .99)), target)
     assert loss < .01 and set(terms) == {"l1"}
     generator = ModuleGenerator(Regression("image").generator())
-    for size in (9, 16, 40): assert generator.translate(torch.rand(1, 3, size, size)).shape == (1, 3, size, size)
+    for size in (9, 16, 40):
+        assert generator.translate(torch.rand(1, 3, size, size)).shape == (1, 3, size, size)
 
 def test_without_pairs_no_image_meets_a_mask_of_its_patient(pairs, monkeypatch):
     seen, crops = {}, translation._crops
@@ -61,7 +79,13 @@ def test_without_pairs_no_image_meets_a_mask_of_its_patient(pairs, monkeypatch):
     monkeypatch.setattr(translation, "_crops", spy)
     generator = fit_generator(pairs, CycleGAN(width=4, blocks=1), steps=1, **SMALL)
     held = set(generator.about["validation_groups"])
-    assert seen["x"] and seen["y"] and not seen["x"] & seen["y"] and not (seen["x"] | seen["y"]) & held and set(generator.training_ids) == seen["x"] | seen["y"]
+    assert (
+        seen["x"]
+        and seen["y"]
+        and not seen["x"] & seen["y"]
+        and not (seen["x"] | seen["y"]) & held
+        and set(generator.training_ids) == seen["x"] | seen["y"]
+    )
 
 class Stop:
     "Ctrl-C after some steps"
@@ -72,11 +96,22 @@ class Stop:
 @pytest.mark.parametrize("objective", [Regression(width=4), CycleGAN(width=4, blocks=1, pool=3), CUT(width=4, blocks=1, patches=16)], ids=lambda o: o.name)
 def test_a_stopped_training_ends_with_the_same_generator(pairs, tmp_path, objective):
     run = dict(steps=12, evaluate_every=4, **SMALL)
-    with pytest.raises(KeyboardInterrupt): fit_generator(pairs, objective, run_dir=tmp_path/"stopped", on_step=Stop(6), **run)
-    resumed, whole = fit_generator(pairs, objective, run_dir=tmp_path/"stopped", **run), fit_generator(pairs, objective, run_dir=tmp_path/"whole", **run)
-    assert resumed.key == whole.key and resumed.about["evaluations"] == whole.about["evaluations"] and resumed.history.equals(whole.history)
-    assert sorted(p.name for p in (tmp_path/"stopped"/"samples").iterdir()) == [f"step-{k:06d}.png" for k in (4, 8, 12)]
-    with pytest.raises(ValueError, match="training of another generator"): fit_generator(pairs, objective, run_dir=tmp_path/"whole", **run | {"evaluate_every": 3})
+    with pytest.raises(KeyboardInterrupt):
+        fit_generator(pairs, objective, run_dir=tmp_path / "stopped", on_step=Stop(6), **run)
+    resumed, whole = (
+        fit_generator(pairs, objective, run_dir=tmp_path / "stopped", **run),
+        fit_generator(pairs, objective, run_dir=tmp_path / "whole", **run),
+    )
+    assert (
+        resumed.key == whole.key
+        and resumed.about["evaluations"] == whole.about["evaluations"]
+        and resumed.history.equals(whole.history)
+    )
+    assert sorted(p.name for p in (tmp_path / "stopped" / "samples").iterdir()) == [
+        f"step-{k:06d}.png" for k in (4, 8, 12)
+    ]
+    with pytest.raises(ValueError, match="training of another generator"):
+        fit_generator(pairs, objective, run_dir=tmp_path / "whole", **run | {"evaluate_every": 3})
 
 def test_an_evaluation_that_was_interrupted_is_made_up_for(pairs, tmp_path, monkeypatch):
     run, real, calls = dict(steps=6, evaluate_every=2, **SMALL), translation.validate, []
@@ -85,47 +120,100 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(pairs, tmp_path, monk
         if len(calls) == 2: raise KeyboardInterrupt
         return real(*a)
     monkeypatch.setattr(translation, "validate", interrupted)
-    with pytest.raises(KeyboardInterrupt): fit_generator(pairs, Regression(width=4), run_dir=tmp_path/"stopped", **run)
-    resumed, whole = (fit_generator(pairs, Regression(width=4), run_dir=tmp_path/name, **run) for name in ("stopped", "whole"))
-    assert [e[0] for e in resumed.about["evaluations"]] == [2, 4, 6] and resumed.about["evaluations"] == whole.about["evaluations"] and resumed.key == whole.key
+    with pytest.raises(KeyboardInterrupt):
+        fit_generator(pairs, Regression(width=4), run_dir=tmp_path / "stopped", **run)
+    resumed, whole = (
+        fit_generator(pairs, Regression(width=4), run_dir=tmp_path / name, **run)
+        for name in ("stopped", "whole")
+    )
+    assert (
+        [e[0] for e in resumed.about["evaluations"]] == [2, 4, 6]
+        and resumed.about["evaluations"] == whole.about["evaluations"]
+        and resumed.key == whole.key
+    )
 
 def test_early_stopping_keeps_the_best_and_does_not_go_on(pairs, tmp_path, monkeypatch):
     scores = iter([.2, .5, .4, .3, .9])
     monkeypatch.setattr(translation, "validate", lambda *a: next(scores))
     run = dict(steps=50, evaluate_every=2, patience=2, run_dir=tmp_path, **SMALL)
     generator = fit_generator(pairs, Regression(width=4), **run)
-    assert generator.about["stopped_early"] and (generator.about["steps"], generator.about["best_step"], generator.about["dice_validation"]) == (8, 4, .5)
-    again = fit_generator(pairs, Regression(width=4), **run)               # would ask for a sixth score
+    assert generator.about["stopped_early"] and (
+        generator.about["steps"],
+        generator.about["best_step"],
+        generator.about["dice_validation"],
+    ) == (8, 4, 0.5)
+    # would ask for a sixth score
+    again = fit_generator(pairs, Regression(width=4), **run)
     assert again.key == generator.key and len(again.history) == 8
 
 def test_the_best_checkpoint_is_kept_and_not_the_last(pairs, monkeypatch):
     scores = iter([.2, .5, .4])
     monkeypatch.setattr(translation, "validate", lambda *a: next(scores))
     states = []
-    generator = fit_generator(pairs, Regression(width=4), steps=6, evaluate_every=2, on_step=lambda t: states.append({k: v.clone() for k, v in t.model.generator.state_dict().items()}), **SMALL)
+    generator = fit_generator(
+        pairs,
+        Regression(width=4),
+        steps=6,
+        evaluate_every=2,
+        on_step=lambda t: states.append(
+            {k: v.clone() for k, v in t.model.generator.state_dict().items()}
+        ),
+        **SMALL,
+    )
     assert all(torch.equal(v, states[3][k]) for k, v in generator.module.state_dict().items())
 
 def test_groups_to_choose_by_can_be_named(pairs):
     names = sorted(set(pairs["group"]))
-    assert fit_generator(pairs, Regression(width=4), steps=1, val=names[:2], **SMALL).about["validation_groups"] == names[:2]
+    assert (
+        fit_generator(pairs, Regression(width=4), steps=1, val=names[:2], **SMALL).about[
+            "validation_groups"
+        ]
+        == names[:2]
+    )
     for val in (names, ["nobody"]):
-        with pytest.raises(ValueError, match="to choose by"): fit_generator(pairs, Regression(width=4), steps=1, val=val, **SMALL)
+        with pytest.raises(ValueError, match="to choose by"):
+            fit_generator(pairs, Regression(width=4), steps=1, val=val, **SMALL)
 
 def test_the_kernel_distance_tells_answers_from_noise():
     g = torch.Generator().manual_seed(0)
-    masks = [(torch.nn.functional.interpolate(torch.rand(1, 1, 6, 6, generator=g), size=48, mode="bilinear")[0] > .6).byte()*255 for _ in range(12)]
+    masks = [
+        (
+            torch.nn.functional.interpolate(
+                torch.rand(1, 1, 6, 6, generator=g), size=48, mode="bilinear"
+            )[0]
+            > 0.6
+        ).byte()
+        * 255
+        for _ in range(12)
+    ]
     class Answer(torch.nn.Module):
-        def __init__(self, f): super().__init__(); self.f = f
+        def __init__(self, f):
+            super().__init__()
+            self.f = f
         def forward(self, x): return self.f(x)
     as_they_are = ModuleGenerator(Answer(lambda x: x[:, :1]), activation=lambda v: v)
     flat = ModuleGenerator(Answer(lambda x: x[:, :1]*0 + .5), activation=lambda v: v)
     images = [m.expand(3, -1, -1) for m in masks[:6]]
-    assert validate_unpaired(as_they_are, images, masks[6:]) > validate_unpaired(flat, images, masks[6:])
+    assert validate_unpaired(as_they_are, images, masks[6:]) > validate_unpaired(
+        flat, images, masks[6:]
+    )
 
 def test_the_scale_comes_from_the_column_and_must_be_one(pairs):
     told = pairs.add_column("um_per_px", [.25]*len(pairs))
-    assert fit_generator(told, Regression(width=4), steps=1, crop=48, batch_size=2, progress=None).um_per_px == .25
-    with pytest.raises(ValueError, match="2 resolutions"): fit_generator(pairs.add_column("um_per_px", [.25, .5]*(len(pairs)//2)), Regression(width=4), steps=1, crop=48, progress=None)
+    assert (
+        fit_generator(
+            told, Regression(width=4), steps=1, crop=48, batch_size=2, progress=None
+        ).um_per_px
+        == 0.25
+    )
+    with pytest.raises(ValueError, match="2 resolutions"):
+        fit_generator(
+            pairs.add_column("um_per_px", [0.25, 0.5] * (len(pairs) // 2)),
+            Regression(width=4),
+            steps=1,
+            crop=48,
+            progress=None,
+        )
 
 TWO = """
 import sys
@@ -142,9 +230,27 @@ for objective in (Pix2Pix(width=4), CycleGAN(width=4, blocks=1, pool=3)):
 def test_two_processes_train_one_generator(pairs, tmp_path):
     "Each on crops of its own, with gradients averaged: the weights stay equal"
     (tmp_path/"two.py").write_text(TWO)
-    folder = str(Path(pairs.cast_column("primary", ImageFeature(decode=False))[0]["primary"]["path"]).parents[1])
-    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path/"two.py"), folder, str(tmp_path/"out")], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                         capture_output=True, text=True)
+    folder = str(
+        Path(
+            pairs.cast_column("primary", ImageFeature(decode=False))[0]["primary"]["path"]
+        ).parents[1]
+    )
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(tmp_path / "two.py"),
+            folder,
+            str(tmp_path / "out"),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr[-2000:]
     for name in ("pix2pix", "cyclegan"):
         said = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith(name)]
@@ -152,17 +258,33 @@ def test_two_processes_train_one_generator(pairs, tmp_path):
 
 @pytest.mark.parametrize("change, words", [(dict(crop=16), "at least 32"), (dict(batch_size=0), "at least 1 crop"), (dict(patience=0), "patience=0"), (dict(val=0.), "between 0 and 1"), (dict(val=1.5), "between 0 and 1")])
 def test_what_cannot_work_is_refused(pairs, change, words):
-    with pytest.raises(ValueError, match=words): fit_generator(pairs, Regression(width=4), steps=1, **SMALL | change)
+    with pytest.raises(ValueError, match=words):
+        fit_generator(pairs, Regression(width=4), steps=1, **SMALL | change)
 
 def test_columns_and_sizes_are_checked(pairs):
-    with pytest.raises(ValueError, match="expected one called 'privileged'"): fit_generator(pairs.remove_columns("privileged"), **SMALL)
-    one = pairs.map(lambda r, i: {"privileged": r["privileged"].resize((64, 64)) if i == 2 else r["privileged"]}, with_indices=True)
-    with pytest.raises(ValueError, match=r"pair 2 has images of \(96, 96\) and \(64, 64\)"): fit_generator(one, Regression(width=4), steps=1, **SMALL)
+    with pytest.raises(ValueError, match="expected one called 'privileged'"):
+        fit_generator(pairs.remove_columns("privileged"), **SMALL)
+    one = pairs.map(
+        lambda r, i: {
+            "privileged": r["privileged"].resize((64, 64)) if i == 2 else r["privileged"]
+        },
+        with_indices=True,
+    )
+    with pytest.raises(ValueError, match=r"pair 2 has images of \(96, 96\) and \(64, 64\)"):
+        fit_generator(one, Regression(width=4), steps=1, **SMALL)
 
 def test_groups_are_held_out_whole_and_never_all():
     groups = [f"p{k % 5}" for k in range(20)]
-    assert hold_out(groups, .4, 1) == hold_out(list(reversed(groups)), .4, 1) and len(hold_out(groups, .4, 1)) == 2
-    assert len(hold_out(groups, .99)) == 4 and len(hold_out(groups, .01)) == 1 and {frozenset(hold_out(groups, .4, s)) for s in range(9)} != {frozenset(hold_out(groups, .4))}
+    assert (
+        hold_out(groups, 0.4, 1) == hold_out(list(reversed(groups)), 0.4, 1)
+        and len(hold_out(groups, 0.4, 1)) == 2
+    )
+    assert (
+        len(hold_out(groups, 0.99)) == 4
+        and len(hold_out(groups, 0.01)) == 1
+        and {frozenset(hold_out(groups, 0.4, s)) for s in range(9)}
+        != {frozenset(hold_out(groups, 0.4))}
+    )
 
 def test_a_residual_generator_survives_its_file(tmp_path):
     for antialias in (False, True):
@@ -170,5 +292,10 @@ def test_a_residual_generator_survives_its_file(tmp_path):
         save_generator(generator, tmp_path/"g.safetensors")
         again = load_generator(tmp_path/"g.safetensors")
         x = torch.rand(1, 3, 40, 56)
-        assert torch.equal(again.translate(x), generator.translate(x)) and again.licence == "CC0" and again.key == generator.key
-    with pytest.raises(ValueError, match="without a known `spec`"): save_generator(ModuleGenerator(torch.nn.Conv2d(3, 1, 1)), tmp_path/"h.safetensors")
+        assert (
+            torch.equal(again.translate(x), generator.translate(x))
+            and again.licence == "CC0"
+            and again.key == generator.key
+        )
+    with pytest.raises(ValueError, match="without a known `spec`"):
+        save_generator(ModuleGenerator(torch.nn.Conv2d(3, 1, 1)), tmp_path / "h.safetensors")

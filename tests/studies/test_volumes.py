@@ -1,4 +1,5 @@
-"The study of volumes through the command line: results as promised, bad input told and nothing lost, a stopped study that goes on."
+"""The study of volumes through the command line: results as promised, bad input told and nothing
+lost, a stopped study that goes on."""
 import json
 import os
 import re
@@ -35,15 +36,35 @@ from synthpi.volumes.store import VolumeStore
 from synthpi.volumes.scans import prepare_volumes
 
 REAL = Path(__file__).parents[3]/"shared"/"data"
-SMALL = ["--steps", "2", "--size", "8", "--n-volumes", "3", "--n-crops", "4", "--place-crops", "16", "--region-crops", "40", "--device", "cpu", "--workers", "0"]
+SMALL = [
+    "--steps",
+    "2",
+    "--size",
+    "8",
+    "--n-volumes",
+    "3",
+    "--n-crops",
+    "4",
+    "--place-crops",
+    "16",
+    "--region-crops",
+    "40",
+    "--device",
+    "cpu",
+    "--workers",
+    "0",
+]
 
 def synthpi(*arguments): return CliRunner().invoke(app, [str(a) for a in arguments])
-def study_of(volumes, out, *more): return synthpi("volumes", "--volumes", volumes, "--out", out, *SMALL, *more)
+def study_of(volumes, out, *more):
+    return synthpi("volumes", "--volumes", volumes, "--out", out, *SMALL, *more)
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
     "Simulated bodies; never changed by a test"
-    return write_bodies(tmp_path_factory.mktemp("bodies"), 9, shape=(28, 22, 28), spacing_mm=14, test_share=4/9)
+    return write_bodies(
+        tmp_path_factory.mktemp("bodies"), 9, shape=(28, 22, 28), spacing_mm=14, test_share=4 / 9
+    )
 
 @pytest.fixture
 def data(source, tmp_path): return Path(shutil.copytree(source, tmp_path/"data"))
@@ -62,45 +83,130 @@ def features(out, arm, seed=0): return dict(np.load(out/"runs"/f"{arm}-seed{seed
 
 def test_results_hold_what_is_promised(study):
     r = results_of(study)
-    assert r["schema"] == 1 and r["kind"] == "volumes" and r["seeds"] == [0, 1] and r["command"].startswith("synthpi") and r["environment"]["packages"]["torch"]
-    assert list(r["arms"]) == list(VOLUME_ARMS) == ["position_atlas", "intensity_histogram", "random_encoder", "isimed", "simclr", "barlow", "barlow_isimed", "two_head", "regression"]
-    assert r["data"]["frame"] == "world_mm" and r["data"]["volumes"] == {"train": 5, "test": 4} and r["regions"]["folds"] == 4 and len(r["regions"]["used"]) >= 3
-    assert set(r["regions"]["used"]) | set(r["regions"]["left_out"]) == set(r["data"]["labels"].values()) and "liver" in r["regions"]["positives"]
+    assert (
+        r["schema"] == 1
+        and r["kind"] == "volumes"
+        and r["seeds"] == [0, 1]
+        and r["command"].startswith("synthpi")
+        and r["environment"]["packages"]["torch"]
+    )
+    assert (
+        list(r["arms"])
+        == list(VOLUME_ARMS)
+        == [
+            "position_atlas",
+            "intensity_histogram",
+            "random_encoder",
+            "isimed",
+            "simclr",
+            "barlow",
+            "barlow_isimed",
+            "two_head",
+            "regression",
+        ]
+    )
+    assert (
+        r["data"]["frame"] == "world_mm"
+        and r["data"]["volumes"] == {"train": 5, "test": 4}
+        and r["regions"]["folds"] == 4
+        and len(r["regions"]["used"]) >= 3
+    )
+    assert (
+        set(r["regions"]["used"]) | set(r["regions"]["left_out"])
+        == set(r["data"]["labels"].values())
+        and "liver" in r["regions"]["positives"]
+    )
     for name, arm in r["arms"].items():
         seeds = 1 if name in ("position_atlas", "intensity_histogram") else 2
-        assert arm["steps"] == 2*bool(VOLUME_ARMS[name].views) and (arm["seconds"] > 0) == bool(VOLUME_ARMS[name].views)
-        assert arm["auc"]["ci"][0] <= arm["auc"]["mean"] <= arm["auc"]["ci"][1] and len(arm["auc"]["per_fold"]) == 4 and len(arm["auc"]["per_seed"]) == seeds and list(arm["auc"]["per_region"]) == r["regions"]["used"]
+        assert arm["steps"] == 2 * bool(VOLUME_ARMS[name].views) and (arm["seconds"] > 0) == bool(
+            VOLUME_ARMS[name].views
+        )
+        assert (
+            arm["auc"]["ci"][0] <= arm["auc"]["mean"] <= arm["auc"]["ci"][1]
+            and len(arm["auc"]["per_fold"]) == 4
+            and len(arm["auc"]["per_seed"]) == seeds
+            and list(arm["auc"]["per_region"]) == r["regions"]["used"]
+        )
         if name == "position_atlas":
             assert "position_r2" not in arm
             continue
         for score in ("position_r2", "position_mae_mm"):
             low, high = arm[score]["ci"]
             assert low <= arm[score]["mean"] <= high and len(arm[score]["per_seed"]) == seeds
-        assert np.mean(arm["position_mae_axes_mm"]) == pytest.approx(arm["position_mae_mm"]["mean"]) and -1 <= arm["distance_spearman"]["mean"] <= 1 and arm["rankme"] > 1
-    assert [(c["model"], c["base"]) for c in r["comparisons"]][:2] == [("isimed", "position_atlas"), ("isimed", "intensity_histogram")]
+        assert (
+            np.mean(arm["position_mae_axes_mm"]) == pytest.approx(arm["position_mae_mm"]["mean"])
+            and -1 <= arm["distance_spearman"]["mean"] <= 1
+            and arm["rankme"] > 1
+        )
+    assert [(c["model"], c["base"]) for c in r["comparisons"]][:2] == [
+        ("isimed", "position_atlas"),
+        ("isimed", "intensity_histogram"),
+    ]
     for c in r["comparisons"]:
-        assert c["difference"] == pytest.approx(r["arms"][c["model"]]["auc"]["mean"] - r["arms"][c["base"]]["auc"]["mean"]) and c["ci"][0] <= c["difference"] <= c["ci"][1] and c["df"] == 3
+        assert (
+            c["difference"]
+            == pytest.approx(
+                r["arms"][c["model"]]["auc"]["mean"] - r["arms"][c["base"]]["auc"]["mean"]
+            )
+            and c["ci"][0] <= c["difference"] <= c["ci"][1]
+            and c["df"] == 3
+        )
         assert c["p_plain"] <= c["p"] <= c["p_holm"] + 1e-12
 
 def test_numbers_are_those_of_the_stored_features(study):
     "Read again by hand from the encoder files, the crop lists and the labels"
     r, store = results_of(study), VolumeStore(study/"cache"/"volumes")
-    crops = {k: read_crop_list(study/"crops"/f"{k}.json", store) for k in ("place-train", "place-test", "regions-test")}
+    crops = {
+        k: read_crop_list(study / "crops" / f"{k}.json", store)
+        for k in ("place-train", "place-test", "regions-test")
+    }
     for arm in ("isimed", "random_encoder"):
-        h = {k: extract_features(load_encoder(study/"runs"/f"{arm}-seed0"/"encoder.safetensors"), (b["crop"] for b in c.batches(store))) for k, c in crops.items()}
-        for k in h: np.testing.assert_allclose(h[k], features(study, arm)[f"h_{k}"], rtol=1e-4, atol=1e-5)
-        p = position_probe(h["place-train"], crops["place-train"].positions(store), crops["place-train"].subjects(store), h["place-test"], crops["place-test"].positions(store), crops["place-test"].subjects(store))
-        assert p.r2["mean"] == pytest.approx(r["arms"][arm]["position_r2"]["per_seed"][0], abs=1e-4) and p.mae_mm["mean"] == pytest.approx(r["arms"][arm]["position_mae_mm"]["per_seed"][0], rel=1e-4)
-    subjects, (values, y) = crops["regions-test"].subjects(store), crops["regions-test"].labels(store)
+        h = {
+            k: extract_features(
+                load_encoder(study / "runs" / f"{arm}-seed0" / "encoder.safetensors"),
+                (b["crop"] for b in c.batches(store)),
+            )
+            for k, c in crops.items()
+        }
+        for k in h:
+            np.testing.assert_allclose(h[k], features(study, arm)[f"h_{k}"], rtol=1e-4, atol=1e-5)
+        p = position_probe(
+            h["place-train"],
+            crops["place-train"].positions(store),
+            crops["place-train"].subjects(store),
+            h["place-test"],
+            crops["place-test"].positions(store),
+            crops["place-test"].subjects(store),
+        )
+        assert p.r2["mean"] == pytest.approx(
+            r["arms"][arm]["position_r2"]["per_seed"][0], abs=1e-4
+        ) and p.mae_mm["mean"] == pytest.approx(
+            r["arms"][arm]["position_mae_mm"]["per_seed"][0], rel=1e-4
+        )
+    subjects, (values, y) = (
+        crops["regions-test"].subjects(store),
+        crops["regions-test"].labels(store),
+    )
     keep = regions_to_test(y, subjects)
-    cv = cross_validate(features(study, "intensity_histogram")["h_regions-test"], y[:, keep], subjects, np.unique(subjects, return_inverse=True)[1])
-    assert cv.mean == pytest.approx(r["arms"]["intensity_histogram"]["auc"]["mean"], abs=.02)      # the folds are single subjects, in another order
+    cv = cross_validate(
+        features(study, "intensity_histogram")["h_regions-test"],
+        y[:, keep],
+        subjects,
+        np.unique(subjects, return_inverse=True)[1],
+    )
+    # the folds are single subjects, in another order
+    assert cv.mean == pytest.approx(r["arms"]["intensity_histogram"]["auc"]["mean"], abs=.02)
 
 def test_every_run_leaves_an_encoder_that_loads(study):
     files = sorted(study.glob("runs/*/encoder.safetensors"))
     assert len(files) == 2*7
     encoder = load_encoder(files[0])
-    assert encoder(torch.rand(2, 1, 8, 8, 8)).shape == (2, 128) and encoder.about["frame"] == "world_mm" and encoder.about["spacing_mm"] == pytest.approx([14]*3) and not list(study.glob("runs/*/checkpoints/*"))
+    assert (
+        encoder(torch.rand(2, 1, 8, 8, 8)).shape == (2, 128)
+        and encoder.about["frame"] == "world_mm"
+        and encoder.about["spacing_mm"] == pytest.approx([14] * 3)
+        and not list(study.glob("runs/*/checkpoints/*"))
+    )
 
 def test_distances_of_the_stored_embedding_are_those_of_the_study(study):
     r, store = results_of(study), VolumeStore(study/"cache"/"volumes")
@@ -108,56 +214,124 @@ def test_distances_of_the_stored_embedding_are_those_of_the_study(study):
     for arm in ("isimed", "barlow_isimed", "two_head"):
         embed = load_distances(study/"runs"/f"{arm}-seed1")
         with torch.no_grad(): z = torch.cat([embed(b["crop"]) for b in crops.batches(store)])
-        np.testing.assert_allclose(z/embed.scale, features(study, arm, 1)["z_place-test"], rtol=1e-3, atol=1e-4)
-        assert distance_agreement(z, crops.positions(store)).spearman == pytest.approx(r["arms"][arm]["distance_spearman"]["per_seed"][1], abs=1e-3) and 50 < embed.scale < 400
+        np.testing.assert_allclose(
+            z / embed.scale, features(study, arm, 1)["z_place-test"], rtol=1e-3, atol=1e-4
+        )
+        assert (
+            distance_agreement(z, crops.positions(store)).spearman
+            == pytest.approx(r["arms"][arm]["distance_spearman"]["per_seed"][1], abs=1e-3)
+            and 50 < embed.scale < 400
+        )
     with pytest.raises(FileNotFoundError): load_distances(study/"runs"/"simclr-seed0")
 
 def test_report_is_one_file(study):
     page = (study/"report.html").read_text()
-    assert "http://" not in page and "https://" not in page and "volumes are simulated" not in page and "position_atlas" in page and "corrected t-test" in page
+    assert (
+        "http://" not in page
+        and "https://" not in page
+        and "volumes are simulated" not in page
+        and "position_atlas" in page
+        and "corrected t-test" in page
+    )
     heads = re.findall(r'<button type="button">(.*?)</button>', page)
-    assert heads[0] == "arm" and heads[1] == "R²" and heads[heads.index("what") - 1] == "seconds"            # the sentences stand last, behind the numbers
+    # the sentences stand last, behind the numbers
+    assert heads[0] == "arm" and heads[1] == "R²" and heads[heads.index("what") - 1] == "seconds"
     alts = re.findall(r'<img [^>]*alt="([^"]*)"', page)
     assert len(alts) == 9 and all(a.endswith(".") and len(a.split()) > 7 for a in alts), alts
-    assert {"crops", "position", "places", "distance_errors", "map", "maps", "auc", "regions", "losses"} == {p.stem for p in (study/"figures").glob("*.png")}
+    assert {
+        "crops",
+        "position",
+        "places",
+        "distance_errors",
+        "map",
+        "maps",
+        "auc",
+        "regions",
+        "losses",
+    } == {p.stem for p in (study / "figures").glob("*.png")}
 
 def test_splits_and_crops_are_portable(study):
-    for path in [study/"splits.json", *study.glob("crops/*.json")]: assert str(study) not in path.read_text() and "/tmp" not in path.read_text()
+    for path in [study / "splits.json", *study.glob("crops/*.json")]:
+        assert str(study) not in path.read_text() and "/tmp" not in path.read_text()
 
 def test_a_second_call_finds_everything(study, source):
-    before, results = {p: p.stat().st_mtime_ns for p in study.glob("runs/*/result.json")}, results_of(study)
+    before, results = (
+        {p: p.stat().st_mtime_ns for p in study.glob("runs/*/result.json")},
+        results_of(study),
+    )
     result = study_of(source, study, "--labels", "--seeds", 2)
-    assert result.exit_code == 0 and "going on with what is there (16 of 16 runs are finished)" in result.output, result.output
-    assert {p: p.stat().st_mtime_ns for p in study.glob("runs/*/result.json")} == before and results_of(study)["arms"] == results["arms"]
+    assert (
+        result.exit_code == 0
+        and "going on with what is there (16 of 16 runs are finished)" in result.output
+    ), result.output
+    assert {
+        p: p.stat().st_mtime_ns for p in study.glob("runs/*/result.json")
+    } == before and results_of(study)["arms"] == results["arms"]
 
 def test_another_study_is_refused_and_replaced_only_when_told(source, tmp_path):
     assert study_of(source, tmp_path/"out", "--arms", "intensity_histogram").exit_code == 0
     kept = (tmp_path/"out"/"results.json").read_bytes()
     again = study_of(source, tmp_path/"out", "--arms", "intensity_histogram", "--rule", "any")
-    assert again.exit_code == 2 and "rule was 'center', is 'any'" in again.output and (tmp_path/"out"/"results.json").read_bytes() == kept
-    assert study_of(source, tmp_path/"out", "--arms", "intensity_histogram", "--rule", "any", "--overwrite").exit_code == 0
+    assert (
+        again.exit_code == 2
+        and "rule was 'center', is 'any'" in again.output
+        and (tmp_path / "out" / "results.json").read_bytes() == kept
+    )
+    assert (
+        study_of(
+            source,
+            tmp_path / "out",
+            "--arms",
+            "intensity_histogram",
+            "--rule",
+            "any",
+            "--overwrite",
+        ).exit_code
+        == 0
+    )
     r = results_of(tmp_path/"out")
-    assert r["regions"]["rule"] == "any" and sum(r["regions"]["positives"].values()) > sum(json.loads(kept)["regions"]["positives"].values())
+    assert r["regions"]["rule"] == "any" and sum(r["regions"]["positives"].values()) > sum(
+        json.loads(kept)["regions"]["positives"].values()
+    )
 
 def test_without_labels_only_places_are_judged(data, tmp_path):
     for p in data.glob("*_label.nii.gz"): p.unlink()
     result = study_of(data, tmp_path/"out", "--arms", "intensity_histogram,isimed")
     assert result.exit_code == 0, result.output
     r = results_of(tmp_path/"out")
-    assert "auc" not in r["arms"]["isimed"] and "comparisons" not in r and r["arms"]["isimed"]["position_r2"] and not (tmp_path/"out"/"crops"/"regions-test.json").exists()
+    assert (
+        "auc" not in r["arms"]["isimed"]
+        and "comparisons" not in r
+        and r["arms"]["isimed"]["position_r2"]
+        and not (tmp_path / "out" / "crops" / "regions-test.json").exists()
+    )
     refused = study_of(data, tmp_path/"other", "--labels")
-    assert refused.exit_code == 2 and "9 of 9 volumes have no labels" in refused.output and not (tmp_path/"other").exists()
+    assert (
+        refused.exit_code == 2
+        and "9 of 9 volumes have no labels" in refused.output
+        and not (tmp_path / "other").exists()
+    )
     refused = study_of(data, tmp_path/"other", "--arms", "position_atlas")
     assert refused.exit_code == 2 and "there are no labels" in refused.output
 
 def test_volumes_without_splits_are_divided_by_subject(data, tmp_path):
-    (data/"subjects.csv").write_text("name,subject\n" + "\n".join(f"body_{k:03d},patient_{max(k - 2, k//2)}" for k in range(9)) + "\n")      # two volumes of two subjects
+    # two volumes of two subjects
+    (data / "subjects.csv").write_text(
+        "name,subject\n"
+        + "\n".join(f"body_{k:03d},patient_{max(k - 2, k // 2)}" for k in range(9))
+        + "\n"
+    )
     records, root, labels = study_records(data, labels=False)
     split = {}
     for r in records: split.setdefault(r["subject"], set()).add(r["split"])
-    assert not labels and all(len(s) == 1 for s in split.values()) and {s for ss in split.values() for s in ss} == {"train", "test"}
+    assert (
+        not labels
+        and all(len(s) == 1 for s in split.values())
+        and {s for ss in split.values() for s in ss} == {"train", "test"}
+    )
     assert records == study_records(data, labels=False)[0]
-    with pytest.raises(ValueError, match="2 subjects are in test; expected 3 or more"): study_records(data)
+    with pytest.raises(ValueError, match="2 subjects are in test; expected 3 or more"):
+        study_records(data)
 
 @pytest.mark.parametrize("how,message", [
     (lambda d, f: f.append("--frame"), None), (lambda d, f: f.extend(["--frame", "nowhere"]), "frame 'nowhere' arrived"), (lambda d, f: f.extend(["--frame", "mm_local"]), "pairs='within'"),
@@ -173,32 +347,76 @@ def test_bad_input_is_told_in_a_line(data, tmp_path, how, message):
     result = study_of(data, tmp_path/"out", *flags)
     assert result.exit_code == 2 and "Traceback" not in result.output, result.output
     if message: assert message in result.output, result.output
-    assert not (tmp_path/"out"/"results.json").exists() and not (tmp_path/"out"/"report.html").exists()
+    assert (
+        not (tmp_path / "out" / "results.json").exists()
+        and not (tmp_path / "out" / "report.html").exists()
+    )
 
 def test_volumes_of_different_voxels_are_refused_or_resampled(data, tmp_path):
     import nibabel as nib
     for name in ("body_000", "body_000_label"):
         image = nib.load(data/f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine*np.array([1, 1, 2, 1])), data/f"{name}.nii.gz")
+        nib.save(
+            nib.Nifti1Image(np.asarray(image.dataobj), image.affine * np.array([1, 1, 2, 1])),
+            data / f"{name}.nii.gz",
+        )
     refused = study_of(data, tmp_path/"out", "--arms", "intensity_histogram")
-    assert refused.exit_code == 2 and "voxels differ in size" in refused.output and "--spacing-mm" in refused.output
-    assert study_of(data, tmp_path/"new", "--arms", "intensity_histogram", "--spacing-mm", 14).exit_code == 0
+    assert (
+        refused.exit_code == 2
+        and "voxels differ in size" in refused.output
+        and "--spacing-mm" in refused.output
+    )
+    assert (
+        study_of(
+            data, tmp_path / "new", "--arms", "intensity_histogram", "--spacing-mm", 14
+        ).exit_code
+        == 0
+    )
 
 def test_a_stopped_study_goes_on_and_ends_with_the_same_numbers(source, tmp_path, monkeypatch):
-    whole = volume_study(source, tmp_path/"whole", arms=["isimed", "barlow"], steps=3, size=8, n_volumes=2, n_crops=3, place_crops=16, region_crops=40, device="cpu", progress=False)
+    whole = volume_study(
+        source,
+        tmp_path / "whole",
+        arms=["isimed", "barlow"],
+        steps=3,
+        size=8,
+        n_volumes=2,
+        n_crops=3,
+        place_crops=16,
+        region_crops=40,
+        device="cpu",
+        progress=False,
+    )
     real, calls = study_module.train_volume_arm, []
     def stopping(name, *args, **kwargs):
         calls.append(name)
         if name == "barlow": raise KeyboardInterrupt
         return real(name, *args, **kwargs)
     monkeypatch.setattr(study_module, "train_volume_arm", stopping)
-    arguments = dict(arms=["isimed", "barlow"], steps=3, size=8, n_volumes=2, n_crops=3, place_crops=16, region_crops=40, device="cpu", progress=False)
+    arguments = dict(
+        arms=["isimed", "barlow"],
+        steps=3,
+        size=8,
+        n_volumes=2,
+        n_crops=3,
+        place_crops=16,
+        region_crops=40,
+        device="cpu",
+        progress=False,
+    )
     with pytest.raises(KeyboardInterrupt): volume_study(source, tmp_path/"out", **arguments)
-    assert (tmp_path/"out"/"runs"/"isimed-seed0"/"result.json").exists() and not (tmp_path/"out"/"results.json").exists()
-    monkeypatch.setattr(study_module, "train_volume_arm", lambda name, *a, **k: calls.append(f"again {name}") or real(name, *a, **k))
+    assert (tmp_path / "out" / "runs" / "isimed-seed0" / "result.json").exists() and not (
+        tmp_path / "out" / "results.json"
+    ).exists()
+    monkeypatch.setattr(
+        study_module,
+        "train_volume_arm",
+        lambda name, *a, **k: calls.append(f"again {name}") or real(name, *a, **k),
+    )
     r = volume_study(source, tmp_path/"out", **arguments)
     assert calls == ["isimed", "barlow", "again barlow"]
-    strip = lambda arms: {n: {k: v for k, v in a.items() if k != "seconds"} for n, a in arms.items()}
+    def strip(arms):
+        return {n: {k: v for k, v in a.items() if k != "seconds"} for n, a in arms.items()}
     assert strip(r["arms"]) == strip(whole["arms"])
 
 def test_crops_are_kept_when_the_files_change_beneath(source, data, tmp_path):
@@ -208,28 +426,42 @@ def test_crops_are_kept_when_the_files_change_beneath(source, data, tmp_path):
     assert result.exit_code == 2 and "place-test.json" in result.output
 
 def test_a_call_that_failed_before_it_computed_anything_may_be_corrected(data, tmp_path):
-    (data/"labels.csv").write_text((data/"labels.csv").read_text().replace("heart", "liver").replace("lung", "liver"))       # three regions of one name
+    # three regions of one name
+    (data / "labels.csv").write_text(
+        (data / "labels.csv").read_text().replace("heart", "liver").replace("lung", "liver")
+    )
     kept = (data/"body_003.nii.gz").read_bytes()
     (data/"body_003.nii.gz").write_bytes(b"no volume")
     assert study_of(data, tmp_path/"out", "--arms", "position_atlas").exit_code == 2
     (data/"body_003.nii.gz").write_bytes(kept)
-    result = study_of(data, tmp_path/"out", "--arms", "position_atlas")             # an arm without a place probe is enough
+    # an arm without a place probe is enough
+    result = study_of(data, tmp_path/"out", "--arms", "position_atlas")
     assert result.exit_code == 0, result.output
     r = results_of(tmp_path/"out")
-    assert len(set(r["data"]["labels"].values())) == len(r["data"]["labels"]) and {"liver (3)", "liver (4)", "liver (5)"} <= set(r["data"]["labels"].values())
+    assert len(set(r["data"]["labels"].values())) == len(r["data"]["labels"]) and {
+        "liver (3)",
+        "liver (4)",
+        "liver (5)",
+    } <= set(r["data"]["labels"].values())
 
 def test_new_crops_do_not_meet_old_features(source, tmp_path):
     assert study_of(source, tmp_path/"out", "--arms", "intensity_histogram").exit_code == 0
     before = (tmp_path/"out"/"runs"/"intensity_histogram-seed0"/"result.json").stat().st_mtime_ns
     (tmp_path/"out"/"crops"/"place-test.json").unlink()
     assert study_of(source, tmp_path/"out", "--arms", "intensity_histogram").exit_code == 0
-    assert (tmp_path/"out"/"runs"/"intensity_histogram-seed0"/"result.json").stat().st_mtime_ns > before
+    assert (
+        tmp_path / "out" / "runs" / "intensity_histogram-seed0" / "result.json"
+    ).stat().st_mtime_ns > before
 
 @pytest.mark.parametrize("flags,message", [(["--weight", "-1"], "weight=-1"), (["--encoder", "densenet121", "--size", "16"], "too small for densenet121"), (["--recipe", "none"], "recipe 'none' arrived with arms that compare two views"),
                                            (["--pairs", "within", "--n-crops", "1"], "two crops of a volume for 'within'"), (["--temperature", "0"], "temperature")])
-def test_what_an_arm_would_refuse_is_refused_before_anything_is_written(source, tmp_path, flags, message):
+def test_what_an_arm_would_refuse_is_refused_before_anything_is_written(
+    source, tmp_path, flags, message
+):
     result = study_of(source, tmp_path/"out", *flags)
-    assert result.exit_code == 2 and message in result.output and not (tmp_path/"out").exists(), result.output
+    assert result.exit_code == 2 and message in result.output and not (tmp_path / "out").exists(), (
+        result.output
+    )
 
 # The frame
 
@@ -244,23 +476,42 @@ def test_frame_is_the_worlds_only_for_registered_scans(source, tmp_path):
 # Views
 
 @pytest.fixture(scope="session")
-def store(source, tmp_path_factory): return prepare_volumes(source, tmp_path_factory.mktemp("store")/"s")
+def store(source, tmp_path_factory):
+    return prepare_volumes(source, tmp_path_factory.mktemp("store") / "s")
 
 def test_views_depend_on_their_key_alone(store):
-    views, whole = CropViews(2, "scanner", seed=3), list(crop_batches(store, 4, 3, 8, steps=2, seed=1))
+    views, whole = (
+        CropViews(2, "scanner", seed=3),
+        list(crop_batches(store, 4, 3, 8, steps=2, seed=1)),
+    )
     parts = [list(crop_batches(store, 4, 3, 8, steps=2, seed=1, rank=r, world=2)) for r in range(2)]
     for a, b, c in zip(whole, *parts):
-        for k in range(2): torch.testing.assert_close(views(a)["views"][k], torch.cat([views(b)["views"][k], views(c)["views"][k]]), rtol=0, atol=0)
+        for k in range(2):
+            torch.testing.assert_close(
+                views(a)["views"][k],
+                torch.cat([views(b)["views"][k], views(c)["views"][k]]),
+                rtol=0,
+                atol=0,
+            )
     a, b = views(whole[0])["views"]
-    assert (a != b).any(-1).any(-1).any(-1).all() and (CropViews(2, "scanner", seed=4)(whole[0])["views"][0] != a).any()
+    assert (a != b).any(-1).any(-1).any(-1).all() and (
+        CropViews(2, "scanner", seed=4)(whole[0])["views"][0] != a
+    ).any()
     assert views(whole[0])["center_mm"] is whole[0]["center_mm"] and "crop" not in views(whole[0])
 
 @pytest.mark.parametrize("recipe", [CropRecipe(gain=.3), CropRecipe(gamma=.5), CropRecipe(noise=.1), CropRecipe(holes=2), CropRecipe(holes=2, keep=1.)])
 def test_each_part_of_a_recipe_does_its_own(store, recipe):
     batch = sample_crops(store, [0, 1, 2], 40, 16, seed=0)
-    batch["crop"] = torch.rand(120, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))*.6 + .2
+    batch["crop"] = (
+        torch.rand(120, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
+    )
     x, y = batch["crop"], CropViews(1, recipe)(batch)["views"][0]
-    assert y.shape == x.shape and 0 <= y.min() and y.max() <= 1 and (x != y).flatten(1).any(1).float().mean() > .9
+    assert (
+        y.shape == x.shape
+        and 0 <= y.min()
+        and y.max() <= 1
+        and (x != y).flatten(1).any(1).float().mean() > 0.9
+    )
     if recipe.gain:
         factor = (y/x).flatten(1).median(1).values.log()
         assert factor.abs().max() <= .3 + 1e-4 and factor.std() == pytest.approx(.3/3**.5, rel=.2)
@@ -269,7 +520,12 @@ def test_each_part_of_a_recipe_does_its_own(store, recipe):
         assert power.std(1).max() < 1e-3 and power[:, 0].log().abs().max() <= .5 + 1e-4
     if recipe.noise:
         noise = (y - x).flatten(1)
-        assert noise.mean(1).abs().max() < .01 and noise.std(1).max() < .101 and noise.std(1).mean() == pytest.approx(.05, rel=.2) and (torch.corrcoef(noise[:20]) - torch.eye(20)).abs().max() < .1
+        assert (
+            noise.mean(1).abs().max() < 0.01
+            and noise.std(1).max() < 0.101
+            and noise.std(1).mean() == pytest.approx(0.05, rel=0.2)
+            and (torch.corrcoef(noise[:20]) - torch.eye(20)).abs().max() < 0.1
+        )
     if recipe.holes:
         empty = (y == 0).flatten(1).float().mean(1)
         assert ((y == 0) | (y == x)).all() and (empty > 0).all()
@@ -286,57 +542,142 @@ def test_views_refuse_what_they_cannot_do(make, message):
 def test_arms_learn(store, name):
     "The loss falls, and an arm that is told places is the better judge of distances for it"
     train = store.indices("train")
-    net, head, trainer = train_volume_arm(name, store, train, 12, size=8, n_volumes=4, n_crops=6, recipe="none" if VOLUME_ARMS[name].views == 1 else "scanner", seed=1)
+    net, head, trainer = train_volume_arm(
+        name,
+        store,
+        train,
+        12,
+        size=8,
+        n_volumes=4,
+        n_crops=6,
+        recipe="none" if VOLUME_ARMS[name].views == 1 else "scanner",
+        seed=1,
+    )
     loss = trainer.history["loss"]
-    assert len(loss) == 12 and np.isfinite(loss).all() and loss[8:].mean() < loss[:3].mean() and not net.training
+    assert (
+        len(loss) == 12
+        and np.isfinite(loss).all()
+        and loss[8:].mean() < loss[:3].mean()
+        and not net.training
+    )
     assert ("abs_error" in trainer.history) == (name in ("isimed", "barlow_isimed", "two_head"))
 
 def test_arms_are_told_places_only_if_they_should_be(store, monkeypatch):
     "Moved places change what the arms with places learn, and nothing else"
     def weights(name, moved):
         real = VolumeStore.position
-        if moved: monkeypatch.setattr(VolumeStore, "position", lambda self, i, p, frame="world_mm": real(self, i, p, frame)[..., ::-1].copy()*np.array([3., 1, .2]))
-        net = train_volume_arm(name, store, store.indices("train"), 2, size=8, n_volumes=2, n_crops=4)[0]
+        if moved:
+            monkeypatch.setattr(
+                VolumeStore,
+                "position",
+                lambda self, i, p, frame="world_mm": (
+                    real(self, i, p, frame)[..., ::-1].copy() * np.array([3.0, 1, 0.2])
+                ),
+            )
+        net = train_volume_arm(
+            name, store, store.indices("train"), 2, size=8, n_volumes=2, n_crops=4
+        )[0]
         monkeypatch.setattr(VolumeStore, "position", real)
         return torch.cat([p.flatten() for p in net.parameters()])
     for name, arm in VOLUME_ARMS.items():
-        if arm.views: assert torch.equal(weights(name, False), weights(name, True)) == (not arm.places), name
+        if arm.views:
+            assert torch.equal(weights(name, False), weights(name, True)) == (not arm.places), name
 
 def test_without_a_projector_the_representation_itself_is_compared(store):
     centers, volumes = torch.rand(30, 3)*100, torch.arange(30)//10
     for name in ("simclr", "barlow", "barlow_isimed"):
-        assert isinstance(volume_loss(name, 8, centers, volumes, projector=False)[0], torch.nn.Identity) and sum(p.numel() for p in volume_loss(name, 8, centers, volumes)[0].parameters()) > 0
-    net, head, trainer = train_volume_arm("barlow_isimed", store, [0, 1], 1, size=8, n_volumes=2, n_crops=3, projector=False)
+        assert (
+            isinstance(
+                volume_loss(name, 8, centers, volumes, projector=False)[0], torch.nn.Identity
+            )
+            and sum(p.numel() for p in volume_loss(name, 8, centers, volumes)[0].parameters()) > 0
+        )
+    net, head, trainer = train_volume_arm(
+        "barlow_isimed", store, [0, 1], 1, size=8, n_volumes=2, n_crops=3, projector=False
+    )
     assert sum(p.numel() for p in head.parameters()) == 0
 
 def test_unknown_arms_and_frames_are_refused(store):
-    with pytest.raises(ValueError, match="nothing to train"): volume_loss("position_atlas", 8, torch.rand(9, 3), torch.zeros(9, dtype=torch.long))
-    with pytest.raises(ValueError, match="distances are in mm"): train_volume_arm("isimed", store, [0, 1], 1, frame="voxel_local")
+    with pytest.raises(ValueError, match="nothing to train"):
+        volume_loss("position_atlas", 8, torch.rand(9, 3), torch.zeros(9, dtype=torch.long))
+    with pytest.raises(ValueError, match="distances are in mm"):
+        train_volume_arm("isimed", store, [0, 1], 1, frame="voxel_local")
 
 # Processes
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child there")
 def test_ctrl_c_keeps_what_is_done(source, tmp_path):
-    command = [sys.executable, "-m", "synthpi", "volumes", "--volumes", str(source), "--out", str(tmp_path/"out"), *SMALL[2:], "--steps", "100000", "--arms", "intensity_histogram,isimed"]
+    command = [
+        sys.executable,
+        "-m",
+        "synthpi",
+        "volumes",
+        "--volumes",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+        *SMALL[2:],
+        "--steps",
+        "100000",
+        "--arms",
+        "intensity_histogram,isimed",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None and not (tmp_path/"out"/"runs"/"intensity_histogram-seed0"/"result.json").exists(): time.sleep(.2)
+    while (
+        time.monotonic() < deadline
+        and process.poll() is None
+        and not (tmp_path / "out" / "runs" / "intensity_histogram-seed0" / "result.json").exists()
+    ):
+        time.sleep(0.2)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 130 and "the same command goes on from there" in said, said
-    assert (tmp_path/"out"/"runs"/"intensity_histogram-seed0"/"result.json").exists() and not (tmp_path/"out"/"results.json").exists()
+    assert (
+        tmp_path / "out" / "runs" / "intensity_histogram-seed0" / "result.json"
+    ).exists() and not (tmp_path / "out" / "results.json").exists()
 
 # Real volumes
 
 @pytest.mark.parametrize("folder,flags", [("volumes", ["--size", "16", "--place-crops", "60"]), ("volumes_hippocampus", ["--size", "16", "--place-crops", "60"])])
 def test_real_volumes_run_from_end_to_end(folder, flags, tmp_path):
     if not (REAL/folder).is_dir(): pytest.skip(f"no real volumes in {REAL/folder}")
-    names = sorted(p.name[:-7] for p in (REAL/folder).glob("*.nii.gz") if not p.name.endswith("_label.nii.gz"))
+    names = sorted(
+        p.name[:-7]
+        for p in (REAL / folder).glob("*.nii.gz")
+        if not p.name.endswith("_label.nii.gz")
+    )
     table = pd.read_csv(REAL/folder/"subjects.csv").set_index("name")
-    few = [n for n in names if table.split[n] == "train"][:4] + [n for n in names if table.split[n] == "test"][:3]
-    pd.DataFrame([{"name": n, "image": os.path.relpath(REAL/folder/f"{n}.nii.gz", tmp_path), "label": os.path.relpath(REAL/folder/f"{n}_label.nii.gz", tmp_path), "split": table.split[n]} for n in few]).to_csv(tmp_path/"few.csv", index=False)
-    result = synthpi("volumes", "--volumes", tmp_path/"few.csv", "--out", tmp_path/"out", *SMALL, *flags, "--arms", "position_atlas,intensity_histogram,random_encoder,isimed")
+    few = [n for n in names if table.split[n] == "train"][:4] + [
+        n for n in names if table.split[n] == "test"
+    ][:3]
+    pd.DataFrame(
+        [
+            {
+                "name": n,
+                "image": os.path.relpath(REAL / folder / f"{n}.nii.gz", tmp_path),
+                "label": os.path.relpath(REAL / folder / f"{n}_label.nii.gz", tmp_path),
+                "split": table.split[n],
+            }
+            for n in few
+        ]
+    ).to_csv(tmp_path / "few.csv", index=False)
+    result = synthpi(
+        "volumes",
+        "--volumes",
+        tmp_path / "few.csv",
+        "--out",
+        tmp_path / "out",
+        *SMALL,
+        *flags,
+        "--arms",
+        "position_atlas,intensity_histogram,random_encoder,isimed",
+    )
     assert result.exit_code == 0, result.output
     r = results_of(tmp_path/"out")
-    assert r["data"]["frame"] == ("mm_centered" if folder == "volumes" else r["data"]["frame"]) and r["arms"]["random_encoder"]["position_r2"]["mean"] > (.2 if folder == "volumes" else 0) and r["arms"]["position_atlas"]["auc"]["mean"] > .75
+    assert (
+        r["data"]["frame"] == ("mm_centered" if folder == "volumes" else r["data"]["frame"])
+        and r["arms"]["random_encoder"]["position_r2"]["mean"] > (0.2 if folder == "volumes" else 0)
+        and r["arms"]["position_atlas"]["auc"]["mean"] > 0.75
+    )

@@ -1,4 +1,5 @@
-"The loop: what a killed run leaves behind, what a full disk does, budgets, precision, watches, trackers."
+"""The loop: what a killed run leaves behind, what a full disk does, budgets, precision, watches,
+trackers."""
 import errno
 import io
 import os
@@ -24,7 +25,8 @@ from synthpi.train.trainer import Trainer
 from synthpi.train.watch import plot_history
 
 STEPS = 30
-RUN = '''
+RUN = (
+    '''
 import sys
 import numpy as np, torch
 from pathlib import Path
@@ -35,7 +37,6 @@ from synthpi.models.branches import Branches, Projector; from synthpi.models imp
 from synthpi.data.recipes import strong
 from synthpi.train import Trainer, paired_step
 from synthpi.data import Views, batches
-
 def build(run_dir, steps=%d, workers=2, **kw):
     rng = np.random.default_rng(0)
     tiles = [{"primary": rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)} for _ in range(50)]
@@ -48,7 +49,9 @@ def build(run_dir, steps=%d, workers=2, **kw):
         return paired_step(model, loss, batch | {"views": tuple(v + n for v, n in zip(batch["views"], noise))})
     return Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 1e-3), lambda start: batches(Views(tiles, [("primary", strong)]*2, 32), 12, steps, start, workers),
                    steps, step=step, run_dir=run_dir, progress=None, **kw)
-''' % STEPS
+'''
+    % STEPS
+)
 MAIN = '''
 trainer = build(sys.argv[1], save_every=.05, on_step=lambda t: print(t.done, flush=True))
 trainer.fit()
@@ -60,7 +63,13 @@ build = build["build"]
 
 def start(script, folder):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-u", str(script), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        [sys.executable, "-u", str(script), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
 
 def to_the_end(folder, monkeypatch):
     "The script in this process; the steps that it took"
@@ -77,14 +86,21 @@ def test_kill_9_at_a_random_step_changes_nothing(tmp_path, monkeypatch):
     killed = start(script, tmp_path/"killed")
     for line in killed.stdout:
         if int(line) == kill_at: break
-    killed.send_signal(signal.SIGKILL); killed.wait(30)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait(30)
     assert not (tmp_path/"killed"/"encoder.safetensors").exists()
     steps = to_the_end(tmp_path/"killed", monkeypatch)
     assert steps[-1] == STEPS and 1 <= steps[0] <= kill_at + 1, kill_at
-    for name in ("encoder.safetensors", "history.csv"): assert (tmp_path/"killed"/name).read_bytes() == (tmp_path/"whole"/name).read_bytes(), (name, kill_at)
+    for name in ("encoder.safetensors", "history.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes(), (name, kill_at)
     a, b = (Checkpoints(tmp_path/n/"checkpoints").load() for n in ("killed", "whole"))
-    assert a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    assert not [p for p in (tmp_path/"killed").rglob("*") if p.name.startswith((".", "writing"))]       # no half-written file is left behind
+    assert a["model"].keys() == b["model"].keys() and all(
+        torch.equal(a["model"][k], b["model"][k]) for k in a["model"]
+    )
+    # no half-written file is left behind
+    assert not [p for p in (tmp_path/"killed").rglob("*") if p.name.startswith((".", "writing"))]
 
 def leave_out(name):
     "A loader of checkpoints that forgets one part of the state"
@@ -103,7 +119,8 @@ def leave_out(name):
 
 @pytest.mark.parametrize("forgotten", [None, "model", "optimizer", "moments", "torch", "numpy", "running statistics", "history"])
 def test_each_part_of_the_state_is_needed(forgotten, tmp_path, monkeypatch):
-    "The control of the test above: whatever is left out is noticed, and nothing but what is left out changes the result"
+    """The control of the test above: whatever is left out is noticed, and nothing but what is left
+    out changes the result"""
     def stop(trainer):
         if trainer.done == 4: raise KeyboardInterrupt
     build(tmp_path, steps=8, workers=0, on_step=stop).fit()
@@ -112,28 +129,43 @@ def test_each_part_of_the_state_is_needed(forgotten, tmp_path, monkeypatch):
         t = build(run_dir, steps=8, workers=0)
         return t.fit(), t.model.state_dict()
     result = result(tmp_path), result(None)
-    same = result[0][0].equals(result[1][0]) and all(torch.equal(result[0][1][k], v) for k, v in result[1][1].items())
+    same = result[0][0].equals(result[1][0]) and all(
+        torch.equal(result[0][1][k], v) for k, v in result[1][1].items()
+    )
     assert same == (forgotten is None)
 
 # A small problem for everything else
 
 class Two(nn.Module):
     "One linear map for every view"
-    def __init__(self): super().__init__(); self.net = nn.Linear(6, 8)
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(6, 8)
     def forward(self, *views): return tuple(self.net(v) for v in views)
 
 def stream(start, n=16, views=2):
     k = start
     while True:
         g = torch.Generator().manual_seed(k)
-        yield {"views": tuple(torch.randn(n, 6, generator=g) for _ in range(views)), "index": torch.arange(n*k, n*k + n)}
+        yield {
+            "views": tuple(torch.randn(n, 6, generator=g) for _ in range(views)),
+            "index": torch.arange(n * k, n * k + n),
+        }
         k += 1
 
 def trainer(run_dir=None, steps=20, **kw):
     torch.manual_seed(0)
     model = Two()
-    return Trainer(model, kw.pop("loss", VICReg()), torch.optim.AdamW(model.parameters(), kw.pop("lr", 1e-2)), kw.pop("train_dl", stream), steps, run_dir=run_dir,
-                   progress=kw.pop("progress", None), **kw)
+    return Trainer(
+        model,
+        kw.pop("loss", VICReg()),
+        torch.optim.AdamW(model.parameters(), kw.pop("lr", 1e-2)),
+        kw.pop("train_dl", stream),
+        steps,
+        run_dir=run_dir,
+        progress=kw.pop("progress", None),
+        **kw,
+    )
 
 def at(step, do):
     def on_step(t):
@@ -145,9 +177,14 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(how, tmp_path, monkeypatch):
     first = trainer(tmp_path, save_every=1e9, on_step=at(10, lambda t: t.save()))
     def full(t):
         if how == "injected":
-            def fail(*a, **k): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            def fail(*a, **k):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             monkeypatch.setattr(torch, "save", fail)
-        else: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))      # a real failing write, after 1000 bytes
+        # a real failing write, after 1000 bytes
+        else:
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            )
         t.save_every = 0.
     def both(t):
         at(10, lambda t: t.save())(t)
@@ -156,22 +193,43 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(how, tmp_path, monkeypatch):
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            with pytest.raises(OSError, match="step 20 could not be written.*last good one is step-00000010"): first.fit()
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],)*2)
+            with pytest.raises(
+                OSError, match="step 20 could not be written.*last good one is step-00000010"
+            ):
+                first.fit()
+    finally:
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2
+        )
     monkeypatch.undo()
-    assert first.done == 20 and [str(w.message) for w in said if "Training goes on" in str(w.message)]       # the work in memory is not thrown away
+    # the work in memory is not thrown away
+    assert first.done == 20 and [
+        str(w.message) for w in said if "Training goes on" in str(w.message)
+    ]
     assert [p.name[:13] for p in (tmp_path/"checkpoints").iterdir()] == ["step-00000010"]
-    first.save()                                                                                             # there is room again
-    assert Checkpoints(tmp_path/"checkpoints").paths()[0].name.startswith("step-00000020") and len(pd.read_csv(tmp_path/"history.csv")) == 20
+    # there is room again
+    first.save()
+    assert (
+        Checkpoints(tmp_path / "checkpoints").paths()[0].name.startswith("step-00000020")
+        and len(pd.read_csv(tmp_path / "history.csv")) == 20
+    )
 
 def test_a_small_file_system_that_is_really_full(tmp_path):
     mount = tmp_path/"small"
     mount.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], capture_output=True).returncode: pytest.skip("needs the right to mount a tmpfs")
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("needs the right to mount a tmpfs")
     try:
         t = trainer(mount, steps=4)
         t.fit()
-        (mount/"filler").write_bytes(b"x"*(os.statvfs(mount).f_bavail*os.statvfs(mount).f_frsize - 4096))
+        (mount / "filler").write_bytes(
+            b"x" * (os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize - 4096)
+        )
         before = Checkpoints(mount/"checkpoints").load()
         with pytest.raises(OSError, match="No space left|could not be written"): t.save()
         after = Checkpoints(mount/"checkpoints").load()
@@ -180,7 +238,14 @@ def test_a_small_file_system_that_is_really_full(tmp_path):
 
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(tmp_path):
     whole = trainer(tmp_path/"a").fit()
-    trainer(tmp_path/"b", on_step=lambda t: t.save() if t.done in (6, 9) else at(12, lambda t: (_ for _ in ()).throw(KeyboardInterrupt))(t)).fit()
+    trainer(
+        tmp_path / "b",
+        on_step=lambda t: (
+            t.save()
+            if t.done in (6, 9)
+            else at(12, lambda t: (_ for _ in ()).throw(KeyboardInterrupt))(t)
+        ),
+    ).fit()
     newest, before = Checkpoints(tmp_path/"b"/"checkpoints").paths()
     newest.write_bytes(newest.read_bytes()[:-7])
     second = trainer(tmp_path/"b")
@@ -205,15 +270,31 @@ def test_a_checkpoint_of_another_run_is_refused(change, message, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     trainer(tmp_path).fit()
     model = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="another model"): Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), .1), stream, 20, run_dir=tmp_path).load()
-    with pytest.raises(ValueError, match="optimizer was AdamW and is SGD"): Trainer(model, VICReg(), torch.optim.SGD(model.parameters(), .1), stream, 20, run_dir=tmp_path).load()
+    with pytest.raises(ValueError, match="another model"):
+        Trainer(
+            model,
+            VICReg(),
+            torch.optim.AdamW(model.parameters(), 0.1),
+            stream,
+            20,
+            run_dir=tmp_path,
+        ).load()
+    with pytest.raises(ValueError, match="optimizer was AdamW and is SGD"):
+        Trainer(
+            model, VICReg(), torch.optim.SGD(model.parameters(), 0.1), stream, 20, run_dir=tmp_path
+        ).load()
 
 def test_ctrl_c_keeps_the_work_and_returns(tmp_path):
     t = trainer(tmp_path, on_step=at(7, lambda t: os.kill(os.getpid(), signal.SIGINT)))
     history = t.fit()                                                       # returns
-    assert t.interrupted and len(history) == 7 and Checkpoints(tmp_path/"checkpoints").paths()[0].name.startswith("step-00000007")
+    assert (
+        t.interrupted
+        and len(history) == 7
+        and Checkpoints(tmp_path / "checkpoints").paths()[0].name.startswith("step-00000007")
+    )
     t.on_step = None
-    assert t.fit().equals(trainer().fit()) and not t.interrupted           # the same trainer goes on
+    # the same trainer goes on
+    assert t.fit().equals(trainer().fit()) and not t.interrupted
 
 def test_ctrl_c_in_the_middle_of_an_optimiser_step_waits_for_its_end(tmp_path):
     t, before = trainer(tmp_path), signal.getsignal(signal.SIGINT)
@@ -225,26 +306,44 @@ def test_ctrl_c_in_the_middle_of_an_optimiser_step_waits_for_its_end(tmp_path):
     t.optimizer.optimizer.step = interrupted
     t.fit()
     assert t.interrupted and t.done == 5
-    assert trainer(tmp_path).fit().equals(trainer().fit())                  # no step was taken twice
+    # no step was taken twice
+    assert trainer(tmp_path).fit().equals(trainer().fit())
     assert signal.getsignal(signal.SIGINT) is before
 
 class Normed(nn.Module):
     "With BatchNorm and dropout: a step that is broken off could leave traces in both"
-    def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(.2))
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2))
     def forward(self, *views): return tuple(self.net(v) for v in views)
 
 def normed(run_dir=None, **kw):
     torch.manual_seed(0)
     model = Normed()
-    return Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 1e-2), stream, 12, run_dir=run_dir, progress=None, **kw)
+    return Trainer(
+        model,
+        VICReg(),
+        torch.optim.AdamW(model.parameters(), 1e-2),
+        stream,
+        12,
+        run_dir=run_dir,
+        progress=None,
+        **kw,
+    )
 
-def same(a, b): return a.history.equals(b.history) and all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+def same(a, b):
+    return a.history.equals(b.history) and all(
+        torch.equal(x, y)
+        for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values())
+    )
 
 @pytest.mark.parametrize("where", ["forward", "backward", "clip"])
 @pytest.mark.parametrize("how", ["ctrl-c", "twice", "error"])
 def test_a_step_that_is_broken_off_leaves_no_trace(where, how, tmp_path, monkeypatch):
-    whole = normed(); whole.fit()
-    for fresh in (False, True):                                             # the same trainer goes on, or another process would
+    whole = normed()
+    whole.fit()
+    # the same trainer goes on, or another process would
+    for fresh in (False, True):
         folder, count = tmp_path/str(fresh), []
         t = normed(folder)
         def trouble():
@@ -258,21 +357,33 @@ def test_a_step_that_is_broken_off_leaves_no_trace(where, how, tmp_path, monkeyp
             clip = t.accelerator.clip_grad_norm_
             monkeypatch.setattr(t.accelerator, "clip_grad_norm_", lambda *a: (trouble(), clip(*a))[1])
         if how == "error":
-            with pytest.raises(RuntimeError, match="out of memory"): t.fit()
-        else: t.fit(); assert t.interrupted
-        assert t.done == (5 if how == "ctrl-c" else 4)                      # one Ctrl-C waits for the end of the step, two do not
+            with pytest.raises(RuntimeError, match="out of memory"):
+                t.fit()
+        else:
+            t.fit()
+            assert t.interrupted
+        # one Ctrl-C waits for the end of the step, two do not
+        assert t.done == (5 if how == "ctrl-c" else 4)
         if fresh: t = normed(folder)
         t.fit()
         assert same(t, whole)
 
 def test_a_batch_that_spoils_the_loss_does_not_spoil_batchnorm(tmp_path):
-    bad = lambda start: (b if 64 not in b["index"] else b | {"views": (b["views"][0]*float("nan"), b["views"][1])} for b in stream(start))
+    def bad(start):
+        return (
+            b
+            if 64 not in b["index"]
+            else b | {"views": (b["views"][0] * float("nan"), b["views"][1])}
+            for b in stream(start)
+        )
     t = normed(tmp_path)
     t.train_dl = bad
     with pytest.raises(FloatingPointError): t.fit()
-    resumed = normed(tmp_path); resumed.fit()
+    resumed = normed(tmp_path)
+    resumed.fit()
     assert resumed.model.net[1].running_mean.isfinite().all()
-    whole = normed(); whole.fit()
+    whole = normed()
+    whole.fit()
     assert same(resumed, whole)
 
 def test_another_learning_rate_is_taken_and_told(tmp_path):
@@ -280,36 +391,66 @@ def test_another_learning_rate_is_taken_and_told(tmp_path):
     second = trainer(tmp_path, lr=1e-3)
     with pytest.warns(UserWarning, match="lr was 0.01 and is 0.001"): h = second.fit()
     usual = trainer().fit()
-    np.testing.assert_allclose(h.lr[8:], usual.lr[8:]/10); np.testing.assert_allclose(h.lr[:8], usual.lr[:8])
+    np.testing.assert_allclose(h.lr[8:], usual.lr[8:] / 10)
+    np.testing.assert_allclose(h.lr[:8], usual.lr[:8])
 
 def test_an_optimiser_keeps_its_own_learning_rate():
     t = trainer()
     t.fit()
-    assert t.optimizer.param_groups[0]["lr"] == 1e-2                        # not the last value of the schedule
+    # not the last value of the schedule
+    assert t.optimizer.param_groups[0]["lr"] == 1e-2
 
 def test_parts_that_were_frozen_stay_frozen_and_callbacks_may_evaluate():
     torch.manual_seed(0)
     model = nn.Sequential(Normed(), nn.Identity())
     model[0].net[1].eval()
-    step = lambda m, l, b: l(*m[0](*b["views"]))
+    def step(m, l, b): return l(*m[0](*b["views"]))
     seen = []
-    t = Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 1e-2), stream, 3, step=lambda m, l, b: (seen.append((m[0].net[2].training, m[0].net[1].training)), step(m, l, b))[1],
-                on_step=lambda t: t.model.eval(), progress=None)
+    t = Trainer(
+        model,
+        VICReg(),
+        torch.optim.AdamW(model.parameters(), 1e-2),
+        stream,
+        3,
+        step=lambda m, l, b: (
+            seen.append((m[0].net[2].training, m[0].net[1].training)),
+            step(m, l, b),
+        )[1],
+        on_step=lambda t: t.model.eval(),
+        progress=None,
+    )
     with pytest.warns(UserWarning, match="1 parts of the model are in eval mode"): t.fit()
     assert seen == [(True, False)]*3 and torch.equal(model[0].net[1].running_mean, torch.zeros(8))
 
 def test_a_loss_with_state_is_a_part_of_the_run(tmp_path):
     class Learnt(nn.Module):
-        def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.zeros(()))
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(()))
         def forward(self, a, b): return ((a - b).square().mean()*self.scale.exp() - self.scale), {}
     def build(folder=None, **kw):
         torch.manual_seed(0)
         model, loss = Two(), Learnt()
-        return Trainer(model, loss, torch.optim.AdamW([*model.parameters(), *loss.parameters()], 1e-2), stream, 10, run_dir=folder, progress=None, **kw)
-    whole = build(); whole.fit()
+        return Trainer(
+            model,
+            loss,
+            torch.optim.AdamW([*model.parameters(), *loss.parameters()], 1e-2),
+            stream,
+            10,
+            run_dir=folder,
+            progress=None,
+            **kw,
+        )
+    whole = build()
+    whole.fit()
     build(tmp_path, on_step=at(5, lambda t: (_ for _ in ()).throw(KeyboardInterrupt))).fit()
-    resumed = build(tmp_path); resumed.fit()
-    assert resumed.history.equals(whole.history) and torch.equal(resumed.loss.scale, whole.loss.scale) and whole.loss.scale != 0
+    resumed = build(tmp_path)
+    resumed.fit()
+    assert (
+        resumed.history.equals(whole.history)
+        and torch.equal(resumed.loss.scale, whole.loss.scale)
+        and whole.loss.scale != 0
+    )
 
 def test_terms_with_the_names_of_columns_are_refused():
     def step(model, loss, batch):
@@ -323,7 +464,9 @@ def test_terms_that_come_and_go_are_kept_as_they_were(tmp_path):
         k = int(batch["index"][0])//16
         return scalar, terms | ({"sometimes": float("nan") if k == 2 else k} if k % 2 == 0 else {})
     whole = trainer(step=step).fit()
-    trainer(tmp_path, step=step, on_step=at(7, lambda t: (_ for _ in ()).throw(KeyboardInterrupt))).fit()
+    trainer(
+        tmp_path, step=step, on_step=at(7, lambda t: (_ for _ in ()).throw(KeyboardInterrupt))
+    ).fit()
     assert trainer(tmp_path, step=step).fit().equals(whole)
     assert trainer(step=step, accumulate=2, steps=3).fit().sometimes.notna().sum() == 2
 
@@ -339,29 +482,45 @@ def test_two_precisions_do_not_leak_into_each_other(tmp_path):
     torch.manual_seed(0)
     model = Two()
     def fit(precision):
-        t = Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 0.), stream, 2, precision=precision, progress=None)
+        t = Trainer(
+            model,
+            VICReg(),
+            torch.optim.AdamW(model.parameters(), 0.0),
+            stream,
+            2,
+            precision=precision,
+            progress=None,
+        )
         return t, lambda: t.fit().loss[0]
     (first, low), (second, high), (third, usual) = fit("bf16"), fit("fp32"), fit(None)
     a, b, c = high(), low(), usual()
-    assert a == c != b and b == pytest.approx(a, rel=.02)                   # built in one order, run in another
+    # built in one order, run in another
+    assert a == c != b and b == pytest.approx(a, rel=.02)
     assert model(*next(stream(0))["views"])[0].dtype == torch.float32
     import pickle
     pickle.loads(pickle.dumps(model))
 
 def test_accumulated_batches_average_their_gradients():
     one = trainer(steps=1, accumulate=3, clip=None)
-    model = Two(); model.load_state_dict(one.model.state_dict())
+    model = Two()
+    model.load_state_dict(one.model.state_dict())
     it = stream(0)
     loss = sum(VICReg()(*model(*next(it)["views"]))[0] for _ in range(3))/3
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     row = one.fit().iloc[0]
-    assert row.loss == pytest.approx(loss.item(), rel=1e-6) and row.grad_norm == pytest.approx(norm.item(), rel=1e-5)      # float32 sums in another order
+    # float32 sums in another order
+    assert row.loss == pytest.approx(loss.item(), rel=1e-6) and row.grad_norm == pytest.approx(
+        norm.item(), rel=1e-5
+    )
     seen = []
-    resumed = trainer(steps=2, accumulate=3, train_dl=lambda start: (seen.append(start), stream(start))[1])
+    resumed = trainer(
+        steps=2, accumulate=3, train_dl=lambda start: (seen.append(start), stream(start))[1]
+    )
     resumed.rows = [{"step": 1, "loss": 0.}]
     resumed.fit()
-    assert seen == [3]                                                      # step 1 begins at batch 3
+    # step 1 begins at batch 3
+    assert seen == [3]
 
 def test_the_learning_rate_and_the_norm_are_what_the_history_says():
     t = trainer(schedule=lambda k: .5**k, clip=.01)
@@ -370,8 +529,12 @@ def test_the_learning_rate_and_the_norm_are_what_the_history_says():
     t = trainer(steps=1, clip=.01)
     old = t.optimizer.optimizer.step
     norms = []
-    t.optimizer.optimizer.step = lambda *a, **k: (norms.append(torch.cat([p.grad.flatten() for p in t.model.parameters()]).norm().item()), old(*a, **k))
-    assert t.fit().grad_norm[0] > 1 and norms[0] == pytest.approx(.01, rel=1e-4)       # the history has the norm before clipping
+    t.optimizer.optimizer.step = lambda *a, **k: (
+        norms.append(torch.cat([p.grad.flatten() for p in t.model.parameters()]).norm().item()),
+        old(*a, **k),
+    )
+    # the history has the norm before clipping
+    assert t.fit().grad_norm[0] > 1 and norms[0] == pytest.approx(.01, rel=1e-4)
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_the_run_before_the_step(bad, tmp_path):
@@ -379,36 +542,45 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_step(bad, tmp_path):
         scalar, terms = loss(*model(*batch["views"]))
         return scalar*(bad if 64 in batch["index"] else 1), terms
     t = trainer(tmp_path, step=step)
-    with pytest.raises(FloatingPointError, match=r"step 4 .*records \[64, 65.*state before this step"): t.fit()
+    with pytest.raises(
+        FloatingPointError, match=r"step 4 .*records \[64, 65.*state before this step"
+    ):
+        t.fit()
     clean = trainer(steps=20, on_step=at(4, lambda t: (_ for _ in ()).throw(KeyboardInterrupt)))
     clean.fit()
-    assert t.done == 4 and all(torch.equal(a, b) for a, b in zip(t.model.parameters(), clean.model.parameters()))
+    assert t.done == 4 and all(
+        torch.equal(a, b) for a, b in zip(t.model.parameters(), clean.model.parameters())
+    )
     assert Checkpoints(tmp_path/"checkpoints").paths()[0].name.startswith("step-00000004")
 
 def test_a_gradient_that_is_no_number_stops_the_run():
     def step(model, loss, batch):
-        scalar = (model(*batch["views"])[0]*0).abs().sum().sqrt()          # 0, with an infinite slope times zero
+        # 0, with an infinite slope times zero
+        scalar = (model(*batch["views"])[0]*0).abs().sum().sqrt()
         return scalar, {}
     t = trainer(step=step)
     with pytest.raises(FloatingPointError, match="norm of the gradient is nan at step 0"): t.fit()
 
 def test_batches_that_end_too_early_are_told():
-    with pytest.raises(ValueError, match="ended after step 3 of 20"): trainer(train_dl=lambda start: (b for _, b in zip(range(3 - start), stream(start)))).fit()
+    with pytest.raises(ValueError, match="ended after step 3 of 20"):
+        trainer(train_dl=lambda start: (b for _, b in zip(range(3 - start), stream(start)))).fit()
 
 @pytest.mark.parametrize("kw, message", [(dict(steps=None), "no budget"), (dict(steps=0), "steps=0"), (dict(steps=3, epochs=2, epoch_steps=4), "give one"), (dict(steps=None, epochs=2), "epoch_steps"),
     (dict(steps=None, minutes=-1), "minutes=-1"), (dict(accumulate=0), "accumulate=0"), (dict(clip=0), "clip=0"), (dict(clip=-1.), "clip=-1"), (dict(precision="fp8"), "fp8"), (dict(precision="fp16"), "no GPU")])
 def test_arguments_that_make_no_sense(kw, message):
-    if kw.get("precision") == "fp16" and torch.cuda.is_available(): pytest.skip("there is a GPU, which can")
+    if kw.get("precision") == "fp16" and torch.cuda.is_available():
+        pytest.skip("there is a GPU, which can")
     with pytest.raises(ValueError, match=message): trainer(**kw)
 
 def test_epochs_are_counted_and_told():
     ends = []
     t = trainer(steps=None, epochs=3, epoch_steps=2.5, on_epoch=lambda t: ends.append(t.done))
-    assert len(t.fit()) == 8 and ends == [3, 5, 8]                          # the steps in which 2.5, 5 and 7.5 are reached
+    # the steps in which 2.5, 5 and 7.5 are reached
+    assert len(t.fit()) == 8 and ends == [3, 5, 8]
 
 def test_time_ends_a_run_that_can_be_given_more(tmp_path):
     import time
-    slow = lambda t: time.sleep(.02)
+    def slow(t): return time.sleep(.02)
     t = trainer(tmp_path, steps=1000, minutes=.3/60, on_step=slow)
     t.fit()
     assert t.out_of_time and 1 <= t.done < 1000
@@ -419,8 +591,11 @@ def test_time_ends_a_run_that_can_be_given_more(tmp_path):
 def test_precision_is_really_lower_and_two_can_live_in_one_process():
     dtypes = {}
     def step(model, loss, batch):
-        handle = model.net.register_forward_hook(lambda m, i, o: dtypes.update({precision: o.dtype}))
-        result = loss(*model(*batch["views"])); handle.remove()
+        handle = model.net.register_forward_hook(
+            lambda m, i, o: dtypes.update({precision: o.dtype})
+        )
+        result = loss(*model(*batch["views"]))
+        handle.remove()
         return result
     for precision in ("bf16", "fp32", "bf16"):
         t = trainer(steps=2, precision=precision, step=step)
@@ -431,26 +606,47 @@ def test_precision_is_really_lower_and_two_can_live_in_one_process():
 def test_images_are_laid_out_as_asked_for():
     seen = []
     def step(model, loss, batch):
-        seen.append((batch["views"][0].is_contiguous(memory_format=torch.channels_last), model[0].weight.is_contiguous(memory_format=torch.channels_last)))
+        seen.append(
+            (
+                batch["views"][0].is_contiguous(memory_format=torch.channels_last),
+                model[0].weight.is_contiguous(memory_format=torch.channels_last),
+            )
+        )
         return model(batch["views"][0]).square().mean(), {}
     for wanted in (False, True):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
-        Trainer(model, None, torch.optim.SGD(model.parameters(), .1), lambda s: iter([{"views": (torch.randn(2, 3, 8, 8),)}]), 1, step=step, channels_last=wanted, progress=None).fit()
+        Trainer(
+            model,
+            None,
+            torch.optim.SGD(model.parameters(), 0.1),
+            lambda s: iter([{"views": (torch.randn(2, 3, 8, 8),)}]),
+            1,
+            step=step,
+            channels_last=wanted,
+            progress=None,
+        ).fit()
     assert seen == [(False, False), (True, True)]
 
 def test_compiled_or_not_the_numbers_agree(tmp_path):
     plain, compiled = trainer(steps=4).fit(), trainer(tmp_path, steps=4, compile="aot_eager").fit()
-    np.testing.assert_allclose(plain.loss, compiled.loss, rtol=1e-4)        # the compiler may reorder float32 sums, and steps carry that on
-    assert list(Checkpoints(tmp_path/"checkpoints").load()["model"]) == ["net.weight", "net.bias"]      # no prefix of the compiler's
+    # the compiler may reorder float32 sums, and steps carry that on
+    np.testing.assert_allclose(plain.loss, compiled.loss, rtol=1e-4)
+    # no prefix of the compiler's
+    assert list(Checkpoints(tmp_path/"checkpoints").load()["model"]) == ["net.weight", "net.bias"]
 
 def test_tensorboard_gets_every_row(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    h = trainer(steps=5, progress="study", accelerator=Accelerator(log_with="tensorboard", project_dir=str(tmp_path))).fit()
+    h = trainer(
+        steps=5,
+        progress="study",
+        accelerator=Accelerator(log_with="tensorboard", project_dir=str(tmp_path)),
+    ).fit()
     log = events.EventAccumulator(str(tmp_path/"study")).Reload()
     for name in ("loss", "invariance", "lr", "grad_norm"):
         got = log.Scalars(name)
         assert [e.step for e in got] == [1, 2, 3, 4, 5]
-        np.testing.assert_allclose([e.value for e in got], h[name], rtol=1e-6)      # stored in float32
+        # stored in float32
+        np.testing.assert_allclose([e.value for e in got], h[name], rtol=1e-6)
 
 @pytest.mark.parametrize("collapsed", [True, False])
 def test_a_collapse_is_told(collapsed):
@@ -460,13 +656,18 @@ def test_a_collapse_is_told(collapsed):
         warnings.simplefilter("always")
         h = t.fit()
     told = [str(w.message) for w in said if "collapsed" in str(w.message)]
-    assert bool(told) == collapsed and h["std"].notna().sum() == 9          # the first step and every 25th
+    # the first step and every 25th
+    assert bool(told) == collapsed and h["std"].notna().sum() == 9
     if collapsed: assert "larger weight on variance" in told[0]
 
 def test_a_transform_sees_the_batch_on_the_device():
     def transform(batch): return batch | {"views": tuple(v*0 + 1 for v in batch["views"])}
     seen = []
-    trainer(steps=1, transform=transform, step=lambda m, l, b: (seen.append(b["views"][0].unique().tolist()), l(*m(*b["views"])))[1]).fit()
+    trainer(
+        steps=1,
+        transform=transform,
+        step=lambda m, l, b: (seen.append(b["views"][0].unique().tolist()), l(*m(*b["views"])))[1],
+    ).fit()
     assert seen == [[1.0]]
 
 def test_a_history_is_plotted_with_all_its_columns(tmp_path):

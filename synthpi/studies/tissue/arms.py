@@ -47,14 +47,45 @@ ARMS = {
     "colour_histogram": Arm("colour histogram of the tile, no network"),
     "random_encoder": Arm("untrained encoder, its BatchNorm set to the tiles"),
     "supervised": Arm("encoder trained with the labels of the training split", ("primary",), (0,)),
-    "siamese_unprivileged": Arm("two views of the tile, one encoder", ("primary",)*2, (0, 0)),
-    "siamese_privileged": Arm("the tile and its synthetic image, two encoders", ("primary", "privileged"), (0, 1)),
-    "trident": Arm("two views of the tile and its synthetic image, two encoders", ("primary", "primary", "privileged"), (0, 0, 1)),
-    "trident_real_pairs": Arm("TriDeNT on the small authentic pair set alone", ("primary", "primary", "privileged"), (0, 0, 1), source="pairs"),
-    "trident_shuffled": Arm("TriDeNT with the synthetic images of other tiles", ("primary", "primary", "shuffled"), (0, 0, 1), control=True),
-    "trident_blank": Arm("TriDeNT with an empty second image", ("primary", "primary", "blank"), (0, 0, 1), control=True),
-    "trident_third_view": Arm("TriDeNT with a third view of the tile itself (same compute)", ("primary",)*3, (0, 0, 1), control=True),
-    "trident_haematoxylin": Arm("TriDeNT with the haematoxylin channel, which needs no generator", ("primary", "primary", "haematoxylin"), (0, 0, 1), control=True),
+    "siamese_unprivileged": Arm("two views of the tile, one encoder", ("primary",) * 2, (0, 0)),
+    "siamese_privileged": Arm(
+        "the tile and its synthetic image, two encoders", ("primary", "privileged"), (0, 1)
+    ),
+    "trident": Arm(
+        "two views of the tile and its synthetic image, two encoders",
+        ("primary", "primary", "privileged"),
+        (0, 0, 1),
+    ),
+    "trident_real_pairs": Arm(
+        "TriDeNT on the small authentic pair set alone",
+        ("primary", "primary", "privileged"),
+        (0, 0, 1),
+        source="pairs",
+    ),
+    "trident_shuffled": Arm(
+        "TriDeNT with the synthetic images of other tiles",
+        ("primary", "primary", "shuffled"),
+        (0, 0, 1),
+        control=True,
+    ),
+    "trident_blank": Arm(
+        "TriDeNT with an empty second image",
+        ("primary", "primary", "blank"),
+        (0, 0, 1),
+        control=True,
+    ),
+    "trident_third_view": Arm(
+        "TriDeNT with a third view of the tile itself (same compute)",
+        ("primary",) * 3,
+        (0, 0, 1),
+        control=True,
+    ),
+    "trident_haematoxylin": Arm(
+        "TriDeNT with the haematoxylin channel, which needs no generator",
+        ("primary", "primary", "haematoxylin"),
+        (0, 0, 1),
+        control=True,
+    ),
 }
 SETTINGS = {"weak": weak, "strong": strong}     # how strongly the views of `primary` are augmented
 
@@ -67,17 +98,26 @@ def add_controls(
     if len(ds) < 2: raise ValueError(f"{len(ds)} tile arrived; expected at least 2 to shuffle.")
     order = np.random.default_rng(seed_for(seed, "shuffled")).permutation(len(ds))
     other = np.empty(len(ds), int)
-    other[order] = np.roll(order, 1)                    # one cycle through all tiles: none keeps its own
+    # one cycle through all tiles: none keeps its own
+    other[order] = np.roll(order, 1)
     return _Columns(ds, {"shuffled": ("privileged", other), "blank": None})
 
 class _Columns:
     "A data set seen with columns that are worked out on access"
     def __init__(self, ds, extra, select=None):
-        self.ds, self.extra, self.column_names = ds, extra, [select] if select else [*ds.column_names, *extra]
+        self.ds, self.extra, self.column_names = (
+            ds,
+            extra,
+            [select] if select else [*ds.column_names, *extra],
+        )
     def __len__(self): return len(self.ds)
     def select_columns(self, columns):
         name, = columns
-        return _Columns(self.ds, self.extra, name) if name in self.extra else self.ds.select_columns(columns)
+        return (
+            _Columns(self.ds, self.extra, name)
+            if name in self.extra
+            else self.ds.select_columns(columns)
+        )
     def __getitem__(self, i):
         if isinstance(i, str): return self.ds[i]
         name, = self.column_names
@@ -89,12 +129,15 @@ class _Columns:
 def classify_step(model, loss, batch):
     "The step of the supervised arm: cross-entropy of the logits."
     logits = model(*batch["views"])[0]
-    return F.cross_entropy(logits, batch["label"]), {"accuracy": (logits.argmax(1) == batch["label"]).float().mean()}
+    return F.cross_entropy(logits, batch["label"]), {
+        "accuracy": (logits.argmax(1) == batch["label"]).float().mean()
+    }
 
 def train_arm(
     name:str, # A trained arm of `ARMS`
     ds, # Records with the arm's columns; for `supervised` also `label`
-    setting:str|Callable="weak", # Augmentation of the primary views: a key of `SETTINGS`, or a recipe of `synthpi.data.recipes`
+    # Augmentation of the primary views: a key of `SETTINGS`, or a recipe of `synthpi.data.recipes`
+    setting:str|Callable="weak",
     steps:int=300, # Optimiser steps
     encoder:str="resnet10_narrow", # Name for `make_encoder`
     size:int=64, # Side of the views, pixels
@@ -107,20 +150,45 @@ def train_arm(
     on_step:Callable|None=None, # Called with the trainer after every step
     progress:str|None=None, # Name of a progress bar
 )->tuple[nn.Module, Trainer]: # The encoder of the primary branch, and the trainer with history, `seconds`, `interrupted`
-    "Train one arm. VICReg, mode `mean`; projector of three layers as wide as the representation, at least 512."
+    """Train one arm. VICReg, mode `mean`; projector of three layers as wide as the representation,
+    at least 512."""
     arm = ARMS[name]
-    if not arm.columns: raise ValueError(f"arm {name!r} has nothing to train; expected one of {', '.join(n for n, a in ARMS.items() if a.columns)}.")
-    if not callable(SETTINGS.get(setting, setting)): raise ValueError(f"setting {setting!r} arrived; expected {' or '.join(SETTINGS)}, or a recipe such as synthpi.data.recipes.histology.")
+    if not arm.columns:
+        raise ValueError(
+            f"arm {name!r} has nothing to train; expected one of "
+            f"{', '.join(n for n, a in ARMS.items() if a.columns)}."
+        )
+    if not callable(SETTINGS.get(setting, setting)):
+        raise ValueError(
+            f"setting {setting!r} arrived; expected {' or '.join(SETTINGS)}, or a recipe such as "
+            "synthpi.data.recipes.histology."
+        )
     set_seed(seed_for(seed, "weights"))
     encoders = [make_encoder(encoder) for _ in range(max(arm.layout) + 1)]
     supervised = name == "supervised"
-    heads = [nn.Linear(encoders[0].width, max(ds["label"]) + 1)] if supervised else [Projector(e.width, 3*[max(512, e.width)]) for e in encoders]
+    heads = (
+        [nn.Linear(encoders[0].width, max(ds["label"]) + 1)]
+        if supervised
+        else [Projector(e.width, 3 * [max(512, e.width)]) for e in encoders]
+    )
     model = Branches(encoders, heads, arm.layout).to(memory_format=torch.channels_last)
-    recipe = {column: SETTINGS.get(setting, setting) if column == "primary" else weak for column in arm.columns}
+    recipe = {
+        column: SETTINGS.get(setting, setting) if column == "primary" else weak
+        for column in arm.columns
+    }
     views = Views(ds, [(column, recipe[column]) for column in arm.columns], size, seed=seed)
-    trainer = Trainer(model, None if supervised else VICReg(mode="mean"), torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4), steps=steps, run_dir=run_dir,
-                      train_dl=lambda start: batches(views, batch_size, steps, start, workers), step=classify_step if supervised else paired_step,
-                      accelerator=accelerator, on_step=on_step, progress=progress)
+    trainer = Trainer(
+        model,
+        None if supervised else VICReg(mode="mean"),
+        torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4),
+        steps=steps,
+        run_dir=run_dir,
+        train_dl=lambda start: batches(views, batch_size, steps, start, workers),
+        step=classify_step if supervised else paired_step,
+        accelerator=accelerator,
+        on_step=on_step,
+        progress=progress,
+    )
     trainer.fit()
     return encoders[0].eval(), trainer
 
@@ -131,10 +199,14 @@ def untrained_encoder(
     batch_size:int=64, # Images per batch
     seed:int=0, # Weights, and which images
 )->nn.Module: # In eval mode
-    "Random weights; the statistics of BatchNorm are those of 20 batches of the training tiles, without which such features are worse than they need be."
+    """Random weights; the statistics of BatchNorm are those of 20 batches of the training tiles,
+    without which such features are worse than they need be."""
     set_seed(seed_for(seed, "weights"))
     net, images = make_encoder(encoder).train(), Images(ds, "primary", size)
     with torch.no_grad():
         for rows in StepBatches(len(images), batch_size, 20, seed=seed):
-            net(torch.from_numpy(np.stack([images[i] for _, i in rows])).permute(0, 3, 1, 2).float()/255)
+            net(
+                torch.from_numpy(np.stack([images[i] for _, i in rows])).permute(0, 3, 1, 2).float()
+                / 255
+            )
     return net.eval()

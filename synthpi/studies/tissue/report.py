@@ -35,25 +35,44 @@ from ..page import Report
 from .arms import ARMS
 
 # %% ../../../nbs/studies/tissue/report.ipynb #fd34a520
-_GROUPS, _SEEDS = 8, 3                                                # fewer test groups or training seeds make no finding
+# fewer test groups or training seeds make no finding
+_GROUPS, _SEEDS = 8, 3
 _UNTRAINED = ("random_encoder", "colour_histogram", "mean_rgb")
 
 def _percent(x): return f"{100*x['mean']:.1f} % [{100*x['ci'][0]:.1f}, {100*x['ci'][1]:.1f}]"
 
-def _side(r): return int(round(r["ci"][0], 2) > 1) - int(round(r["ci"][1], 2) < 1)     # 1 better, -1 worse, 0 open
+# 1 better, -1 worse, 0 open
+def _side(r): return int(round(r["ci"][0], 2) > 1) - int(round(r["ci"][1], 2) < 1)
 
 def _some(n, what): return f"{n} {what}{'s'*(n != 1)}"
 
 def _untrained(results):
-    "The best arm without training and the ratio of its error to TriDeNT's; None for what is not there."
+    """The best arm without training and the ratio of its error to TriDeNT's; None for what is not
+    there."""
     arms = {n: results["arms"][n]["accuracy"]["mean"] for n in _UNTRAINED if n in results["arms"]}
     best = max(arms, key=arms.get) if arms else None
-    return best, next((r for r in results["error_reduction"] if (r["base"], r["model"], r["augmentation"], r["tiles"]) == (best, "trident", "chosen", "as they are")), None)
+    return best, next(
+        (
+            r
+            for r in results["error_reduction"]
+            if (r["base"], r["model"], r["augmentation"], r["tiles"])
+            == (best, "trident", "chosen", "as they are")
+        ),
+        None,
+    )
 
 def _lacking(results, side):
     "What keeps an interval that excludes 1 from being a finding."
-    groups, seeds, (base, r) = results["data"]["groups"]["test"], len(results["seeds"]), _untrained(results)
-    lacks = [_some(n, what) for n, least, what in ((groups, _GROUPS, "test group"), (seeds, _SEEDS, "training seed")) if n < least]
+    groups, seeds, (base, r) = (
+        results["data"]["groups"]["test"],
+        len(results["seeds"]),
+        _untrained(results),
+    )
+    lacks = [
+        _some(n, what)
+        for n, least, what in ((groups, _GROUPS, "test group"), (seeds, _SEEDS, "training seed"))
+        if n < least
+    ]
     if side > 0 and base is None: lacks.append("no arm without training in the study")
     elif side > 0 and (r is None or _side(r) < 1): lacks.append(f"not shown to be better than `{base}`, which was not trained")
     return lacks
@@ -62,35 +81,95 @@ def _lacking(results, side):
 def verdict(
     results:dict, # As in results.json
 )->str: # One paragraph, marked up for `Report`
-    "What the study says about its question, in words that follow from the intervals and from how much there was to see."
+    """What the study says about its question, in words that follow from the intervals and from how
+    much there was to see."""
     arms = results["arms"]
-    rows = {(r["augmentation"], r["tiles"]): r for r in results["error_reduction"] if (r["base"], r["model"]) == ("siamese_unprivileged", "trident")}
-    if ("chosen", "as they are") not in rows: return "The study has no pair of `siamese_unprivileged` and `trident`, so it does not answer whether the second image helps."
+    rows = {
+        (r["augmentation"], r["tiles"]): r
+        for r in results["error_reduction"]
+        if (r["base"], r["model"]) == ("siamese_unprivileged", "trident")
+    }
+    if ("chosen", "as they are") not in rows:
+        return (
+            "The study has no pair of `siamese_unprivileged` and `trident`, so it does not answer "
+            "whether the second image helps."
+        )
     r = rows["chosen", "as they are"]
     side = _side(r)
     lacks = _lacking(results, side) if side else []
-    said = (f"**A hint, not a finding** ({', '.join(lacks)}): the second image seems to {'help' if side > 0 else 'do harm'}; " if lacks else
-            "**Yes, on these tiles:** " if side > 0 else "**No, on these tiles it does harm:** " if side else "**Not shown:** ")
-    said += (f"with each arm at the augmentation that validation data chose for it, the single-modality encoder is right on {_percent(arms['siamese_unprivileged']['accuracy'])} of the test "
-             f"tiles and TriDeNT with synthetic images on {_percent(arms['trident']['accuracy'])}. The ratio of their errors is {r['text']}")
+    said = (
+        f"**A hint, not a finding** ({', '.join(lacks)}): the second image seems to "
+        f"{'help' if side > 0 else 'do harm'}; "
+        if lacks
+        else "**Yes, on these tiles:** "
+        if side > 0
+        else "**No, on these tiles it does harm:** "
+        if side
+        else "**Not shown:** "
+    )
+    said += (
+        "with each arm at the augmentation that validation data chose for it, the "
+        "single-modality encoder is right on "
+        f"{_percent(arms['siamese_unprivileged']['accuracy'])} of the test "
+        f"tiles and TriDeNT with synthetic images on {_percent(arms['trident']['accuracy'])}. The "
+        f"ratio of their errors is {r['text']}"
+    )
     said += "." if side else ", an interval that holds 1: the two cannot be told apart here."
     for setting in ("weak", "strong"):
-        if (setting, "as they are") in rows: said += f" With {setting} colour augmentation of both, the ratio is {rows[setting, 'as they are']['text']}."
+        if (setting, "as they are") in rows:
+            said += (
+                f" With {setting} colour augmentation of both, the ratio is "
+                f"{rows[setting, 'as they are']['text']}."
+            )
     if ("chosen", "stain-shifted") in rows:
         said += f" On test tiles in other stains it is {rows['chosen', 'stain-shifted']['text']}"
-        said += "".join(f", {rows[s, 'stain-shifted']['text']} with {s} augmentation of both" for s in ("weak", "strong") if (s, "stain-shifted") in rows) + "."
+        said += (
+            "".join(
+                f", {rows[s, 'stain-shifted']['text']} with {s} augmentation of both"
+                for s in ("weak", "strong")
+                if (s, "stain-shifted") in rows
+            )
+            + "."
+        )
     said += _baseline(results)
-    if results["data"]["groups"]["test"] == results["data"]["tiles"]["test"]: said += " Every test tile is a group of its own: where patients are not known, the intervals are too narrow."
+    if results["data"]["groups"]["test"] == results["data"]["tiles"]["test"]:
+        said += (
+            " Every test tile is a group of its own: where patients are not known, the intervals "
+            "are too narrow."
+        )
     best = max(arms, key=lambda a: arms[a]["accuracy"]["mean"])
-    if best not in ("trident", "siamese_privileged"): said += f" The highest accuracy of all arms is that of `{best}`, {_percent(arms[best]['accuracy'])}."
-    if lacks: said += f" This report calls it a finding from {_GROUPS} test groups and {_SEEDS} training seeds on" + ", if TriDeNT also makes fewer errors than the best arm without training."*(side > 0) + "."*(side < 0)
+    if best not in ("trident", "siamese_privileged"):
+        said += (
+            f" The highest accuracy of all arms is that of `{best}`, "
+            f"{_percent(arms[best]['accuracy'])}."
+        )
+    if lacks:
+        said += (
+            f" This report calls it a finding from {_GROUPS} test groups and {_SEEDS} training "
+            "seeds on"
+            + ", if TriDeNT also makes fewer errors than the best arm without training."
+            * (side > 0)
+            + "." * (side < 0)
+        )
     return said
 
 def _baseline(results):
     base, r = _untrained(results)
     if base is None: return ""
-    if r is None: return f" The best arm without training is `{base}`, {_percent(results['arms'][base]['accuracy'])}; the results hold no ratio of its error to TriDeNT's."
-    return f" Against `{base}`, the best arm without training, TriDeNT's error ratio is {r['text']}" + {1: ".", 0: ": it is not shown that training helped at all.", -1: ": training made it worse."}[_side(r)]
+    if r is None:
+        return (
+            f" The best arm without training is `{base}`, "
+            f"{_percent(results['arms'][base]['accuracy'])}; the results hold no ratio of its "
+            "error to TriDeNT's."
+        )
+    return (
+        f" Against `{base}`, the best arm without training, TriDeNT's error ratio is {r['text']}"
+        + {
+            1: ".",
+            0: ": it is not shown that training helped at all.",
+            -1: ": training made it worse.",
+        }[_side(r)]
+    )
 
 # %% ../../../nbs/studies/tissue/report.ipynb #8759e18a
 _LIMITS = """- The tiles stand for the patients and laboratories that they come from, and for no other. Intervals resample the test groups (patients where they are known) and the training seeds; with few of either they are rough, and they do not cover a change of scanner, tissue or disease.
@@ -108,149 +187,429 @@ def write_report(
     results:dict, # As in results.json
     data, # `study.TileSet`
     train, # The training tiles, with `privileged` if it was made
-    judged:dict|None=None, # "tiles", "pairs" to `(Quality, the pairs, None)`, or `(None, the pairs, why not)`: the synthetic training tiles, and the generator's validation groups with their `true` images
+    # "tiles", "pairs" to `(Quality, the pairs, None)`, or `(None, the pairs, why not)`: the
+    # synthetic training tiles, and the generator's validation groups with their `true` images
+    judged:dict|None=None,
 )->Path: # `report.html`
     "Write report.html and figures/*.png."
     out, arms, classes = Path(out), results["arms"], data.classes
     seed = results["seeds"][0]
-    report = Report("Does a synthetic second image help?", f"{sum(results['data']['tiles'].values())} tiles of {len(classes) or 'no'} classes, {len(arms)} arms, "
-                    f"{len(results['seeds'])} training seed{'s' if len(results['seeds']) > 1 else ''}")
+    report = Report(
+        "Does a synthetic second image help?",
+        f"{sum(results['data']['tiles'].values())} tiles of {len(classes) or 'no'} classes, "
+        f"{len(arms)} arms, "
+        f"{len(results['seeds'])} training seed{'s' if len(results['seeds']) > 1 else ''}",
+    )
     _summary(report, results)
     if "privileged" in train.column_names: _pairs(report, results, train, classes)
     if judged: _quality(report, judged)
     if data.labels is None:
-        report.section("Arms", "The tiles have no labels, so no probe was fitted. RankMe measures how many dimensions the representations use.")
-        report.table(pd.DataFrame.from_dict(arms, orient="index").rename_axis("arm"), "Trained arms. Seconds are of one training.")
+        report.section(
+            "Arms",
+            "The tiles have no labels, so no probe was fitted. RankMe measures how many "
+            "dimensions the representations use.",
+        )
+        report.table(
+            pd.DataFrame.from_dict(arms, orient="index").rename_axis("arm"),
+            "Trained arms. Seconds are of one training.",
+        )
     else: _results(report, results, classes)
-    histories = {n: pd.read_csv(f) for n, a in arms.items() if (f := _folder(out, n, a, seed)/"history.csv").exists() and n != "supervised"}
-    if histories: report.section("Training").figure(plot_losses(histories), "losses", "Loss and its terms, unweighted, smoothed, of every arm at its chosen augmentation. The loss has another number of terms "
-                                                     "for two and for three branches, so its height does not compare arms; a variance term that stays near 1 would mean collapse.",
-                                                     f"Panels for the loss and its terms on logarithmic axes over the training steps, with one curve for each of {len(histories)} self-supervised arms.")
+    histories = {
+        n: pd.read_csv(f)
+        for n, a in arms.items()
+        if (f := _folder(out, n, a, seed) / "history.csv").exists() and n != "supervised"
+    }
+    if histories:
+        report.section("Training").figure(
+            plot_losses(histories),
+            "losses",
+            "Loss and its terms, unweighted, smoothed, of every arm at its chosen augmentation. "
+            "The loss has another number of terms "
+            "for two and for three branches, so its height does not compare arms; a variance term "
+            "that stays near 1 would mean collapse.",
+            "Panels for the loss and its terms on logarithmic axes over the training steps, with "
+            f"one curve for each of {len(histories)} self-supervised arms.",
+        )
     if data.labels is not None:
-        shown = [n for n in ("supervised", "siamese_unprivileged", "siamese_privileged", "trident") if n in arms]
-        encoders = {n: load_encoder(_folder(out, n, arms[n], seed)/"encoder.safetensors") for n in shown}
+        shown = [
+            n
+            for n in ("supervised", "siamese_unprivileged", "siamese_privileged", "trident")
+            if n in arms
+        ]
+        encoders = {
+            n: load_encoder(_folder(out, n, arms[n], seed) / "encoder.safetensors") for n in shown
+        }
         if encoders:
             _saliency(report, out, results, data, encoders)
-            _maps(report, data, {n: encoders[n] for n in ("siamese_unprivileged", "trident", "supervised") if n in encoders}, seed)
+            _maps(
+                report,
+                data,
+                {
+                    n: encoders[n]
+                    for n in ("siamese_unprivileged", "trident", "supervised")
+                    if n in encoders
+                },
+                seed,
+            )
     _record(report, results)
     return report.save(out)
 
-def _folder(out, name, arm, seed): return out/"runs"/"-".join(filter(None, [name, arm.get("augmentation"), f"seed{seed}"]))
+def _folder(out, name, arm, seed):
+    return out / "runs" / "-".join(filter(None, [name, arm.get("augmentation"), f"seed{seed}"]))
 
 def _summary(report, results):
     d, arms, g = results["data"], results["arms"], results.get("generator") or {}
     report.section("In short", verdict(results) if d["classes"] else "")
     if d["simulated"]: report.text(_SIMULATED)
-    cards = [(f"{100*arms[n]['accuracy']['mean']:.1f} %", label, f"[{100*arms[n]['accuracy']['ci'][0]:.1f}, {100*arms[n]['accuracy']['ci'][1]:.1f}]")
-             for n, label in (("siamese_unprivileged", "single modality"), ("trident", "TriDeNT, synthetic pairs"), ("supervised", "supervised")) if n in arms and "accuracy" in arms[n]]
-    if "dice_validation" in g: cards.append((f"{g['dice_validation']:.2f}", "Dice of the generator", "patients held out"))
+    cards = [
+        (
+            f"{100 * arms[n]['accuracy']['mean']:.1f} %",
+            label,
+            f"[{100 * arms[n]['accuracy']['ci'][0]:.1f}, {100 * arms[n]['accuracy']['ci'][1]:.1f}]",
+        )
+        for n, label in (
+            ("siamese_unprivileged", "single modality"),
+            ("trident", "TriDeNT, synthetic pairs"),
+            ("supervised", "supervised"),
+        )
+        if n in arms and "accuracy" in arms[n]
+    ]
+    if "dice_validation" in g:
+        cards.append((f"{g['dice_validation']:.2f}", "Dice of the generator", "patients held out"))
     if cards: report.numbers(cards)
     text = f"""What was done:
 
-- **Tiles.** {', '.join(f'{n} {s}' for s, n in d['tiles'].items())}, of {', '.join(f'{n} {s}' for s, n in d['groups'].items())} groups; no group and no file is in two splits.{f" {len(d['skipped'])} unreadable files were left out." if d['skipped'] else ''}"""
-    if g: text += f"""
-- **Generator.** {g['name']}{f", trained on {g['pairs']} pairs for {g['seconds']:.0f} s" if 'pairs' in g else ', loaded from a file'}{f"; Dice {g['dice_validation']:.2f} on the groups held out" if 'dice_validation' in g else ''}.
-- **Pairs.** {results['pairs']['n']} synthetic images: {results['pairs']['cache_hits']} found in the cache, {results['pairs']['n'] - results['pairs']['cache_hits']} made. Tiles of the validation and test split get none: at inference only the tile is needed."""
+    Tiles.** {', '.join(f'{n} {s}' for s, n in d['tiles'].items())}, of {', '.join(f'{n} {s}' for s, n in d['groups'].items())} groups; no group and no file is in two splits.{f" {len(d['skipped'])} unreadable files were left out." if d['skipped'] else ''}"""
+    if g:
+        text += f"""
+        rator.** {g['name']}{f", trained on {g['pairs']} pairs for {g['seconds']:.0f} s" if 'pairs' in g else ', loaded from a file'}{f"; Dice {g['dice_validation']:.2f} on the groups held out" if 'dice_validation' in g else ''}.
+        s.** {results['pairs']['n']} synthetic images: {results['pairs']['cache_hits']} found in the cache, {results['pairs']['n'] - results['pairs']['cache_hits']} made. Tiles of the validation and test split get none: at inference only the tile is needed."""
     text += f"""
-- **Arms.** Each trained arm: the same encoder (`{results['settings']['encoder']}`), {results['settings']['steps']} steps of {results['settings']['batch_size']} tiles at {results['settings']['size']} pixels, VICReg (mode `mean`)."""
-    if d["classes"]: text += " Its frozen features are judged by one linear probe: fitted on train, regularisation chosen on val, scored on test."
+    Arms.** Each trained arm: the same encoder (`{results['settings']['encoder']}`), {results['settings']['steps']} steps of {results['settings']['batch_size']} tiles at {results['settings']['size']} pixels, VICReg (mode `mean`)."""
+    if d["classes"]:
+        text += (
+            " Its frozen features are judged by one linear probe: fitted on train, regularisation "
+            "chosen on val, scored on test."
+        )
     report.text(text)
 
 def _pairs(report, results, train, classes):
     order = np.random.default_rng(seed_for(0, "gallery")).permutation(len(train))
     labels = train["label"][:] if "label" in train.column_names else [0]*len(train)
     per = 2 if classes else 12
-    rows = [int(i) for k in dict.fromkeys(sorted(labels)) for i in [j for j in order if labels[j] == k][:per]][:18]
-    report.section("Tiles and their synthetic images", "Drawn at random from the training split. The second image is what the generator makes of the tile; look for nuclei that it missed or invented.")
-    report.figure(pair_gallery([to_rgb(train[i]["primary"]) for i in rows], [to_rgb(train[i]["privileged"]) for i in rows], [classes[labels[i]] if classes else "" for i in rows], ncols=-(-len(rows)//-(-len(rows)//9))), "pairs",
-                  "Training tiles (above) and their synthetic second images (below). Not selected for quality.", f"{len(rows)} training tiles in colour, each with the synthetic image that was made of it below it.")
+    rows = [
+        int(i)
+        for k in dict.fromkeys(sorted(labels))
+        for i in [j for j in order if labels[j] == k][:per]
+    ][:18]
+    report.section(
+        "Tiles and their synthetic images",
+        "Drawn at random from the training split. The second image is what the generator makes of "
+        "the tile; look for nuclei that it missed or invented.",
+    )
+    report.figure(
+        pair_gallery(
+            [to_rgb(train[i]["primary"]) for i in rows],
+            [to_rgb(train[i]["privileged"]) for i in rows],
+            [classes[labels[i]] if classes else "" for i in rows],
+            ncols=-(-len(rows) // -(-len(rows) // 9)),
+        ),
+        "pairs",
+        "Training tiles (above) and their synthetic second images (below). Not selected for "
+        "quality.",
+        f"{len(rows)} training tiles in colour, each with the synthetic image that was made of it "
+        "below it.",
+    )
 
-_JUDGED = {"pairs": ("Pairs that the generator was not trained on, against their true second images", "patients of the pair set that were held out; the best checkpoint was chosen on them, so the figures are a little too good"),
-           "tiles": ("Tiles of the study, which have no true second image", "training tiles, drawn at random; nothing here can tell whether a synthetic nucleus is there")}
-_WORST = {"pairs": ("dice", "ssim"), "tiles": ("nuclear_stain", "edges")}      # what the galleries are sorted by: the first that has a value
-_SHOWS = {"dice": "overlap with the true mask", "ssim": "similarity to the true image", "nuclear_stain": "correlation with the haematoxylin of the tile", "edges": "agreement of edges with the tile"}
+_JUDGED = {
+    "pairs": (
+        "Pairs that the generator was not trained on, against their true second images",
+        "patients of the pair set that were held out; the best checkpoint was chosen on them, so "
+        "the figures are a little too good",
+    ),
+    "tiles": (
+        "Tiles of the study, which have no true second image",
+        "training tiles, drawn at random; nothing here can tell whether a synthetic nucleus is "
+        "there",
+    ),
+}
+# what the galleries are sorted by: the first that has a value
+_WORST = {"pairs": ("dice", "ssim"), "tiles": ("nuclear_stain", "edges")}
+_SHOWS = {
+    "dice": "overlap with the true mask",
+    "ssim": "similarity to the true image",
+    "nuclear_stain": "correlation with the haematoxylin of the tile",
+    "edges": "agreement of edges with the tile",
+}
 
 def _quality(report, judged):
-    report.section("How good are the synthetic images?", "**Synthetic images are training aids, not findings.** The measures say how far the images resemble what was asked for, each with a 95 % interval over patients (groups) where they are known; none "
-                   "of them sees everything, so read them together. What lies behind a low number is shown by the worst pairs.")
+    report.section(
+        "How good are the synthetic images?",
+        "**Synthetic images are training aids, not findings.** The measures say how far the "
+        "images resemble what was asked for, each with a 95 % interval over patients (groups) "
+        "where they are known; none "
+        "of them sees everything, so read them together. What lies behind a low number is shown "
+        "by the worst pairs.",
+    )
     for name, (quality, pairs, why) in judged.items():
         title, what = _JUDGED[name]
         if quality is None:
             report.text(f"**{title}**: not judged, because {why}")
             continue
-        if quality.collapsed: report.text(f"**COLLAPSED** ({title[0].lower() + title[1:]}): the synthetic images differ far less from each other than the images that they were made of. The generator draws nearly the same whatever it is given; "
-                                          "an encoder can learn nothing about the tile from it. Train it longer, on more pairs, or take another one.")
-        rows = [{"measure": m, "value": f"{r['mean']:.3f}" + (f" [{r['low']:.3f}, {r['high']:.3f}]" if np.isfinite(r["low"]) else ""), "n": int(r["n"]), "better": r["better"], "says": r["says"]}
-                for m, r in quality.table.iterrows() if np.isfinite(r["mean"])]
-        notes = " ".join(n for n in quality.notes if not n.startswith(("COLLAPSED", "Synthetic images are")))
+        if quality.collapsed:
+            report.text(
+                f"**COLLAPSED** ({title[0].lower() + title[1:]}): the synthetic images differ far "
+                "less from each other than the images that they were made of. The generator "
+                "draws nearly the same whatever it is given; "
+                "an encoder can learn nothing about the tile from it. Train it longer, on more "
+                "pairs, or take another one."
+            )
+        rows = [
+            {
+                "measure": m,
+                "value": f"{r['mean']:.3f}"
+                + (f" [{r['low']:.3f}, {r['high']:.3f}]" if np.isfinite(r["low"]) else ""),
+                "n": int(r["n"]),
+                "better": r["better"],
+                "says": r["says"],
+            }
+            for m, r in quality.table.iterrows()
+            if np.isfinite(r["mean"])
+        ]
+        notes = " ".join(
+            n for n in quality.notes if not n.startswith(("COLLAPSED", "Synthetic images are"))
+        )
         report.table(pd.DataFrame(rows).set_index("measure"), f"{title}: {what}. {notes}")
-        measure = next((m for m in _WORST[name] if m in quality.scores and quality.scores[m].notna().any()), None)
+        measure = next(
+            (m for m in _WORST[name] if m in quality.scores and quality.scores[m].notna().any()),
+            None,
+        )
         if measure is None: continue
         fig = worst_pairs(quality, pairs, measure, 8, true="true" if name == "pairs" else None)
-        report.figure(fig, f"worst_{name}", f"The worst of {len(quality.scores)} by {measure}, the {_SHOWS[measure]}: chosen *because* they are bad, they show how the generator errs, not how often. "
-                      + ("Nuclei in the second row that the third does not have were invented, those that only the third has were missed." if name == "pairs" else
-                         "Where a tile has next to no nuclei the number means little; look whether nuclei were drawn all the same. What is true is not known here."),
-                      f"{min(8, len(quality.scores))} columns of images with the worst {measure}: the tile above its synthetic image" + (" above the true image." if name == "pairs" else "."))
+        report.figure(
+            fig,
+            f"worst_{name}",
+            f"The worst of {len(quality.scores)} by {measure}, the {_SHOWS[measure]}: chosen "
+            "*because* they are bad, they show how the generator errs, not how often. "
+            + (
+                "Nuclei in the second row that the third does not have were invented, those that "
+                "only the third has were missed."
+                if name == "pairs"
+                else "Where a tile has next to no nuclei the number means little; look whether "
+                     "nuclei were drawn all the same. What is true is not known here."
+            ),
+            f"{min(8, len(quality.scores))} columns of images with the worst {measure}: the tile "
+            "above its synthetic image"
+            + (" above the true image." if name == "pairs" else "."),
+        )
 
 def _results(report, results, classes):
-    arms, hard = results["arms"], next((a["hard_pair"] for a in results["arms"].values() if "hard_pair" in a), None)
-    report.section("Arms", "Accuracy on the test tiles with 95 % intervals (bootstrap over groups and seeds). Arms without an augmentation were not trained.")
-    report.figure(plot_accuracy(arms), "accuracy", "Test accuracy of every arm at the augmentation that validation data chose. Intervals that overlap may still differ on the same tiles; see the error ratios.",
-                  f"Test accuracy of each arm as a dot with a bar for its interval, one row for each arm, {range_in_words({n: a['accuracy']['mean'] for n, a in arms.items()})}.")
-    table = compare({n: {k: v for k, v in a.items() if k != "by_augmentation"} for n, a in arms.items()}).rename_axis("arm")
+    arms, hard = (
+        results["arms"],
+        next((a["hard_pair"] for a in results["arms"].values() if "hard_pair" in a), None),
+    )
+    report.section(
+        "Arms",
+        "Accuracy on the test tiles with 95 % intervals (bootstrap over groups and seeds). Arms "
+        "without an augmentation were not trained.",
+    )
+    report.figure(
+        plot_accuracy(arms),
+        "accuracy",
+        "Test accuracy of every arm at the augmentation that validation data chose. Intervals "
+        "that overlap may still differ on the same tiles; see the error ratios.",
+        "Test accuracy of each arm as a dot with a bar for its interval, one row for each arm, "
+        f"{range_in_words({n: a['accuracy']['mean'] for n, a in arms.items()})}.",
+    )
+    table = compare(
+        {n: {k: v for k, v in a.items() if k != "by_augmentation"} for n, a in arms.items()}
+    ).rename_axis("arm")
     table["what"] = [ARMS[n].what for n in arms]
-    report.table(table, "All arms. *Stain shift*: the same test tiles in random other stains, where colour cannot help. *RankMe*: how many dimensions the training tiles' features use. Seconds are of one training.")
-    report.figure(plot_accuracy(arms, key="accuracy_stain_shift"), "accuracy_stain_shift", "Accuracy on the test tiles re-stained at random. The probes were fitted on tiles in their own stains.",
-                  f"Accuracy of each arm on re-stained test tiles as a dot with a bar for its interval, one row for each arm, {range_in_words({n: a['accuracy_stain_shift']['mean'] for n, a in arms.items()})}.")
+    report.table(
+        table,
+        "All arms. *Stain shift*: the same test tiles in random other stains, where colour cannot "
+        "help. *RankMe*: how many dimensions the training tiles' features use. Seconds are of one "
+        "training.",
+    )
+    report.figure(
+        plot_accuracy(arms, key="accuracy_stain_shift"),
+        "accuracy_stain_shift",
+        "Accuracy on the test tiles re-stained at random. The probes were fitted on tiles in "
+        "their own stains.",
+        "Accuracy of each arm on re-stained test tiles as a dot with a bar for its interval, one "
+        "row for each arm, "
+        f"{range_in_words({n: a['accuracy_stain_shift']['mean'] for n, a in arms.items()})}.",
+    )
     if hard:
-        table = pd.DataFrame({n: {"accuracy": f"{a['hard_pair']['accuracy']['mean']:.3f} {_ci(a['hard_pair']['accuracy'])}", "accuracy, stain shift":
-                                  f"{a['hard_pair']['accuracy_stain_shift']['mean']:.3f} {_ci(a['hard_pair']['accuracy_stain_shift'])}"} for n, a in arms.items()}).T.rename_axis("arm")
-        report.table(table, f"The hard pair, `{hard['classes'][0]}` against `{hard['classes'][1]}` (unless named in the call, the two that a colour histogram confuses most on validation data): a probe for these two alone. Chance is about 0.5.")
+        table = pd.DataFrame(
+            {
+                n: {
+                    "accuracy": f"{a['hard_pair']['accuracy']['mean']:.3f} "
+                    f"{_ci(a['hard_pair']['accuracy'])}",
+                    "accuracy, stain shift": f"{a['hard_pair']['accuracy_stain_shift']['mean']:.3f} "
+                    f"{_ci(a['hard_pair']['accuracy_stain_shift'])}",
+                }
+                for n, a in arms.items()
+            }
+        ).T.rename_axis("arm")
+        report.table(
+            table,
+            f"The hard pair, `{hard['classes'][0]}` against `{hard['classes'][1]}` (unless named "
+            "in the call, the two that a colour histogram confuses most on validation data): a "
+            "probe for these two alone. Chance is about 0.5.",
+        )
     by = {n: a["by_augmentation"] for n, a in arms.items() if len(a.get("by_augmentation", {})) > 1}
     if by:
-        report.section("When does it help?", "A weakly augmented encoder can tell two views of one tile by their stain alone and learns little else. Strong colour augmentation takes that away without any second image. "
-                       "A synthetic image that shows nuclei does the same, because stain is not in it. So the gain should be largest where augmentation is weak; this is what was measured:")
-        report.figure(plot_augmentation(by), "augmentation", "Test accuracy at weak (geometry only) and strong (also colour) augmentation of the tile. Bars that overlap leave the order of two arms open, and a gain at one setting that is gone at the other is not the second image's alone; whether other augmentations would close the gap is not shown.",
-                      f"Two points with bars for each of {len(by)} trained arms, joined by a line: test accuracy at weak augmentation on the left, at strong on the right.")
+        report.section(
+            "When does it help?",
+            "A weakly augmented encoder can tell two views of one tile by their stain alone and "
+            "learns little else. Strong colour augmentation takes that away without any second "
+            "image. "
+            "A synthetic image that shows nuclei does the same, because stain is not in it. So "
+            "the gain should be largest where augmentation is weak; this is what was measured:",
+        )
+        report.figure(
+            plot_augmentation(by),
+            "augmentation",
+            "Test accuracy at weak (geometry only) and strong (also colour) augmentation of the "
+            "tile. Bars that overlap leave the order of two arms open, and a gain at one setting "
+            "that is gone at the other is not the second image's alone; whether other "
+            "augmentations would close the gap is not shown.",
+            f"Two points with bars for each of {len(by)} trained arms, joined by a line: test "
+            "accuracy at weak augmentation on the left, at strong on the right.",
+        )
     if results["error_reduction"]:
-        table = pd.DataFrame([{"base": r["base"], "model": r["model"], "augmentation": r["augmentation"], "test tiles": r["tiles"], "error ratio": r["text"]} for r in results["error_reduction"]
-                              if r["augmentation"] == "chosen" or (r["base"], r["model"]) == ("siamese_unprivileged", "trident")])
-        report.table(table, "Error of the base divided by error of the model, above 1 where the model is better; 95 % interval from a bootstrap that draws the same groups for both. *chosen*: each arm at the setting that "
-                     "validation data chose. The papers' figures, up to 4.4 against single modality and up to 5.6 against authentic pairs (arXiv 2403.05220), are of other data, encoders and training lengths.")
-    shown = [n for n in ("colour_histogram", "supervised", "siamese_unprivileged", "siamese_privileged", "trident", "trident_real_pairs") if n in arms] or list(arms)
+        table = pd.DataFrame(
+            [
+                {
+                    "base": r["base"],
+                    "model": r["model"],
+                    "augmentation": r["augmentation"],
+                    "test tiles": r["tiles"],
+                    "error ratio": r["text"],
+                }
+                for r in results["error_reduction"]
+                if r["augmentation"] == "chosen"
+                or (r["base"], r["model"]) == ("siamese_unprivileged", "trident")
+            ]
+        )
+        report.table(
+            table,
+            "Error of the base divided by error of the model, above 1 where the model is better; "
+            "95 % interval from a bootstrap that draws the same groups for both. *chosen*: each "
+            "arm at the setting that "
+            "validation data chose. The papers' figures, up to 4.4 against single modality and up "
+            "to 5.6 against authentic pairs (arXiv 2403.05220), are of other data, encoders and "
+            "training lengths.",
+        )
+    shown = [
+        n
+        for n in (
+            "colour_histogram",
+            "supervised",
+            "siamese_unprivileged",
+            "siamese_privileged",
+            "trident",
+            "trident_real_pairs",
+        )
+        if n in arms
+    ] or list(arms)
     report.section("Class by class")
-    report.figure(plot_recall({n: arms[n]["per_class_recall"] for n in shown}, classes), "recall", "Part of each class's test tiles that was recognised (recall), mean over training seeds. No intervals are drawn: with few patients of a class a difference of two bars may be chance. It does not say how many tiles of other classes were taken for it; see the confusion matrices.",
-                  f"A panel for each of {len(classes)} classes, in it a bar of recall with its number for each of {', '.join(shown)}.")
+    report.figure(
+        plot_recall({n: arms[n]["per_class_recall"] for n in shown}, classes),
+        "recall",
+        "Part of each class's test tiles that was recognised (recall), mean over training seeds. "
+        "No intervals are drawn: with few patients of a class a difference of two bars may be "
+        "chance. It does not say how many tiles of other classes were taken for it; see the "
+        "confusion matrices.",
+        f"A panel for each of {len(classes)} classes, in it a bar of recall with its number for "
+        f"each of {', '.join(shown)}.",
+    )
     pair = [n for n in ("siamese_unprivileged", "trident") if n in arms] or shown[:2]
-    report.figure(plot_confusion({n: np.array(arms[n]["confusion"]) for n in pair}, classes), "confusion", "Test tiles by true (row) and predicted class (column), summed over seeds. A count says nothing about patients: many errors may be tiles of one of them, and the arms share the tiles, so cells do not compare without the error ratios.",
-                  f"Square tables of counts, true class by predicted class, one for each of {' and '.join(pair)}; right answers lie on the diagonal.")
+    report.figure(
+        plot_confusion({n: np.array(arms[n]["confusion"]) for n in pair}, classes),
+        "confusion",
+        "Test tiles by true (row) and predicted class (column), summed over seeds. A count says "
+        "nothing about patients: many errors may be tiles of one of them, and the arms share the "
+        "tiles, so cells do not compare without the error ratios.",
+        "Square tables of counts, true class by predicted class, one for each of "
+        f"{' and '.join(pair)}; right answers lie on the diagonal.",
+    )
 
 def _ci(x): return f"[{x['ci'][0]:.3f}, {x['ci'][1]:.3f}]"
 
 def _saliency(report, out, results, data, encoders):
     y, seed = data.labels["test"], results["seeds"][0]
     rng = np.random.default_rng(seed_for(0, "saliency"))
-    rows = [int(rng.choice(np.flatnonzero(y == k))) for k in range(len(data.classes)) if (y == k).any()]
-    images = torch.from_numpy(np.stack([data.images["test"][i] for i in rows])).permute(0, 3, 1, 2).float()/255
+    rows = [
+        int(rng.choice(np.flatnonzero(y == k))) for k in range(len(data.classes)) if (y == k).any()
+    ]
+    images = (
+        torch.from_numpy(np.stack([data.images["test"][i] for i in rows]))
+        .permute(0, 3, 1, 2)
+        .float()
+        / 255
+    )
     maps, pred = {}, {}
     for name, encoder in encoders.items():
         arrays = np.load(_folder(out, name, results["arms"][name], seed)/"predictions.npz")
         probe = nn.Linear(*arrays["probe_weight"].shape[::-1])
-        probe.load_state_dict({"weight": torch.from_numpy(arrays["probe_weight"]), "bias": torch.from_numpy(arrays["probe_bias"])})
+        probe.load_state_dict(
+            {
+                "weight": torch.from_numpy(arrays["probe_weight"]),
+                "bias": torch.from_numpy(arrays["probe_bias"]),
+            }
+        )
         model = nn.Sequential(encoder, probe).eval()
         maps[name], pred[name] = guided_gradcam(model, images), arrays["test"][rows]
-    report.section("What the encoders look at", "Guided-GradCAM of the predicted class: where a small change of the tile would raise its score. Tiles were drawn at random, one for each class.")
-    report.figure(saliency_grid(images, maps, y[rows], pred, data.classes), "saliency", "One test tile of every class and the maps of the arms; below each map predicted / true class. "
-                  "Every map is scaled to its own range: compare where, not how much.", f"{len(rows)} test tiles, one for each class, beside maps of the pixels that move the predicted class, for each of {', '.join(encoders)}.")
+    report.section(
+        "What the encoders look at",
+        "Guided-GradCAM of the predicted class: where a small change of the tile would raise its "
+        "score. Tiles were drawn at random, one for each class.",
+    )
+    report.figure(
+        saliency_grid(images, maps, y[rows], pred, data.classes),
+        "saliency",
+        "One test tile of every class and the maps of the arms; below each map predicted / true "
+        "class. "
+        "Every map is scaled to its own range: compare where, not how much.",
+        f"{len(rows)} test tiles, one for each class, beside maps of the pixels that move the "
+        f"predicted class, for each of {', '.join(encoders)}.",
+    )
 
 def _maps(report, data, encoders, seed):
-    y, groups = data.labels["test"], data.groups["test"] if 1 < len(set(data.groups["test"])) < len(data.groups["test"]) else None
-    maps = align_maps({n: embedding_map(extract_features(e, data.images["test"]), seed=seed, labels=y, groups=groups) for n, e in encoders.items()})
+    y, groups = (
+        data.labels["test"],
+        data.groups["test"]
+        if 1 < len(set(data.groups["test"])) < len(data.groups["test"])
+        else None,
+    )
+    maps = align_maps(
+        {
+            n: embedding_map(
+                extract_features(e, data.images["test"]), seed=seed, labels=y, groups=groups
+            )
+            for n, e in encoders.items()
+        }
+    )
     trust = ", ".join(f"{n} {m['trustworthiness']:.2f}" for n, m in maps.items())
-    report.section("How the encoders arrange the tiles").figure(plot_map(maps, y, data.classes), "map", "UMAP of the frozen features of the test tiles, coloured by a class that the self-supervised encoders "
-                   f"were never told. Trustworthiness of the maps (1: all neighbours are real ones): {trust}. *Same class* counts neighbours" + " of other patients (groups)"*(groups is not None) + "; each map is turned onto the first.", f"A cloud of points for each of {', '.join(encoders)}: test tiles, coloured by class.")
+    report.section("How the encoders arrange the tiles").figure(
+        plot_map(maps, y, data.classes),
+        "map",
+        "UMAP of the frozen features of the test tiles, coloured by a class that the "
+        "self-supervised encoders "
+        "were never told. Trustworthiness of the maps (1: all neighbours are real ones): "
+        f"{trust}. *Same class* counts neighbours"
+        + " of other patients (groups)" * (groups is not None)
+        + "; each map is turned onto the first.",
+        f"A cloud of points for each of {', '.join(encoders)}: test tiles, coloured by class.",
+    )
 
 def _record(report, results):
     report.section("What this does not show", _LIMITS)
-    report.record(results, "The folder of this report holds `results.json` with every number, `runs/` with the encoder, history and predictions of every run, and `figures/`.",
-                  {"generator key": (results.get("generator") or {}).get("key", "none")})
+    report.record(
+        results,
+        "The folder of this report holds `results.json` with every number, `runs/` with the "
+        "encoder, history and predictions of every run, and `figures/`.",
+        {"generator key": (results.get("generator") or {}).get("key", "none")},
+    )

@@ -20,8 +20,12 @@ from .tiles import TileSet
 
 # %% ../../../nbs/studies/tissue/scores.ipynb #cf279a3f
 def _best(records, name):
-    "The setting with the higher validation accuracy, averaged over seeds; the weak one when they are level."
-    mean = {s: np.mean([r["val_accuracy"] for (n, t, _), r in records.items() if n == name and t == s]) for s in dict.fromkeys(s for n, s, _ in records if n == name)}
+    """The setting with the higher validation accuracy, averaged over seeds; the weak one when they
+    are level."""
+    mean = {
+        s: np.mean([r["val_accuracy"] for (n, t, _), r in records.items() if n == name and t == s])
+        for s in dict.fromkeys(s for n, s, _ in records if n == name)
+    }
     return max(mean, key=mean.get)
 
 # %% ../../../nbs/studies/tissue/scores.ipynb #8d060498
@@ -31,22 +35,44 @@ def summarise(
     records:dict, # (arm, setting, seed) to the run's scores
     hard:tuple[int, int]|None=None, # Class numbers of the hard pair
 )->dict: # `arms`, `error_reduction`
-    "Scores with intervals for every arm at the setting that validation data chose, and error ratios between arms."
+    """Scores with intervals for every arm at the setting that validation data chose, and error
+    ratios between arms."""
     y, groups, n = data.labels["test"], data.groups["test"], len(data.classes)
     rows = np.isin(y, hard) if hard else None
     def load(name, setting):
-        files = [np.load(_dir(out, *key)/"predictions.npz") for key in records if key[:2] == (name, setting)]
-        return {k: np.stack([f[k] for f in files]) for k in files[0].files if not k.startswith("probe")}
+        files = [
+            np.load(_dir(out, *key) / "predictions.npz")
+            for key in records
+            if key[:2] == (name, setting)
+        ]
+        return {
+            k: np.stack([f[k] for f in files]) for k in files[0].files if not k.startswith("probe")
+        }
     def entry(name, setting):
-        p, mine = load(name, setting), [r for key, r in records.items() if key[:2] == (name, setting)]
+        p, mine = (
+            load(name, setting),
+            [r for key, r in records.items() if key[:2] == (name, setting)],
+        )
         s = score_intervals(y, p["test"], n, groups)
-        e = {k: s[k] for k in ("accuracy", "balanced_accuracy", "macro_f1")} | {"per_class_recall": dict(zip(data.classes, s["per_class_recall"]))}
-        e |= {"rankme": float(np.mean([r["rankme"] for r in mine])), "steps": mine[0]["steps"], "seconds": float(np.mean([r["seconds"] for r in mine])),
-              "val_accuracy": float(np.mean([r["val_accuracy"] for r in mine])), "augmentation": setting, "accuracy_stain_shift": interval(p["shift"] == y, groups),
-              "confusion": np.sum([scores(y, q, n)["confusion"] for q in p["test"]], 0).tolist()}
+        e = {k: s[k] for k in ("accuracy", "balanced_accuracy", "macro_f1")} | {
+            "per_class_recall": dict(zip(data.classes, s["per_class_recall"]))
+        }
+        e |= {
+            "rankme": float(np.mean([r["rankme"] for r in mine])),
+            "steps": mine[0]["steps"],
+            "seconds": float(np.mean([r["seconds"] for r in mine])),
+            "val_accuracy": float(np.mean([r["val_accuracy"] for r in mine])),
+            "augmentation": setting,
+            "accuracy_stain_shift": interval(p["shift"] == y, groups),
+            "confusion": np.sum([scores(y, q, n)["confusion"] for q in p["test"]], 0).tolist(),
+        }
         if hard:
             g = [groups[i] for i in np.flatnonzero(rows)]
-            e["hard_pair"] = {"classes": [data.classes[k] for k in hard], "accuracy": interval(p["hard"] == y[rows], g), "accuracy_stain_shift": interval(p["hard_shift"] == y[rows], g)}
+            e["hard_pair"] = {
+                "classes": [data.classes[k] for k in hard],
+                "accuracy": interval(p["hard"] == y[rows], g),
+                "accuracy_stain_shift": interval(p["hard_shift"] == y[rows], g),
+            }
         return e
     arms, preds = {}, {}
     for name in [a for a in ARMS if any(key[0] == a for key in records)]:
@@ -56,16 +82,51 @@ def summarise(
         preds[name, "chosen"] = preds[name, chosen]
         arms[name] = by[chosen] | ({"by_augmentation": by} if chosen else {})
     ratios = []
-    bases = [a for a in ("siamese_unprivileged", "siamese_privileged", "trident_real_pairs", "supervised", "random_encoder", "colour_histogram", "mean_rgb", *(a for a in arms if ARMS[a].control))
-             if a in arms]
+    bases = [
+        a
+        for a in (
+            "siamese_unprivileged",
+            "siamese_privileged",
+            "trident_real_pairs",
+            "supervised",
+            "random_encoder",
+            "colour_histogram",
+            "mean_rgb",
+            *(a for a in arms if ARMS[a].control),
+        )
+        if a in arms
+    ]
     for model in [m for m in ("trident", "siamese_privileged") if m in arms]:
         for base in bases:
             for setting in ("chosen", "weak", "strong"):
-                if base == model or (base, setting) not in preds or (model, setting) not in preds or model != "trident" and base != "siamese_unprivileged": continue
+                if (
+                    base == model
+                    or (base, setting) not in preds
+                    or (model, setting) not in preds
+                    or model != "trident"
+                    and base != "siamese_unprivileged"
+                ):
+                    continue
                 for kind in ("test", "shift"):
-                    a, b = (_match(preds[x, setting][kind] == y, max(len(preds[m, setting][kind]) for m in (base, model))) for x in (base, model))
+                    a, b = (
+                        _match(
+                            preds[x, setting][kind] == y,
+                            max(len(preds[m, setting][kind]) for m in (base, model)),
+                        )
+                        for x in (base, model)
+                    )
                     r = error_reduction(a, b, groups)
-                    ratios.append({"base": base, "model": model, "augmentation": setting, "tiles": "as they are" if kind == "test" else "stain-shifted", **r})
+                    ratios.append(
+                        {
+                            "base": base,
+                            "model": model,
+                            "augmentation": setting,
+                            "tiles": "as they are" if kind == "test" else "stain-shifted",
+                            **r,
+                        }
+                    )
     return {"arms": arms, "error_reduction": ratios}
 
-def _match(correct, seeds): return correct if len(correct) == seeds else np.repeat(correct[:1], seeds, 0)     # arms without randomness have one row
+# arms without randomness have one row
+def _match(correct, seeds):
+    return correct if len(correct) == seeds else np.repeat(correct[:1], seeds, 0)

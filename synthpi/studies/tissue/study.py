@@ -42,14 +42,19 @@ from .scores import _best, summarise
 from .tiles import choose_hard_pair, features_of, load_tiles, score_run
 
 # %% ../../../nbs/studies/tissue/study.ipynb #75dfec85
-_UNET_COST = 12.     # seconds that a U-Net needs for a pixel, in units of what resnet10_narrow needs for one; only the progress bar uses it
+# seconds that a U-Net needs for a pixel, in units of what resnet10_narrow needs for one; only the
+# progress bar uses it
+_UNET_COST = 12.
 
 def tissue_study(
     tiles:str|Path, # Folder or manifest of tiles, see `image_folder`
     out:str|Path, # Output folder
-    pairs:str|Path|None=None, # Folder of pairs to train a generator on, see `pair_folders`; also the data of `trident_real_pairs`
+    # Folder of pairs to train a generator on, see `pair_folders`; also the data of
+    # `trident_real_pairs`
+    pairs:str|Path|None=None,
     generator:str|Path|None=None, # A generator file to use in place of training one
-    arms:Sequence[str]|None=None, # Names from `ARMS`; default: all that the inputs allow, without controls
+    # Names from `ARMS`; default: all that the inputs allow, without controls
+    arms:Sequence[str]|None=None,
     controls:bool=False, # Also the control arms
     seeds:Sequence[int]=(0,), # One training of every arm for each
     steps:int=300, # Optimiser steps of every trained arm
@@ -60,13 +65,21 @@ def tissue_study(
     lr:float=1e-3, # Peak learning rate of every trained arm
     generator_steps:int=400, # Steps of the generator's training
     generator_crop:int=96, # Side of its crops, pixels of the pairs
-    um_per_px_tiles:float|None=None, # Resolution of the tile files, micrometres per pixel; None: their table's column `um_per_px`
+    # Resolution of the tile files, micrometres per pixel; None: their table's column `um_per_px`
+    um_per_px_tiles:float|None=None,
     um_per_px_pairs:float|None=None, # Resolution of the pair files, likewise
-    same_scale:bool=False, # In place of the two: a pixel of a tile is as long as one of the pairs, or of those that the given generator has learnt from
-    generator_um_per_px:float|None=None, # Resolution that a given generator was trained at, where its file does not say
+    # In place of the two: a pixel of a tile is as long as one of the pairs, or of those that the
+    # given generator has learnt from
+    same_scale:bool=False,
+    # Resolution that a given generator was trained at, where its file does not say
+    generator_um_per_px:float|None=None,
     group_column:str|None=None, # Column of the tiles' manifest that names the group
-    hard_pair:Sequence[str]|None=None, # Two classes to report on their own; default: the two that colour confuses most on validation data
-    all_settings:bool=True, # Every arm at weak and strong augmentation; False: only `siamese_unprivileged` and `trident`, the others as suits the former
+    # Two classes to report on their own; default: the two that colour confuses most on validation
+    # data
+    hard_pair:Sequence[str]|None=None,
+    # Every arm at weak and strong augmentation; False: only `siamese_unprivileged` and `trident`,
+    # the others as suits the former
+    all_settings:bool=True,
     on_bad:str="raise", # Unreadable images: "raise", or "skip" and count
     device:str="auto", # "auto", "cpu" or "cuda"
     workers:int=0, # Worker processes for decoding and augmenting
@@ -75,91 +88,252 @@ def tissue_study(
     simulated:bool=False, # The tiles are simulated: the report says so
     progress:bool=True, # Show the bar
 )->dict: # What results.json holds
-    "Train and compare the arms; writes results.json, report.html, figures, encoders. Ctrl-C keeps what is done: the same call continues."
-    if pairs and generator: raise ValueError("both pairs and a generator arrived; give the pairs to train a generator on them, or the generator file.")
+    """Train and compare the arms; writes results.json, report.html, figures, encoders. Ctrl-C keeps
+    what is done: the same call continues."""
+    if pairs and generator:
+        raise ValueError(
+            "both pairs and a generator arrived; give the pairs to train a generator on them, or "
+            "the generator file."
+        )
     names = _choose_arms(arms, controls, bool(pairs), bool(pairs or generator))
-    if encoder not in ENCODERS: raise ValueError(f"encoder {encoder!r} arrived; expected one of {', '.join(ENCODERS)}.")
+    if encoder not in ENCODERS:
+        raise ValueError(f"encoder {encoder!r} arrived; expected one of {', '.join(ENCODERS)}.")
     choose_device(device)
-    if pairs and (generator_crop % 16 or generator_crop < 32): raise ValueError(f"generator_crop={generator_crop} arrived; expected a multiple of 16 of at least 32 (--generator-crop).")
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds {list(seeds)} arrived; expected one or more different ones.")
+    if pairs and (generator_crop % 16 or generator_crop < 32):
+        raise ValueError(
+            f"generator_crop={generator_crop} arrived; expected a multiple of 16 of at least 32 "
+            "(--generator-crop)."
+        )
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {list(seeds)} arrived; expected one or more different ones.")
     out = Path(out)
     for p in (tiles, pairs, generator):
-        if p and not Path(p).exists(): raise FileNotFoundError(f"no such file or folder: {p}. Check the path.")
-    if generator_um_per_px and not generator: raise ValueError(f"generator_um_per_px={generator_um_per_px} arrived without a generator; expected it with a file that does not say its own.")
+        if p and not Path(p).exists():
+            raise FileNotFoundError(f"no such file or folder: {p}. Check the path.")
+    if generator_um_per_px and not generator:
+        raise ValueError(
+            f"generator_um_per_px={generator_um_per_px} arrived without a generator; expected it "
+            "with a file that does not say its own."
+        )
     given = load_generator(generator, um_per_px=generator_um_per_px) if generator else None
     real = pair_folders(pairs) if pairs else None
     um = {"tiles": um_per_px_tiles, "pairs": um_per_px_pairs}
-    if needy := [n for n in names if _synthetic(n) or ARMS[n].source == "pairs"]: um = _scales(needy[0], um, image_folder(tiles, group_column=group_column), real, same_scale, given)
+    if needy := [n for n in names if _synthetic(n) or ARMS[n].source == "pairs"]:
+        um = _scales(
+            needy[0], um, image_folder(tiles, group_column=group_column), real, same_scale, given
+        )
     data = load_tiles(tiles, size, group_column, on_bad)
     train, evaluated = data.train, data.groups["val"] + data.groups["test"]
     if given: refuse_overlap(given, evaluated)
     if real: real = check_images(real, on_bad=on_bad)[0]
     if real and (meet := sorted(set(real["group"][:]) & set(evaluated))):
-        raise ValueError(f"{len(meet)} groups of the pairs are in the validation or test split of the tiles ({', '.join(meet[:5])}): leave them out of one of the two.")
+        raise ValueError(
+            f"{len(meet)} groups of the pairs are in the validation or test split of the tiles "
+            f"({', '.join(meet[:5])}): leave them out of one of the two."
+        )
     if epochs: steps = max(1, round(epochs*len(train)/batch_size))
     if data.labels is None:
         names = [n for n in names if ARMS[n].columns and n != "supervised"]
-        if not names: raise ValueError(f"the tiles in {tiles} have no labels and none of the arms asked for can do without: use class folders or a manifest with labels.")
+        if not names:
+            raise ValueError(
+                f"the tiles in {tiles} have no labels and none of the arms asked for can do "
+                "without: use class folders or a manifest with labels."
+            )
     histogram = _once(colour_histogram)
     hard = choose_hard_pair(data, hard_pair, histogram) if data.labels is not None else None
-    identity = {"synthpi": synthpi.__version__, "tiles": data.summary["fingerprint"], "pairs": real and fingerprint(sorted(zip(real["path"][:], real["group"][:]))),
-                "generator": generator and fingerprint(Path(generator)), "arms": names, "seeds": list(seeds), "steps": steps, "size": size, "encoder": encoder, "batch_size": batch_size,
-                "lr": lr, "generator_steps": generator_steps, "generator_crop": generator_crop, "um_per_px_tiles": um_per_px_tiles, "um_per_px_pairs": um_per_px_pairs,
-                "same_scale": same_scale, "generator_um_per_px": generator_um_per_px,
-                "hard_pair": hard and [data.classes[k] for k in hard], "all_settings": all_settings}
-    again = claim_folder(out, identity, overwrite, [p for p in (tiles, pairs) if p and Path(p).is_dir()])
+    identity = {
+        "synthpi": synthpi.__version__,
+        "tiles": data.summary["fingerprint"],
+        "pairs": real and fingerprint(sorted(zip(real["path"][:], real["group"][:]))),
+        "generator": generator and fingerprint(Path(generator)),
+        "arms": names,
+        "seeds": list(seeds),
+        "steps": steps,
+        "size": size,
+        "encoder": encoder,
+        "batch_size": batch_size,
+        "lr": lr,
+        "generator_steps": generator_steps,
+        "generator_crop": generator_crop,
+        "um_per_px_tiles": um_per_px_tiles,
+        "um_per_px_pairs": um_per_px_pairs,
+        "same_scale": same_scale,
+        "generator_um_per_px": generator_um_per_px,
+        "hard_pair": hard and [data.classes[k] for k in hard],
+        "all_settings": all_settings,
+    }
+    again = claim_folder(
+        out, identity, overwrite, [p for p in (tiles, pairs) if p and Path(p).is_dir()]
+    )
     accelerator = Accelerator(cpu=device == "cpu")
 
     need_synthetic = any(map(_synthetic, names))
-    runs = [(n, s, k) for n in _in_order(names) for s in (SETTINGS if _trained(n) else [None]) for k in (seeds if n not in ("mean_rgb", "colour_histogram") else seeds[:1])]
-    cost = lambda n: steps*batch_size*len(ARMS[n].columns)*(size/64)**2 if _trained(n) else len(train)*(size/64)**2
+    runs = [
+        (n, s, k)
+        for n in _in_order(names)
+        for s in (SETTINGS if _trained(n) else [None])
+        for k in (seeds if n not in ("mean_rgb", "colour_histogram") else seeds[:1])
+    ]
+    def cost(n):
+        return (
+            steps * batch_size * len(ARMS[n].columns) * (size / 64) ** 2
+            if _trained(n)
+            else len(train) * (size / 64) ** 2
+        )
     both = ("siamese_unprivileged", "trident")
-    planned = sum(cost(n)*(.5 if _trained(n) and not all_settings and n not in both and "siamese_unprivileged" in names else 1) for n, s, k in runs if not _finished(out, n, s, k))
-    generator_cost = 0 if generator or not need_synthetic or (out/"generator.safetensors").exists() else generator_steps*16*(generator_crop/64)**2*_UNET_COST
+    planned = sum(
+        cost(n)
+        * (
+            0.5
+            if _trained(n)
+            and not all_settings
+            and n not in both
+            and "siamese_unprivileged" in names
+            else 1
+        )
+        for n, s, k in runs
+        if not _finished(out, n, s, k)
+    )
+    generator_cost = (
+        0
+        if generator or not need_synthetic or (out / "generator.safetensors").exists()
+        else generator_steps * 16 * (generator_crop / 64) ** 2 * _UNET_COST
+    )
     bar = Progress(planned*1.12 + generator_cost, progress)
-    if again: bar.say(f"{out} holds this study: going on with what is there ({sum(_finished(out, *r) for r in runs)} of up to {len(runs)} runs are finished).")
+    if again:
+        bar.say(
+            f"{out} holds this study: going on with what is there "
+            f"({sum(_finished(out, *r) for r in runs)} of up to {len(runs)} runs are finished)."
+        )
 
     made, about, judged = None, {}, {}
     if need_synthetic:
         bar.stage("Training the generator on the pairs")
-        made = given.to(accelerator.device) if given else _generator(out, real, um["pairs"], generator_steps, generator_crop, accelerator, lambda t: bar.work(16*(generator_crop/64)**2*_UNET_COST))
+        made = (
+            given.to(accelerator.device)
+            if given
+            else _generator(
+                out,
+                real,
+                um["pairs"],
+                generator_steps,
+                generator_crop,
+                accelerator,
+                lambda t: bar.work(16 * (generator_crop / 64) ** 2 * _UNET_COST),
+            )
+        )
         bar.stage("Making the synthetic images")
-        train, about["pairs"] = add_privileged(train, made, out/"cache", "same" if same_scale else um_per_px_tiles)
+        train, about["pairs"] = add_privileged(
+            train, made, out / "cache", "same" if same_scale else um_per_px_tiles
+        )
         hits = about["pairs"]["cache_hits"]
-        bar.say(f"Synthetic images: {about['pairs']['n']} tiles, {hits} found in the cache, {about['pairs']['made']} made.")
-        about["generator"] = {"key": made.key, "name": made.name, "um_per_px": made.um_per_px, **getattr(made, "about", {})}
+        bar.say(
+            f"Synthetic images: {about['pairs']['n']} tiles, {hits} found in the cache, "
+            f"{about['pairs']['made']} made."
+        )
+        about["generator"] = {
+            "key": made.key,
+            "name": made.name,
+            "um_per_px": made.um_per_px,
+            **getattr(made, "about", {}),
+        }
         bar.stage("Judging the synthetic images")
         judged = _judge(made, train, real, um)
-        about["pairs"]["quality"] = {name: q.record() if q else {"not_judged": why} for name, (q, _, why) in judged.items()}
+        about["pairs"]["quality"] = {
+            name: q.record() if q else {"not_judged": why} for name, (q, _, why) in judged.items()
+        }
     else: about["pairs"] = {"n": 0, "cache_hits": 0}
     tables = {"tiles": train, "pairs": None}
     if any("haematoxylin" in ARMS[n].columns for n in names):
-        stained = add_privileged(train.remove_columns("privileged") if "privileged" in train.column_names else train, StainGenerator(), out/"cache"/"haematoxylin", um_per_px_tiles)[0]
+        stained = add_privileged(
+            train.remove_columns("privileged") if "privileged" in train.column_names else train,
+            StainGenerator(),
+            out / "cache" / "haematoxylin",
+            um_per_px_tiles,
+        )[0]
         tables["haematoxylin"] = stained.rename_column("privileged", "haematoxylin")
-    if any(c in ("shuffled", "blank") for n in names for c in ARMS[n].columns): tables["controls"] = add_controls(train)
+    if any(c in ("shuffled", "blank") for n in names for c in ARMS[n].columns):
+        tables["controls"] = add_controls(train)
     if "trident_real_pairs" in names:
-        side = round(min(data.train[0]["primary"].size)*(1 if same_scale else um["tiles"]/um["pairs"]))
+        side = round(
+            min(data.train[0]["primary"].size) * (1 if same_scale else um["tiles"] / um["pairs"])
+        )
         tables["pairs"] = cut_pairs(real, side)
         about["pairs"]["real"] = len(tables["pairs"])
 
     def table(n):
         columns = ARMS[n].columns
-        return tables["haematoxylin"] if "haematoxylin" in columns else tables["controls"] if {"shuffled", "blank"} & set(columns) else tables[ARMS[n].source]
+        return (
+            tables["haematoxylin"]
+            if "haematoxylin" in columns
+            else tables["controls"]
+            if {"shuffled", "blank"} & set(columns)
+            else tables[ARMS[n].source]
+        )
 
     records, best = {}, None
     for n, setting, k in runs:
         if _trained(n) and not all_settings and n not in both and best and setting != best: continue
         if not _finished(out, n, setting, k):
             bar.stage(" ".join(filter(None, [n, setting and f"({setting})", f"seed {k}"])))
-            _run(out, n, setting, k, data, table(n) if n != "random_encoder" else train, hard, histogram, cost(n), bar, accelerator, identity,
-                 dict(steps=steps, encoder=encoder, size=size, batch_size=batch_size, lr=lr, workers=workers))
-        records[n, setting, k] = json.loads((_dir(out, n, setting, k)/"result.json").read_text(encoding="utf-8"))
-        if n == "siamese_unprivileged" and data.labels is not None and {s for m, s, _ in records if m == n} == set(SETTINGS): best = _best(records, n)
-    results = {"schema": 1, "command": command, "data": data.summary | {"path": Path(tiles).name, "simulated": simulated}, "environment": environment(), "seeds": list(seeds),
-               "arms": {}, "error_reduction": [], "generator": about.get("generator"), "pairs": about["pairs"], "settings": identity}
-    if data.labels is not None: results |= summarise(out, data, records, hard)
-    else: results["arms"] = {n: {"steps": steps, "seconds": float(np.mean([r["seconds"] for (m, s, k), r in records.items() if m == n])), "rankme": float(np.mean([r["rankme"]
-                             for (m, s, k), r in records.items() if m == n]))} for n in names}
+            _run(
+                out,
+                n,
+                setting,
+                k,
+                data,
+                table(n) if n != "random_encoder" else train,
+                hard,
+                histogram,
+                cost(n),
+                bar,
+                accelerator,
+                identity,
+                dict(
+                    steps=steps,
+                    encoder=encoder,
+                    size=size,
+                    batch_size=batch_size,
+                    lr=lr,
+                    workers=workers,
+                ),
+            )
+        records[n, setting, k] = json.loads(
+            (_dir(out, n, setting, k) / "result.json").read_text(encoding="utf-8")
+        )
+        if (
+            n == "siamese_unprivileged"
+            and data.labels is not None
+            and {s for m, s, _ in records if m == n} == set(SETTINGS)
+        ):
+            best = _best(records, n)
+    results = {
+        "schema": 1,
+        "command": command,
+        "data": data.summary | {"path": Path(tiles).name, "simulated": simulated},
+        "environment": environment(),
+        "seeds": list(seeds),
+        "arms": {},
+        "error_reduction": [],
+        "generator": about.get("generator"),
+        "pairs": about["pairs"],
+        "settings": identity,
+    }
+    if data.labels is not None:
+        results |= summarise(out, data, records, hard)
+    else:
+        results["arms"] = {
+            n: {
+                "steps": steps,
+                "seconds": float(
+                    np.mean([r["seconds"] for (m, s, k), r in records.items() if m == n])
+                ),
+                "rankme": float(
+                    np.mean([r["rankme"] for (m, s, k), r in records.items() if m == n])
+                ),
+            }
+            for n in names
+        }
     write_json(out/"results.json", results)
     bar.stage("Explaining and reporting")
     write_report(out, results, data, train, judged)
@@ -168,53 +342,96 @@ def tissue_study(
 
 def _trained(name): return bool(ARMS[name].columns)
 
-def _synthetic(name): return "shuffled" in ARMS[name].columns or "privileged" in ARMS[name].columns and ARMS[name].source == "tiles"
+def _synthetic(name):
+    return (
+        "shuffled" in ARMS[name].columns
+        or "privileged" in ARMS[name].columns
+        and ARMS[name].source == "tiles"
+    )
 
-def _in_order(names): return sorted(names, key=lambda n: (_trained(n), n != "siamese_unprivileged"))       # that arm's best setting decides for others
+# that arm's best setting decides for others
+def _in_order(names): return sorted(names, key=lambda n: (_trained(n), n != "siamese_unprivileged"))
 
 def _choose_arms(arms, controls, pairs, privileged):
     for n in arms or ():
-        if n not in ARMS: raise ValueError(f"arm {n!r} arrived; expected names from {', '.join(ARMS)}.")
+        if n not in ARMS:
+            raise ValueError(f"arm {n!r} arrived; expected names from {', '.join(ARMS)}.")
         needs_pairs = ARMS[n].source == "pairs"
-        if needs_pairs and not pairs or {"privileged", "shuffled"} & set(ARMS[n].columns) and not privileged:
-            raise ValueError(f"arm {n!r} needs {'pairs' if needs_pairs else 'pairs or a generator'}, and none arrived: give them, or leave the arm out.")
+        if (
+            needs_pairs
+            and not pairs
+            or {"privileged", "shuffled"} & set(ARMS[n].columns)
+            and not privileged
+        ):
+            raise ValueError(
+                f"arm {n!r} needs {'pairs' if needs_pairs else 'pairs or a generator'}, and none "
+                "arrived: give them, or leave the arm out."
+            )
     if arms: return list(dict.fromkeys(arms))
-    able = lambda a: (a.source != "pairs" or pairs) and (not {"privileged", "shuffled"} & set(a.columns) or privileged)
+    def able(a):
+        return (a.source != "pairs" or pairs) and (
+            not {"privileged", "shuffled"} & set(a.columns) or privileged
+        )
     return [n for n, a in ARMS.items() if able(a) and (controls or not a.control)]
 
 def _scales(arm, um, tiles, pairs, same, given):
-    "Micrometres per pixel of tiles and pairs: as given, or of their tables. What is missing is asked for, and what is said twice has to agree."
-    def own(ds): return float(np.median(ds["um_per_px"][:])) if ds is not None and "um_per_px" in ds.column_names else None
+    """Micrometres per pixel of tiles and pairs: as given, or of their tables. What is missing is
+    asked for, and what is said twice has to agree."""
+    def own(ds):
+        return (
+            float(np.median(ds["um_per_px"][:]))
+            if ds is not None and "um_per_px" in ds.column_names
+            else None
+        )
     um = {"tiles": um["tiles"] or own(tiles), "pairs": um["pairs"] or own(pairs)}
-    asked = {"--um-per-px-tiles": um["tiles"]} | ({"--generator-um-per-px": given.um_per_px} if given else {"--um-per-px-pairs": um["pairs"]})
-    if bad := [f"{flag} {x}" for flag, x in asked.items() if x is not None and not 0 < x < float("inf")]: raise ValueError(f"{', '.join(bad)} arrived; expected micrometres per pixel, for example 0.5 at 20x.")
+    asked = {"--um-per-px-tiles": um["tiles"]} | (
+        {"--generator-um-per-px": given.um_per_px} if given else {"--um-per-px-pairs": um["pairs"]}
+    )
+    if bad := [
+        f"{flag} {x}" for flag, x in asked.items() if x is not None and not 0 < x < float("inf")
+    ]:
+        raise ValueError(
+            f"{', '.join(bad)} arrived; expected micrometres per pixel, for example 0.5 at 20x."
+        )
     known = [x for x in asked.values() if x]
     if same:
         if len(known) == 2 and abs(known[0]/known[1] - 1) > .02:
-            raise ValueError(f"--same-scale arrived, but {' and '.join(f'{flag} is {x:g}' for flag, x in asked.items())}; expected one or the other.")
+            raise ValueError(
+                "--same-scale arrived, but "
+                f"{' and '.join(f'{flag} is {x:g}' for flag, x in asked.items())}; expected one "
+                "or the other."
+            )
         return {name: known[0] if known else None for name in um}
     if missing := [flag for flag, x in asked.items() if not x]:
-        raise ValueError(f"the scale of {' and of '.join({'--um-per-px-tiles': 'the tiles', '--um-per-px-pairs': 'the pairs'}.get(f, 'the generator') for f in missing)} did not arrive, and {arm!r} needs both: give "
-                         f"{' and '.join(missing)} in micrometres per pixel (0.5 at 20x, 0.25 at 40x are usual), or --same-scale if a nucleus has as many pixels in both.")
+        raise ValueError(
+            "the scale of "
+            f"{' and of '.join({'--um-per-px-tiles': 'the tiles', '--um-per-px-pairs': 'the pairs'}.get(f, 'the generator') for f in missing)} "
+            f"did not arrive, and {arm!r} needs both: give "
+            f"{' and '.join(missing)} in micrometres per pixel (0.5 at 20x, 0.25 at 40x are "
+            "usual), or --same-scale if a nucleus has as many pixels in both."
+        )
     return um
 
 def _once(features):
     "The same function, worked out once for each sequence of images"
     known = {}
     def call(images):
-        if id(images) not in known: known[id(images)] = images, features(images)       # the images are kept, so that no other gets their id
+        # the images are kept, so that no other gets their id
+        if id(images) not in known: known[id(images)] = images, features(images)
         return known[id(images)][1]
     return call
 
 _JUDGED = 200     # pairs of each kind, at most: enough for the intervals, and seconds
 
 def _judge(made, train, real, um):
-    "By name: the quality of the synthetic training tiles, and of the generator's own validation groups against their true images; the pairs; or why there is none"
+    """By name: the quality of the synthetic training tiles, and of the generator's own validation
+    groups against their true images; the pairs; or why there is none"""
     about = getattr(made, "about", {})
     kind = "mask" if "dice_validation" in about else None
     def judge(pairs, **options):
         try: return pair_quality(pairs, kind=kind, most=_JUDGED, **options), pairs, None
-        except ValueError as error: return None, pairs, str(error)              # told in the report: a study does not end here
+        # told in the report: a study does not end here
+        except ValueError as error: return None, pairs, str(error)
     found = {"tiles": judge(train, um_per_px=um["tiles"])}
     held = set(about.get("validation_groups", ())) if real else set()
     rows = [i for i, g in enumerate(real["group"][:]) if g in held] if held else []
@@ -225,31 +442,82 @@ def _judge(made, train, real, um):
 def _generator(out, real, um_per_px, steps, crop, accelerator, on_step):
     path = out/"generator.safetensors"
     if not path.exists():
-        made = fit_generator(real, um_per_px=um_per_px, steps=steps, crop=crop, run_dir=out/"generator", accelerator=accelerator, on_step=on_step, progress=None)
+        made = fit_generator(
+            real,
+            um_per_px=um_per_px,
+            steps=steps,
+            crop=crop,
+            run_dir=out / "generator",
+            accelerator=accelerator,
+            on_step=on_step,
+            progress=None,
+        )
         save_generator(made, path, **made.about)
         shutil.rmtree(out/"generator"/"checkpoints", ignore_errors=True)
     return load_generator(path, device=str(accelerator.device))
 
-def _run(out, name, setting, seed, data, ds, hard, histogram, cost, bar, accelerator, identity, arguments):
+def _run(
+    out, name, setting, seed, data, ds, hard, histogram, cost, bar, accelerator, identity, arguments
+):
     "Train and score one run, and write everything that is known of it; result.json comes last."
     folder, encoder, record = _dir(out, name, setting, seed), None, {"steps": 0, "seconds": 0.}
     if _trained(name):
-        encoder, trainer = train_arm(name, ds, setting, seed=seed, run_dir=folder, accelerator=accelerator, on_step=lambda t: bar.work(cost/arguments["steps"]), **arguments)
+        encoder, trainer = train_arm(
+            name,
+            ds,
+            setting,
+            seed=seed,
+            run_dir=folder,
+            accelerator=accelerator,
+            on_step=lambda t: bar.work(cost / arguments["steps"]),
+            **arguments,
+        )
         if trainer.interrupted: raise KeyboardInterrupt
         record = {"steps": trainer.done, "seconds": round(trainer.seconds, 2)}
     elif name == "random_encoder":
-        encoder = untrained_encoder(ds, arguments["encoder"], arguments["size"], arguments["batch_size"], seed)
+        encoder = untrained_encoder(
+            ds, arguments["encoder"], arguments["size"], arguments["batch_size"], seed
+        )
         bar.work(cost)
     arrays = {}
     if data.labels is not None:
-        scored, arrays = score_run(data, histogram if name == "colour_histogram" else lambda images: features_of(name, encoder, images, accelerator.device), hard)
+        scored, arrays = score_run(
+            data,
+            histogram
+            if name == "colour_histogram"
+            else lambda images: features_of(name, encoder, images, accelerator.device),
+            hard,
+        )
         record |= scored
-    else: record["rankme"] = rankme(features_of(name, encoder, data.images["train"], accelerator.device))
+    else:
+        record["rankme"] = rankme(
+            features_of(name, encoder, data.images["train"], accelerator.device)
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if encoder is not None:
-        save_encoder(encoder, folder/"encoder.safetensors", arm=name, augmentation=setting, seed=seed, synthpi=synthpi.__version__, data=data.summary["fingerprint"],
-                     classes=data.classes, **{k: v for k, v in arguments.items() if k != "encoder"})
+        save_encoder(
+            encoder,
+            folder / "encoder.safetensors",
+            arm=name,
+            augmentation=setting,
+            seed=seed,
+            synthpi=synthpi.__version__,
+            data=data.summary["fingerprint"],
+            classes=data.classes,
+            **{k: v for k, v in arguments.items() if k != "encoder"},
+        )
     np.savez(folder/"predictions.npz", **arrays)
-    write_json(folder/"run.json", {"arm": name, "augmentation": setting, "seed": seed, "arguments": arguments, "study": identity, "environment": environment()})
-    shutil.rmtree(folder/"checkpoints", ignore_errors=True)      # finished: the encoder file holds what is kept
+    write_json(
+        folder / "run.json",
+        {
+            "arm": name,
+            "augmentation": setting,
+            "seed": seed,
+            "arguments": arguments,
+            "study": identity,
+            "environment": environment(),
+        },
+    )
+    # finished: the encoder file holds what is kept
+    shutil.rmtree(folder/"checkpoints", ignore_errors=True)
     write_json(folder/"result.json", record)

@@ -55,16 +55,46 @@ def load_tiles(
     elif "" in ds["split"][:]: ds = ds.remove_columns("split").add_column("split", ["train"]*len(ds))
     classes = check_labels(ds) if labelled else []
     assert_disjoint(ds)
-    part = {s: ds.select([i for i, t in enumerate(ds["split"]) if t == s]) for s in ("train", "val", "test")}
-    if not len(part["train"]): raise ValueError(f"none of the {len(ds)} tiles is in the training split; expected a folder or split named 'train'.")
+    part = {
+        s: ds.select([i for i, t in enumerate(ds["split"]) if t == s])
+        for s in ("train", "val", "test")
+    }
+    if not len(part["train"]):
+        raise ValueError(
+            f"none of the {len(ds)} tiles is in the training split; expected a folder or split "
+            "named 'train'."
+        )
     if labelled and not all(len(p) for p in part.values()):
-        raise ValueError(f"the splits hold {({s: len(p) for s, p in part.items()})} tiles; expected some in each: the probe is fitted on train, chosen on val, scored on test.")
+        raise ValueError(
+            f"the splits hold { ({s: len(p) for s, p in part.items()}) } tiles; expected some in "
+            "each: the probe is fitted on train, chosen on val, scored on test."
+        )
     images = {s: Images(p, "primary", size) for s, p in part.items()}
-    shifted = restain([images["test"][i] for i in range(len(part["test"]))], seed=seed) if labelled else None
-    summary = {"tiles": {s: len(p) for s, p in part.items()}, "groups": {s: len(set(p["group"][:])) for s, p in part.items()}, "classes": classes,
-               "skipped": checked["bad"], "sizes": checked["sizes"], "modes": checked["modes"], "fingerprint": fingerprint(sorted(zip(ds["path"][:], ds["split"][:], ds["group"][:])), [checked["bytes"]])}
-    return TileSet(part["train"], images, {s: np.array(p["label"][:]) for s, p in part.items()} if labelled else None,
-                   {s: p["group"][:] for s, p in part.items()}, classes, shifted, summary)
+    shifted = (
+        restain([images["test"][i] for i in range(len(part["test"]))], seed=seed)
+        if labelled
+        else None
+    )
+    summary = {
+        "tiles": {s: len(p) for s, p in part.items()},
+        "groups": {s: len(set(p["group"][:])) for s, p in part.items()},
+        "classes": classes,
+        "skipped": checked["bad"],
+        "sizes": checked["sizes"],
+        "modes": checked["modes"],
+        "fingerprint": fingerprint(
+            sorted(zip(ds["path"][:], ds["split"][:], ds["group"][:])), [checked["bytes"]]
+        ),
+    }
+    return TileSet(
+        part["train"],
+        images,
+        {s: np.array(p["label"][:]) for s, p in part.items()} if labelled else None,
+        {s: p["group"][:] for s, p in part.items()},
+        classes,
+        shifted,
+        summary,
+    )
 
 # %% ../../../nbs/studies/tissue/tiles.ipynb #87852cff
 def features_of(
@@ -75,7 +105,11 @@ def features_of(
 )->np.ndarray: # `(N, R)`
     "The features that an arm gives."
     if name == "mean_rgb": return mean_rgb(images)
-    return colour_histogram(images) if name == "colour_histogram" else extract_features(encoder, images, device=device)
+    return (
+        colour_histogram(images)
+        if name == "colour_histogram"
+        else extract_features(encoder, images, device=device)
+    )
 
 def score_run(
     data:TileSet, # Labelled
@@ -89,30 +123,57 @@ def score_run(
     linear = probe.module()
     shifted = features(data.shifted)
     record = {"val_accuracy": probe.val_accuracy, "C": probe.C, "rankme": rankme(h["train"])}
-    arrays = {"val": probe.predict(h["val"]), "test": probe.predict(h["test"]), "shift": probe.predict(shifted), "probe_weight": linear.weight.detach().numpy(),
-              "probe_bias": linear.bias.detach().numpy()}
+    arrays = {
+        "val": probe.predict(h["val"]),
+        "test": probe.predict(h["test"]),
+        "shift": probe.predict(shifted),
+        "probe_weight": linear.weight.detach().numpy(),
+        "probe_bias": linear.bias.detach().numpy(),
+    }
     if hard_pair is not None:
         rows = {s: np.isin(y[s], hard_pair) for s in h}
-        two = linear_probe(h["train"][rows["train"]], y["train"][rows["train"]], h["val"][rows["val"]], y["val"][rows["val"]])
-        arrays |= {"hard": two.predict(h["test"][rows["test"]]), "hard_shift": two.predict(shifted[rows["test"]])}
+        two = linear_probe(
+            h["train"][rows["train"]],
+            y["train"][rows["train"]],
+            h["val"][rows["val"]],
+            y["val"][rows["val"]],
+        )
+        arrays |= {
+            "hard": two.predict(h["test"][rows["test"]]),
+            "hard_shift": two.predict(shifted[rows["test"]]),
+        }
     return record, arrays
 
 # %% ../../../nbs/studies/tissue/tiles.ipynb #4a60d1c4
 def choose_hard_pair(
     data:TileSet, # Labelled
-    asked:Sequence[str]|None=None, # Two class names; None: the two that `features` confuses most on the validation tiles
+    # Two class names; None: the two that `features` confuses most on the validation tiles
+    asked:Sequence[str]|None=None,
     features:Callable=colour_histogram, # Function from a sequence of images to `(N, R)`
 )->tuple[int, int]|None: # Class numbers; None when there is no such pair
-    "The two classes that a study reports on their own. `ValueError` when a named class is missing from a split."
-    enough = [all((data.labels[s] == k).any() for s in ("train", "val", "test")) for k in range(len(data.classes))]
+    """The two classes that a study reports on their own. `ValueError` when a named class is missing
+    from a split."""
+    enough = [
+        all((data.labels[s] == k).any() for s in ("train", "val", "test"))
+        for k in range(len(data.classes))
+    ]
     if asked:
         able = [c for c, e in zip(data.classes, enough) if e]
         if len(set(asked)) != 2 or not set(asked) <= set(able):
-            raise ValueError(f"hard pair {list(asked)} arrived; expected two of the classes that have tiles in every split: {', '.join(able)}.")
+            raise ValueError(
+                f"hard pair {list(asked)} arrived; expected two of the classes that have tiles in "
+                f"every split: {', '.join(able)}."
+            )
         return tuple(data.classes.index(c) for c in asked)
     if len(data.classes) < 3: return None
     h = {s: features(data.images[s]) for s in ("train", "val")}
-    predicted = linear_probe(h["train"], data.labels["train"], h["val"], data.labels["val"]).predict(h["val"])
+    predicted = linear_probe(
+        h["train"], data.labels["train"], h["val"], data.labels["val"]
+    ).predict(h["val"])
     counts = np.array(scores(data.labels["val"], predicted, len(data.classes))["confusion"], float)
     confused = np.triu(counts + counts.T, 1)*np.outer(enough, enough)
-    return tuple(int(k) for k in np.unravel_index(confused.argmax(), confused.shape)) if confused.max() > 0 else None
+    return (
+        tuple(int(k) for k in np.unravel_index(confused.argmax(), confused.shape))
+        if confused.max() > 0
+        else None
+    )

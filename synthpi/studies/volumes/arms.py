@@ -45,10 +45,13 @@ VOLUME_ARMS = {
     "random_encoder": VolumeArm("untrained encoder, its BatchNorm set to the crops"),
     "isimed": VolumeArm("distances between embeddings follow distances in the body", 1, True),
     "simclr": VolumeArm("two views of a crop agree, other crops differ (NT-Xent)", 2),
-    "barlow": VolumeArm("two views of a crop agree, dimensions do not repeat each other (Barlow Twins)", 2),
+    "barlow": VolumeArm(
+        "two views of a crop agree, dimensions do not repeat each other (Barlow Twins)", 2
+    ),
     "barlow_isimed": VolumeArm("distances and Barlow Twins on one embedding", 2, True),
     "two_head": VolumeArm("distances and Barlow Twins, a linear head for each", 2, True),
-    "regression": VolumeArm("the place itself is predicted", 1, True)}
+    "regression": VolumeArm("the place itself is predicted", 1, True),
+}
 
 # %% ../../../nbs/studies/volumes/arms.ipynb #0666fc62
 def volume_loss(
@@ -56,23 +59,37 @@ def volume_loss(
     width:int, # Of the encoder's representation
     center_mm:torch.Tensor, # Centres of training crops, (N, 3), which give the scale
     volume_id:torch.Tensor, # Their volumes, (N,)
-    embedding:int=64, # Width of the embedding whose distances are compared; that of `barlow_isimed` is as wide as its projector
+    # Width of the embedding whose distances are compared; that of `barlow_isimed` is as wide as its
+    # projector
+    embedding:int=64,
     pairs:str="off-diagonal", # Of the distance loss, see `DistanceLoss`
-    weight:float=.1, # Of Barlow Twins beside the distance loss, whose distances are in units of their mean
+    # Of Barlow Twins beside the distance loss, whose distances are in units of their mean
+    weight:float=.1,
     temperature:float=.5, # Of SimCLR
-    projector:bool=True, # SimCLR, Barlow Twins and `barlow_isimed` compare what a projector makes of the representation; False: the representation itself, as in the published baselines
+    # SimCLR, Barlow Twins and `barlow_isimed` compare what a projector makes of the representation;
+    # False: the representation itself, as in the published baselines
+    projector:bool=True,
 )->tuple[nn.Module, nn.Module]: # The head, and the loss
     "Head and loss of an arm; `ValueError` when it has none."
-    if name not in VOLUME_ARMS or not VOLUME_ARMS[name].views: raise ValueError(f"arm {name!r} has nothing to train; expected one of {', '.join(n for n, a in VOLUME_ARMS.items() if a.views)}.")
+    if name not in VOLUME_ARMS or not VOLUME_ARMS[name].views:
+        raise ValueError(
+            f"arm {name!r} has nothing to train; expected one of "
+            f"{', '.join(n for n, a in VOLUME_ARMS.items() if a.views)}."
+        )
     wide = [max(512, width)]*3
-    project = lambda: Projector(width, wide) if projector else nn.Identity()
+    def project(): return Projector(width, wide) if projector else nn.Identity()
     if name == "simclr": return project(), SimCLR(temperature=temperature)
     if name == "barlow": return project(), BarlowTwins()
     if name == "regression": return PositionHead(width), PositionRegression(*axis_scale(center_mm))
-    distance = DistanceLoss(scale=mean_pair_distance(center_mm, volume_id, "off-diagonal" if pairs == "all" else pairs), pairs=pairs)
+    distance = DistanceLoss(
+        scale=mean_pair_distance(center_mm, volume_id, "off-diagonal" if pairs == "all" else pairs),
+        pairs=pairs,
+    )
     if name == "isimed": return nn.Linear(width, embedding), distance
     if name == "barlow_isimed": return project(), DistanceBarlow(distance, BarlowTwins(), weight)
-    return TwoHead(width, embedding, wide[-1]), TwoHeadLoss(embedding, distance, BarlowTwins(), weight)
+    return TwoHead(width, embedding, wide[-1]), TwoHeadLoss(
+        embedding, distance, BarlowTwins(), weight
+    )
 
 # %% ../../../nbs/studies/volumes/arms.ipynb #7b0e444d
 def train_volume_arm(
@@ -86,7 +103,9 @@ def train_volume_arm(
     n_volumes:int=8, # Volumes of a step
     n_crops:int=8, # Crops of each
     frame:str="world_mm", # Where places are counted from, see `VolumeStore.position`
-    recipe:str="scanner", # How two views of a crop differ, a key of `CROP_RECIPES`; arms with one view see the crop as it is
+    # How two views of a crop differ, a key of `CROP_RECIPES`; arms with one view see the crop as it
+    # is
+    recipe:str="scanner",
     lr:float=1e-3, # Peak learning rate of AdamW
     weight_decay:float=.01, # Of AdamW
     minutes:float|None=None, # In place of `steps`: wall time
@@ -99,16 +118,45 @@ def train_volume_arm(
     **options, # For `volume_loss`: `embedding`, `pairs`, `weight`, `temperature`, `projector`
 )->tuple[nn.Module, nn.Module, Trainer]: # The encoder, the head, and the trainer with history, `seconds`, `interrupted`
     "Train one arm on random crops of some volumes."
-    if frame == "voxel_local": raise ValueError("frame='voxel_local' arrived; distances are in mm: choose world_mm, mm_centered, mm_local or box.")
+    if frame == "voxel_local":
+        raise ValueError(
+            "frame='voxel_local' arrived; distances are in mm: choose world_mm, mm_centered, "
+            "mm_local or box."
+        )
     set_seed(seed_for(seed, "weights"))
     net = make_encoder(encoder, 1, 3)
     seen = sample_crops(store, volumes, 32, 1, seed=seed_for(seed, "scale"), frame=frame)
     head, loss = volume_loss(name, net.width, seen["center_mm"], seen["volume_id"], **options)
     arm = VOLUME_ARMS[name]
     model = Branches([net], [head], (0,)*arm.views).to(memory_format=torch.channels_last_3d)
-    serve = lambda start: crop_batches(store, min(n_volumes, len(volumes)), n_crops, size, 10**9 if minutes else steps, start, seed, volumes, frame=frame)
-    trainer = Trainer(model, loss, torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay), serve, None if minutes else steps, minutes=minutes, step=distance_step if arm.places else paired_step,
-                      transform=CropViews(arm.views, recipe if arm.views > 1 else "none", seed), run_dir=run_dir, clip=2., precision=precision, accelerator=accelerator, on_step=on_step, progress=progress)
+    def serve(start):
+        return crop_batches(
+            store,
+            min(n_volumes, len(volumes)),
+            n_crops,
+            size,
+            10**9 if minutes else steps,
+            start,
+            seed,
+            volumes,
+            frame=frame,
+        )
+    trainer = Trainer(
+        model,
+        loss,
+        torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay),
+        serve,
+        None if minutes else steps,
+        minutes=minutes,
+        step=distance_step if arm.places else paired_step,
+        transform=CropViews(arm.views, recipe if arm.views > 1 else "none", seed),
+        run_dir=run_dir,
+        clip=2.0,
+        precision=precision,
+        accelerator=accelerator,
+        on_step=on_step,
+        progress=progress,
+    )
     trainer.fit()
     return net.eval(), head.eval(), trainer
 

@@ -28,18 +28,32 @@ from ..page import Report
 from .arms import VOLUME_ARMS
 
 # %% ../../../nbs/studies/volumes/report.ipynb #ae243c34
-def _ci(x, digits=2): return f"{x['mean']:.{digits}f} [{x['ci'][0]:.{digits}f}, {x['ci'][1]:.{digits}f}]"
+def _ci(x, digits=2):
+    return f"{x['mean']:.{digits}f} [{x['ci'][0]:.{digits}f}, {x['ci'][1]:.{digits}f}]"
 
 def _against(c):
     "One comparison in words"
     low, high = c["ci"]
     sure = c["p_holm"] is not None and c["p_holm"] < .05
-    said = "is higher than" if sure and low > 0 else "is lower than" if sure and high < 0 else "cannot be told apart from"
-    return f"{said} that of `{c['base']}` (difference {c['difference']:+.3f} [{low:+.3f}, {high:+.3f}]; corrected t-test p {_is(c['p'])}, after Holm's correction {_p(c['p_holm'])})"
+    said = (
+        "is higher than"
+        if sure and low > 0
+        else "is lower than"
+        if sure and high < 0
+        else "cannot be told apart from"
+    )
+    return (
+        f"{said} that of `{c['base']}` (difference {c['difference']:+.3f} [{low:+.3f}, "
+        f"{high:+.3f}]; corrected t-test p {_is(c['p'])}, after Holm's correction "
+        f"{_p(c['p_holm'])})"
+    )
 
 def _is(p): return _p(p) if _p(p)[0] in "<n" else f"= {_p(p)}"
 
-def _p(p): return "not known" if p is None or not np.isfinite(p) else "< 0.001" if p < .001 else f"{p:.3f}"
+def _p(p):
+    return (
+        "not known" if p is None or not np.isfinite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    )
 
 def volume_verdict(
     results:dict, # As in results.json
@@ -47,18 +61,39 @@ def volume_verdict(
     "What the study says about its questions, in words that follow from the intervals."
     arms, said = results["arms"], []
     a = arms.get("isimed")
-    if a is None: return "The study has no arm `isimed`, so it does not answer what being told the place does."
-    said = f"**Where is this crop?** From `isimed` features, on subjects not seen in training, a ridge regression places a crop with R² {_ci(a['position_r2'])} and a mean error of {_ci(a['position_mae_mm'], 1)} mm along each axis"
-    others = [f"`{n}` {_ci(arms[n]['position_r2'])} and {_ci(arms[n]['position_mae_mm'], 1)} mm" for n in ("random_encoder", "intensity_histogram", "regression") if n in arms]
+    if a is None:
+        return (
+            "The study has no arm `isimed`, so it does not answer what being told the place does."
+        )
+    said = (
+        "**Where is this crop?** From `isimed` features, on subjects not seen in training, a "
+        f"ridge regression places a crop with R² {_ci(a['position_r2'])} and a mean error of "
+        f"{_ci(a['position_mae_mm'], 1)} mm along each axis"
+    )
+    others = [
+        f"`{n}` {_ci(arms[n]['position_r2'])} and {_ci(arms[n]['position_mae_mm'], 1)} mm"
+        for n in ("random_encoder", "intensity_histogram", "regression")
+        if n in arms
+    ]
     said += (f"; from {'; from '.join(others)}" if others else "") + "."
     rows = {c["base"]: c for c in results.get("comparisons", []) if c["model"] == "isimed"}
     if not rows: return said
-    said += f"\n\n**What is there, beyond where it is?** The mean AUC of `isimed` over {len(results['regions']['used'])} regions, {_ci(a['auc'], 3)}, "
-    bases = [b for b in ("position_atlas", "barlow", "simclr", "random_encoder") if b in rows] or list(rows)
+    said += (
+        "\n\n**What is there, beyond where it is?** The mean AUC of `isimed` over "
+        f"{len(results['regions']['used'])} regions, {_ci(a['auc'], 3)}, "
+    )
+    bases = [
+        b for b in ("position_atlas", "barlow", "simclr", "random_encoder") if b in rows
+    ] or list(rows)
     said += "; it ".join(_against(rows[b]) for b in bases) + "."
     best = max(arms, key=lambda n: arms[n]["auc"]["mean"])
-    if best != "isimed": said += f" The highest of all arms is that of `{best}`, {_ci(arms[best]['auc'], 3)}."
-    if "position_atlas" in rows and "is higher than" not in _against(rows["position_atlas"]): said += " **So it is not shown here that ISImed has learned more about these regions than where they are.**"
+    if best != "isimed":
+        said += f" The highest of all arms is that of `{best}`, {_ci(arms[best]['auc'], 3)}."
+    if "position_atlas" in rows and "is higher than" not in _against(rows["position_atlas"]):
+        said += (
+            " **So it is not shown here that ISImed has learned more about these regions than "
+            "where they are.**"
+        )
     return said
 
 # %% ../../../nbs/studies/volumes/report.ipynb #ba8fdaf6
@@ -69,10 +104,15 @@ def plot_crops(
     seed:int=0, # Of that draw
     size:float=1.1, # Width of one picture, inches
 )->Figure: # The figure, not shown
-    "One volume in three slices through its middle with the middles of its crops, and some of its crops through theirs."
+    """One volume in three slices through its middle with the middles of its crops, and some of its
+    crops through theirs."""
     starts, sides = crops.starts[0], np.array(crops.size)
     first = next(crops.batches(store, len(starts)))
-    v, middles, world = int(first["volume_id"][0]), starts + (sides - 1)/2, first["center_mm"].numpy()
+    v, middles, world = (
+        int(first["volume_id"][0]),
+        starts + (sides - 1) / 2,
+        first["center_mm"].numpy(),
+    )
     image, box = store.array(v), store.items[v]["box"]
     middle = np.clip(np.round(box.mean(0)).astype(int), 0, np.array(image.shape) - 1)
     rows = np.random.default_rng(seed).permutation(len(starts))[:n]
@@ -81,14 +121,27 @@ def plot_crops(
     upper, lower = fig.subfigures(2, 1, height_ratios=(ncols/3, 2.3))
     for ax, axis, name in zip(upper.subplots(1, 3), range(3), ("sagittal", "coronal", "axial")):
         a, b = (k for k in range(3) if k != axis)
-        near = np.abs(middles[:, axis] - middle[axis]) <= sides[axis]/2
-        ax.imshow(np.take(image, middle[axis], axis).T*store.scale, cmap="gray", origin="lower", vmin=0, vmax=1)
+        near = np.abs(middles[:, axis] - middle[axis]) <= sides[axis] / 2
+        ax.imshow(
+            np.take(image, middle[axis], axis).T * store.scale,
+            cmap="gray",
+            origin="lower",
+            vmin=0,
+            vmax=1,
+        )
         ax.scatter(middles[near, a], middles[near, b], s=7, c="#E69F00", linewidths=0)
-        ax.set_title(f"{name}, {near.sum()} crops", fontsize=8); ax.axis("off")
+        ax.set_title(f"{name}, {near.sum()} crops", fontsize=8)
+        ax.axis("off")
     for ax, row in zip(lower.subplots(2, ncols).flat, [*rows, *[None]*(2*ncols - len(rows))]):
         ax.axis("off")
         if row is None: continue
-        ax.imshow(first["crop"][row, 0, :, :, sides[2]//2].T, cmap="gray", origin="lower", vmin=0, vmax=1)
+        ax.imshow(
+            first["crop"][row, 0, :, :, sides[2] // 2].T,
+            cmap="gray",
+            origin="lower",
+            vmin=0,
+            vmax=1,
+        )
         ax.set_title(", ".join(f"{c:.0f}" for c in world[row]), fontsize=8, pad=2)
     plt.close(fig)
     return fig
@@ -104,13 +157,36 @@ def plot_places(
     "Predicted against true place, a row for each arm and a column for each axis."
     rows = np.random.default_rng(0).permutation(len(true))[:most]
     with plt.rc_context(HOUSE_STYLE):
-        fig, axes = plt.subplots(len(predicted), true.shape[1], figsize=(size*true.shape[1] + .6, size*len(predicted) + .4), squeeze=False, layout="constrained", sharex="col", sharey="col")
+        fig, axes = plt.subplots(
+            len(predicted),
+            true.shape[1],
+            figsize=(size * true.shape[1] + 0.6, size * len(predicted) + 0.4),
+            squeeze=False,
+            layout="constrained",
+            sharex="col",
+            sharey="col",
+        )
         for row, (arm, p) in zip(axes, predicted.items()):
             for k, ax in enumerate(row):
-                ax.scatter(true[rows, k], p[rows, k], s=3, linewidths=0, alpha=.4, color="#0072B2", rasterized=True)
+                ax.scatter(
+                    true[rows, k],
+                    p[rows, k],
+                    s=3,
+                    linewidths=0,
+                    alpha=0.4,
+                    color="#0072B2",
+                    rasterized=True,
+                )
                 low, high = true[:, k].min(), true[:, k].max()
                 ax.plot([low, high], [low, high], color="#444444", linewidth=1, linestyle="--")
-                ax.text(.04, .95, f"error {np.abs(true[:, k] - p[:, k]).mean():.1f} mm", transform=ax.transAxes, va="top", fontsize=8)
+                ax.text(
+                    0.04,
+                    0.95,
+                    f"error {np.abs(true[:, k] - p[:, k]).mean():.1f} mm",
+                    transform=ax.transAxes,
+                    va="top",
+                    fontsize=8,
+                )
             row[0].set_ylabel(f"{arm}\npredicted, mm")
         for ax, name in zip(axes[-1], names): ax.set_xlabel(f"{name}, true, mm")
     plt.close(fig)
@@ -135,18 +211,53 @@ def write_volume_report(
 )->Path: # `report.html`
     "Write report.html and figures/*.png."
     out, arms, d, seed = Path(out), results["arms"], results["data"], results["seeds"][0]
-    report = Report("Where in the body is this crop?", f"{sum(d['volumes'].values())} volumes of {sum(d['subjects'].values())} subjects, {len(arms)} arms, {len(results['seeds'])} training seed{'s'*(len(results['seeds']) > 1)}")
-    load = lambda n: np.load(out/"runs"/f"{n}-seed{seed}"/"features.npz")
+    report = Report(
+        "Where in the body is this crop?",
+        f"{sum(d['volumes'].values())} volumes of {sum(d['subjects'].values())} subjects, "
+        f"{len(arms)} arms, {len(results['seeds'])} training "
+        f"seed{'s' * (len(results['seeds']) > 1)}",
+    )
+    def load(n): return np.load(out/"runs"/f"{n}-seed{seed}"/"features.npz")
     _summary(report, results)
-    report.section("The crops", "All arms are judged on the same crops, drawn once by a seed and stored in `crops/` as JSON.")
-    report.figure(plot_crops(store, lists["place-test"]), "crops", f"One test subject with the middles of crops near each slice (dots), and eight of the crops through their middles, with the place of each in mm in the world: right, front, head. A crop is {' x '.join(f'{x:.0f}' for x in d['crop_mm'])} mm.",
-                  f"Above, a sagittal, a coronal and an axial slice of one volume with dots where crops near the slice have their middles; below, eight crops in gray, each with its place in millimetres.")
+    report.section(
+        "The crops",
+        "All arms are judged on the same crops, drawn once by a seed and stored in `crops/` as "
+        "JSON.",
+    )
+    report.figure(
+        plot_crops(store, lists["place-test"]),
+        "crops",
+        "One test subject with the middles of crops near each slice (dots), and eight of the "
+        "crops through their middles, with the place of each in mm in the world: right, front, "
+        f"head. A crop is {' x '.join(f'{x:.0f}' for x in d['crop_mm'])} mm.",
+        "Above, a sagittal, a coronal and an axial slice of one volume with dots where crops "
+        "near the slice have their middles; below, eight crops in gray, each with its place in "
+        "millimetres.",
+    )
     _places(report, results, store, lists["place-test"], load)
     if results.get("regions"): _regions(report, results)
-    histories = {n: pd.read_csv(f) for n in arms if (f := out/"runs"/f"{n}-seed{seed}"/"history.csv").exists()}
-    if histories: report.section("Training").figure(plot_losses({n: h[["step", "loss"]] for n, h in histories.items()}), "losses", "Loss of every trained arm, smoothed. Each arm has its own loss, so heights do not compare arms; what counts is that they fall and stay.", f"One curve for each of {len(histories)} trained arms: its loss, on a logarithmic axis, over the training steps.")
+    histories = {
+        n: pd.read_csv(f)
+        for n in arms
+        if (f := out / "runs" / f"{n}-seed{seed}" / "history.csv").exists()
+    }
+    if histories:
+        report.section("Training").figure(
+            plot_losses({n: h[["step", "loss"]] for n, h in histories.items()}),
+            "losses",
+            "Loss of every trained arm, smoothed. Each arm has its own loss, so heights do not "
+            "compare arms; what counts is that they fall and stay.",
+            f"One curve for each of {len(histories)} trained arms: its loss, on a logarithmic "
+            "axis, over the training steps.",
+        )
     report.section("What this does not show", _LIMITS)
-    report.record(results, "The folder of this report holds `results.json` with every number, `crops/` with the fixed crops, `splits.json`, `runs/` with the encoder, history and features of every run, and `figures/`.", {"frame of places": d["frame"]})
+    report.record(
+        results,
+        "The folder of this report holds `results.json` with every number, `crops/` with the "
+        "fixed crops, `splits.json`, `runs/` with the encoder, history and features of every run, "
+        "and `figures/`.",
+        {"frame of places": d["frame"]},
+    )
     return report.save(out)
 
 def _summary(report, results):
@@ -154,59 +265,226 @@ def _summary(report, results):
     report.section("In short", volume_verdict(results))
     if d["simulated"]: report.text(_SIMULATED)
     cards = []
-    if "isimed" in arms: cards += [(f"{arms['isimed']['position_r2']['mean']:.2f}", "R² of the place, ISImed", "[{:.2f}, {:.2f}]".format(*arms["isimed"]["position_r2"]["ci"])), (f"{arms['isimed']['position_mae_mm']['mean']:.1f} mm", "mean error along an axis, ISImed", "[{:.1f}, {:.1f}]".format(*arms["isimed"]["position_mae_mm"]["ci"]))]
-    for n, label in (("position_atlas", "AUC of the true place"), ("isimed", "AUC of ISImed"), ("barlow", "AUC of Barlow Twins")):
-        if "auc" in arms.get(n, {}): cards.append((f"{arms[n]['auc']['mean']:.3f}", label, "[{:.3f}, {:.3f}]".format(*arms[n]["auc"]["ci"])))
+    if "isimed" in arms:
+        cards += [
+            (
+                f"{arms['isimed']['position_r2']['mean']:.2f}",
+                "R² of the place, ISImed",
+                "[{:.2f}, {:.2f}]".format(*arms["isimed"]["position_r2"]["ci"]),
+            ),
+            (
+                f"{arms['isimed']['position_mae_mm']['mean']:.1f} mm",
+                "mean error along an axis, ISImed",
+                "[{:.1f}, {:.1f}]".format(*arms["isimed"]["position_mae_mm"]["ci"]),
+            ),
+        ]
+    for n, label in (
+        ("position_atlas", "AUC of the true place"),
+        ("isimed", "AUC of ISImed"),
+        ("barlow", "AUC of Barlow Twins"),
+    ):
+        if "auc" in arms.get(n, {}):
+            cards.append(
+                (
+                    f"{arms[n]['auc']['mean']:.3f}",
+                    label,
+                    "[{:.3f}, {:.3f}]".format(*arms[n]["auc"]["ci"]),
+                )
+            )
     if cards: report.numbers(cards)
     trained = [n for n in arms if VOLUME_ARMS[n].views]
     report.text(f"""What was done:
 
-- **Volumes.** {', '.join(f'{n} {k}' for k, n in d['volumes'].items())}, of {', '.join(f'{n} {k}' for k, n in d['subjects'].items())} subjects; no subject is in two splits.{f" {d['not_used']} volumes of other splits were not used." if d['not_used'] else ''} Voxels of {' x '.join(f'{x:g}' for x in d['spacing_mm'])} mm.
-- **Places** are counted in the frame `{d['frame']}`: {d['frame_because']}.
-- **Arms.** {f"{len(trained)} trained ones, each with the same encoder (`{s['encoder']}`, volumes in), {s['steps']} steps of {s['n_volumes']} volumes with {s['n_crops']} crops of {' x '.join(map(str, s['size']))} voxels, AdamW." if trained else 'None was trained.'} Every arm is judged by its frozen features, on test subjects.""")
+    Volumes.** {', '.join(f'{n} {k}' for k, n in d['volumes'].items())}, of {', '.join(f'{n} {k}' for k, n in d['subjects'].items())} subjects; no subject is in two splits.{f" {d['not_used']} volumes of other splits were not used." if d['not_used'] else ''} Voxels of {' x '.join(f'{x:g}' for x in d['spacing_mm'])} mm.
+    Places** are counted in the frame `{d['frame']}`: {d['frame_because']}.
+    Arms.** {f"{len(trained)} trained ones, each with the same encoder (`{s['encoder']}`, volumes in), {s['steps']} steps of {s['n_volumes']} volumes with {s['n_crops']} crops of {' x '.join(map(str, s['size']))} voxels, AdamW." if trained else 'None was trained.'} Every arm is judged by its frozen features, on test subjects.""")
 
 def _places(report, results, store, crops, load):
-    d, arms, pairs = results["data"], {n: a for n, a in results["arms"].items() if "position_r2" in a}, results["settings"]["pairs"]
+    d, arms, pairs = (
+        results["data"],
+        {n: a for n, a in results["arms"].items() if "position_r2" in a},
+        results["settings"]["pairs"],
+    )
     if not arms: return
-    report.section("Where is this crop?", "A ridge regression from frozen features to the middle of the crop, fitted on training subjects (its penalty chosen among them), scored on test subjects. R² is 1 for a perfect guess and 0 for always guessing the average place.")
-    report.table(pd.DataFrame([{"arm": n, "R²": _ci(a["position_r2"], 3), "mean error, mm": _ci(a["position_mae_mm"], 1), **{f"{x}, mm": v for x, v in zip(AXES, a["position_mae_axes_mm"])},
-                                "rank correlation of distances": a["distance_spearman"]["mean"], "RankMe": a["rankme"], "steps": a["steps"], "seconds": round(a["seconds"]), "what": VOLUME_ARMS[n].what} for n, a in arms.items()]).set_index("arm"),
-                 "How well the place can be read, with 95 % intervals over test subjects. *Mean error*: mean over the axes of the mean absolute error; then each axis. *Rank correlation*: of distances between embeddings with distances between places, "
-                 f"over pairs of test crops ({pairs}; two million of them at most); of the arm's own embedding where its loss asks for distances, else of its features. Seconds are of one training.", digits=2)
-    report.figure(plot_accuracy(arms, key="position_r2", chance=0), "position", "R² of the place on test subjects; dot: mean, bar: 95 % interval over subjects (too narrow with few), tick: a training seed. It does not say that an encoder knows anything but the place" + ", and `regression` was trained for just this"*("regression" in arms) + ".",
-                  f"Mean R² of the place as a dot with its interval, one row for each arm, {range_in_words({n: a['position_r2']['mean'] for n, a in arms.items()})}, beside a dashed line at 0 for guessing.")
+    report.section(
+        "Where is this crop?",
+        "A ridge regression from frozen features to the middle of the crop, fitted on training "
+        "subjects (its penalty chosen among them), scored on test subjects. R² is 1 for a perfect "
+        "guess and 0 for always guessing the average place.",
+    )
+    report.table(
+        pd.DataFrame(
+            [
+                {
+                    "arm": n,
+                    "R²": _ci(a["position_r2"], 3),
+                    "mean error, mm": _ci(a["position_mae_mm"], 1),
+                    **{f"{x}, mm": v for x, v in zip(AXES, a["position_mae_axes_mm"])},
+                    "rank correlation of distances": a["distance_spearman"]["mean"],
+                    "RankMe": a["rankme"],
+                    "steps": a["steps"],
+                    "seconds": round(a["seconds"]),
+                    "what": VOLUME_ARMS[n].what,
+                }
+                for n, a in arms.items()
+            ]
+        ).set_index("arm"),
+        "How well the place can be read, with 95 % intervals over test subjects. *Mean error*: "
+        "mean over the axes of the mean absolute error; then each axis. *Rank correlation*: of "
+        "distances between embeddings with distances between places, "
+        f"over pairs of test crops ({pairs}; two million of them at most); of the arm's own "
+        "embedding where its loss asks for distances, else of its features. Seconds are of one "
+        "training.",
+        digits=2,
+    )
+    report.figure(
+        plot_accuracy(arms, key="position_r2", chance=0),
+        "position",
+        "R² of the place on test subjects; dot: mean, bar: 95 % interval over subjects (too "
+        "narrow with few), tick: a training seed. It does not say that an encoder knows anything "
+        "but the place"
+        + ", and `regression` was trained for just this" * ("regression" in arms)
+        + ".",
+        "Mean R² of the place as a dot with its interval, one row for each arm, "
+        f"{range_in_words({n: a['position_r2']['mean'] for n, a in arms.items()})}, beside a "
+        "dashed line at 0 for guessing.",
+    )
     shown = [n for n in ("isimed", "barlow", "random_encoder") if n in arms] or list(arms)[:2]
     true = crops.positions(store, d["frame"])
-    report.figure(plot_places(true, {n: load(n)["predicted"] for n in shown}), "places", "Place that the probe reads from features against the true one, test crops, a row for each arm; the dashed line is a perfect guess. One training seed and its one probe: crops of a subject are not independent, and a narrow cloud says nothing about what else the features hold.",
-                  f"Clouds of predicted against true places around a dashed diagonal, a column for each axis of the body and a row for each of {', '.join(shown)}; the mean error in millimetres stands in each panel.")
+    report.figure(
+        plot_places(true, {n: load(n)["predicted"] for n in shown}),
+        "places",
+        "Place that the probe reads from features against the true one, test crops, a row for "
+        "each arm; the dashed line is a perfect guess. One training seed and its one probe: crops "
+        "of a subject are not independent, and a narrow cloud says nothing about what else the "
+        "features hold.",
+        "Clouds of predicted against true places around a dashed diagonal, a column for each "
+        f"axis of the body and a row for each of {', '.join(shown)}; the mean error in "
+        "millimetres stands in each panel.",
+    )
     main = next((n for n in ("isimed", "two_head", "barlow_isimed") if n in arms), None)
     if main is None: return
     volume = crops.volume_ids(store)
-    embeddings = {n: (f["z_place-test"] if "z_place-test" in (f := load(n)) else f["h_place-test"]) for n in (main, "random_encoder") if n in arms}
-    report.section("Do distances agree?", f"`{main}` was asked to keep distances: two embeddings are to be as far apart as their crops are in the body.")
-    report.figure(plot_distance_errors(distance_errors(embeddings, true, volume, shuffle=main, pairs=pairs)), "distance_errors", "Errors |D_latent - D_physical| over pairs of test crops. Each row is scaled to millimetres by the factor that makes its own errors least; *shuffled* are the same embeddings in another order, "
-                  "which know nothing of places: a loss of this kind can only be said to work against that.", f"Histograms of errors of distance in millimetres, a row for each of {', '.join([*embeddings, 'shuffled'])}, with a vertical line at the mean error of each.")
+    embeddings = {
+        n: (f["z_place-test"] if "z_place-test" in (f := load(n)) else f["h_place-test"])
+        for n in (main, "random_encoder")
+        if n in arms
+    }
+    report.section(
+        "Do distances agree?",
+        f"`{main}` was asked to keep distances: two embeddings are to be as far apart as their "
+        "crops are in the body.",
+    )
+    report.figure(
+        plot_distance_errors(distance_errors(embeddings, true, volume, shuffle=main, pairs=pairs)),
+        "distance_errors",
+        "Errors |D_latent - D_physical| over pairs of test crops. Each row is scaled to "
+        "millimetres by the factor that makes its own errors least; *shuffled* are the same "
+        "embeddings in another order, "
+        "which know nothing of places: a loss of this kind can only be said to work against that.",
+        "Histograms of errors of distance in millimetres, a row for each of "
+        f"{', '.join([*embeddings, 'shuffled'])}, with a vertical line at the mean error of each.",
+    )
     maps = [n for n in (main, "barlow", "random_encoder") if n in arms]
     rows = np.sort(np.random.default_rng(results["seeds"][0]).permutation(len(true))[:2000])
     features, true = {n: load(n)["h_place-test"][rows] for n in maps}, true[rows]
     drawn = {n: embedding_map(h, seed=results["seeds"][0]) for n, h in features.items()}
-    report.figure(plot_positions(features[main], true, maps={"": drawn[main]}), "map", f"Features of `{main}`: UMAP and the first three principal components of {len(rows)} test crops, coloured by place along each axis of the body. Distances in a UMAP are not distances in the data.",
-                  f"Twelve scatter plots of the same crops in features of {main}: a row for each axis of the body, whose position is the colour from dark (low) to light (high), a column for the UMAP and for each pair of principal components.")
-    if len(maps) > 1: report.figure(plot_positions(features, true, maps=drawn), "maps", "The same crops in the features of several arms, one training seed of each. A smooth run of colour says that place orders the features there; it does not measure how well, and how far points lie apart does not compare between arms.",
-                                     f"Scatter plots of the same crops coloured by position, a row for each of {', '.join(maps)}, a UMAP and a plot of two principal components for each axis of the body.")
+    report.figure(
+        plot_positions(features[main], true, maps={"": drawn[main]}),
+        "map",
+        f"Features of `{main}`: UMAP and the first three principal components of {len(rows)} test "
+        "crops, coloured by place along each axis of the body. Distances in a UMAP are not "
+        "distances in the data.",
+        f"Twelve scatter plots of the same crops in features of {main}: a row for each axis of "
+        "the body, whose position is the colour from dark (low) to light (high), a column for "
+        "the UMAP and for each pair of principal components.",
+    )
+    if len(maps) > 1:
+        report.figure(
+            plot_positions(features, true, maps=drawn),
+            "maps",
+            "The same crops in the features of several arms, one training seed of each. A smooth "
+            "run of colour says that place orders the features there; it does not measure how "
+            "well, and how far points lie apart does not compare between arms.",
+            "Scatter plots of the same crops coloured by position, a row for each of "
+            f"{', '.join(maps)}, a UMAP and a plot of two principal components for each axis of "
+            "the body.",
+        )
 
 def _regions(report, results):
     arms, regions = {n: a for n, a in results["arms"].items() if "auc" in a}, results["regions"]
     rule = "its middle lies in it" if regions["rule"] == "center" else "it holds a voxel of it"
-    text = f"A crop is of a region when {rule}. A logistic regression on frozen features, its penalty chosen inside each training part, is cross-validated over test subjects ({regions['folds']} folds, no subject in two); AUC is 0.5 for guessing. Small regions were given more crops than their size would."
-    if regions["left_out"]: text += f" Left out, because too few crops of too few subjects are of them: {', '.join(regions['left_out'])}."
-    if regions["folds"] < results["settings"]["folds"]: text += f" {results['settings']['folds']} folds were asked for and there are {regions['folds']} test subjects, so each is a fold."
+    text = (
+        f"A crop is of a region when {rule}. A logistic regression on frozen features, its penalty "
+        "chosen inside each training part, is cross-validated over test subjects "
+        f"({regions['folds']} folds, no subject in two); AUC is 0.5 for guessing. Small regions "
+        "were given more crops than their size would."
+    )
+    if regions["left_out"]:
+        text += (
+            " Left out, because too few crops of too few subjects are of them: "
+            f"{', '.join(regions['left_out'])}."
+        )
+    if regions["folds"] < results["settings"]["folds"]:
+        text += (
+            f" {results['settings']['folds']} folds were asked for and there are "
+            f"{regions['folds']} test subjects, so each is a fold."
+        )
     report.section("What is there?", text)
-    report.figure(plot_folds({n: a["auc"] for n, a in arms.items()}), "auc", "Mean AUC over regions: every fold (dots), the mean and its 95 % interval over test subjects (too narrow with few). It does not say which regions make the mean or how much of it is place" + " (see `position_atlas`)"*("position_atlas" in arms) + "; folds share training crops, so their spread is no interval.",
-                  f"Mean AUC of each arm as a symbol with a bar for its interval and small dots for the folds, {range_in_words({n: a['auc']['mean'] for n, a in arms.items()})}, beside a dashed line at 0.5 for guessing.")
-    report.figure(plot_region_auc({n: {r: v["mean"] for r, v in a["auc"]["per_region"].items()} for n, a in arms.items()}), "regions", "Mean AUC over folds by region. `position_atlas` shows how much of each region is a matter of place.",
-                  f"A table with shaded cells, darker for a higher AUC: a row for each of {len(regions['used'])} regions and their mean, a column for each of {len(arms)} arms.")
-    report.table(pd.DataFrame([{"region": r, "crops": regions["positives"][r], **{n: _ci(a["auc"]["per_region"][r], 3) for n, a in arms.items()}} for r in regions["used"]]).set_index("region"), "AUC by region with 95 % intervals over test subjects, and how many of the test crops are of the region.")
+    report.figure(
+        plot_folds({n: a["auc"] for n, a in arms.items()}),
+        "auc",
+        "Mean AUC over regions: every fold (dots), the mean and its 95 % interval over test "
+        "subjects (too narrow with few). It does not say which regions make the mean or how much "
+        "of it is place"
+        + " (see `position_atlas`)" * ("position_atlas" in arms)
+        + "; folds share training crops, so their spread is no interval.",
+        "Mean AUC of each arm as a symbol with a bar for its interval and small dots for the "
+        f"folds, {range_in_words({n: a['auc']['mean'] for n, a in arms.items()})}, beside a "
+        "dashed line at 0.5 for guessing.",
+    )
+    report.figure(
+        plot_region_auc(
+            {n: {r: v["mean"] for r, v in a["auc"]["per_region"].items()} for n, a in arms.items()}
+        ),
+        "regions",
+        "Mean AUC over folds by region. `position_atlas` shows how much of each region is a "
+        "matter of place.",
+        "A table with shaded cells, darker for a higher AUC: a row for each of "
+        f"{len(regions['used'])} regions and their mean, a column for each of {len(arms)} arms.",
+    )
+    report.table(
+        pd.DataFrame(
+            [
+                {
+                    "region": r,
+                    "crops": regions["positives"][r],
+                    **{n: _ci(a["auc"]["per_region"][r], 3) for n, a in arms.items()},
+                }
+                for r in regions["used"]
+            ]
+        ).set_index("region"),
+        "AUC by region with 95 % intervals over test subjects, and how many of the test crops are "
+        "of the region.",
+    )
     if results["comparisons"]:
-        report.table(pd.DataFrame([{"model": c["model"], "base": c["base"], "difference of mean AUC": f"{c['difference']:+.3f} [{c['ci'][0]:+.3f}, {c['ci'][1]:+.3f}]", "corrected p": _p(c["p"]), "Holm": _p(c["p_holm"]), "plain p": _p(c["p_plain"])} for c in results["comparisons"]]),
-                     "Differences of mean AUC, model minus base, with intervals from the same resampled subjects for both. *Corrected p*: paired t-test over folds with the correction of Nadeau and Bengio; *Holm*: adjusted for all rows of this table; *plain p*: the paired t-test of the paper, which is too small.")
+        report.table(
+            pd.DataFrame(
+                [
+                    {
+                        "model": c["model"],
+                        "base": c["base"],
+                        "difference of mean AUC": f"{c['difference']:+.3f} [{c['ci'][0]:+.3f}, "
+                                                  f"{c['ci'][1]:+.3f}]",
+                        "corrected p": _p(c["p"]),
+                        "Holm": _p(c["p_holm"]),
+                        "plain p": _p(c["p_plain"]),
+                    }
+                    for c in results["comparisons"]
+                ]
+            ),
+            "Differences of mean AUC, model minus base, with intervals from the same resampled "
+            "subjects for both. *Corrected p*: paired t-test over folds with the correction of "
+            "Nadeau and Bengio; *Holm*: adjusted for all rows of this table; *plain p*: the "
+            "paired t-test of the paper, which is too small.",
+        )

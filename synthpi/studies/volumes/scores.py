@@ -35,27 +35,72 @@ def testable_regions(
 )->np.ndarray: # (T,) bool
     "Which regions have enough crops of enough subjects."
     of = min(of, len(np.unique(subjects)))
-    enough = lambda z: [z[:, t].sum() >= crops and len(np.unique(subjects[z[:, t]])) >= of for t in range(z.shape[1])]
+    def enough(z):
+        return [
+            z[:, t].sum() >= crops and len(np.unique(subjects[z[:, t]])) >= of
+            for t in range(z.shape[1])
+        ]
     return np.array(enough(y)) & np.array(enough(~y))
 
 # %% ../../../nbs/studies/volumes/scores.ipynb #99d3f05e
-_CS = 10.**np.arange(-4, 2)     # weaker penalties never win on some hundred crops, and cost most of the time
+# weaker penalties never win on some hundred crops, and cost most of the time
+_CS = 10.**np.arange(-4, 2)
 
 def _place_scores(features, store, lists, frame, pairs):
     "Place probe of each seed, and their scores together"
     fit, test = lists["place-train"], lists["place-test"]
-    c, s = ({k: getattr(crops, what)(*args) for k, crops in (("fit", fit), ("test", test))} for what, args in (("positions", (store, frame)), ("subjects", (store,))))
-    probes = [position_probe(f["h_place-train"], c["fit"], s["fit"], f["h_place-test"], c["test"], s["test"], n_boot=1) for f in features]
+    c, s = (
+        {k: getattr(crops, what)(*args) for k, crops in (("fit", fit), ("test", test))}
+        for what, args in (("positions", (store, frame)), ("subjects", (store,)))
+    )
+    probes = [
+        position_probe(
+            f["h_place-train"],
+            c["fit"],
+            s["fit"],
+            f["h_place-test"],
+            c["test"],
+            s["test"],
+            n_boot=1,
+        )
+        for f in features
+    ]
     scores = position_scores(c["test"], np.stack([p.predicted for p in probes]), s["test"])
-    agreements = [distance_agreement(f["z_place-test"] if "z_place-test" in f else f["h_place-test"], c["test"], test.volume_ids(store), pairs, scale="fit") for f in features]
-    return probes, {"position_r2": scores["r2"], "position_mae_mm": scores["mae_mm"], "position_mae_axes_mm": scores["mae_axes_mm"],
-                    "distance_spearman": {"mean": float(np.mean([a.spearman for a in agreements])), "per_seed": [a.spearman for a in agreements]},
-                    "distance_error_mm": {"mean": float(np.mean([a.mean_abs_error for a in agreements])), "per_seed": [a.mean_abs_error for a in agreements]}}
+    agreements = [
+        distance_agreement(
+            f["z_place-test"] if "z_place-test" in f else f["h_place-test"],
+            c["test"],
+            test.volume_ids(store),
+            pairs,
+            scale="fit",
+        )
+        for f in features
+    ]
+    return probes, {
+        "position_r2": scores["r2"],
+        "position_mae_mm": scores["mae_mm"],
+        "position_mae_axes_mm": scores["mae_axes_mm"],
+        "distance_spearman": {
+            "mean": float(np.mean([a.spearman for a in agreements])),
+            "per_seed": [a.spearman for a in agreements],
+        },
+        "distance_error_mm": {
+            "mean": float(np.mean([a.mean_abs_error for a in agreements])),
+            "per_seed": [a.mean_abs_error for a in agreements],
+        },
+    }
 
 def _pairs_to_compare(names):
-    "The question's comparisons: ISImed with every arm; what adds Barlow Twins to it with Barlow Twins and with the atlas"
+    """The question's comparisons: ISImed with every arm; what adds Barlow Twins to it with Barlow
+    Twins and with the atlas"""
     rows = [("isimed", b) for b in names if b != "isimed"] if "isimed" in names else []
-    return rows + [(m, b) for m in ("barlow_isimed", "two_head") if m in names for b in ("position_atlas", "barlow") if b in names]
+    return rows + [
+        (m, b)
+        for m in ("barlow_isimed", "two_head")
+        if m in names
+        for b in ("position_atlas", "barlow")
+        if b in names
+    ]
 
 def summarise_volumes(
     out:str|Path, # Folder of the study
@@ -77,33 +122,76 @@ def summarise_volumes(
         crops = lists["regions-test"]
         subjects, (values, y) = crops.subjects(store), crops.labels(store, rule)
         n = len(np.unique(subjects))
-        keep, k = testable_regions(y, subjects), min(folds, n) if n > 5 else n      # of five subjects or fewer each is a fold
-        if not keep.any(): raise ValueError(f"none of the {len(values)} regions has 10 crops of 3 test subjects among the {len(crops)} crops (rule {rule!r}): give more crops a volume (region_crops), or leave the labels out (--no-labels).")
-        regions = {"rule": rule, "folds": k, "used": [names[v] for v, on in zip(values, keep) if on], "left_out": [names[v] for v, on in zip(values, keep) if not on],
-                   "positives": {names[v]: int(n) for v, n in zip(values, y.sum(0))}, "crops": len(crops), "subjects": int(len(np.unique(subjects)))}
+        # of five subjects or fewer each is a fold
+        keep, k = testable_regions(y, subjects), min(folds, n) if n > 5 else n
+        if not keep.any():
+            raise ValueError(
+                f"none of the {len(values)} regions has 10 crops of 3 test subjects among the "
+                f"{len(crops)} crops (rule {rule!r}): give more crops a volume (region_crops), or "
+                "leave the labels out (--no-labels)."
+            )
+        regions = {
+            "rule": rule,
+            "folds": k,
+            "used": [names[v] for v, on in zip(values, keep) if on],
+            "left_out": [names[v] for v, on in zip(values, keep) if not on],
+            "positives": {names[v]: int(n) for v, n in zip(values, y.sum(0))},
+            "crops": len(crops),
+            "subjects": int(len(np.unique(subjects))),
+        }
         fold = group_folds(subjects, k, seed=seed_for("regions"))
-        inner = min(3, n - max(len(np.unique(subjects[fold == f])) for f in range(k)))       # of few subjects each is an inner fold
+        # of few subjects each is an inner fold
+        inner = min(3, n - max(len(np.unique(subjects[fold == f])) for f in range(k)))
     for n in order:
         folders = [out/"runs"/f"{n}-seed{s}" for m, s in runs if m == n]
         features = [dict(np.load(f/"features.npz")) for f in folders]
         records = [json.loads((f/"result.json").read_text(encoding="utf-8")) for f in folders]
-        arms[n] = {"steps": records[0]["steps"], "seconds": float(np.mean([r["seconds"] for r in records]))}
+        arms[n] = {
+            "steps": records[0]["steps"],
+            "seconds": float(np.mean([r["seconds"] for r in records])),
+        }
         if n != "position_atlas":
             probes, scores = _place_scores(features, store, lists, frame, pairs)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*RankMe is capped by the rows.*")      # equally for all arms
-                arms[n] |= scores | {"rankme": float(np.mean([rankme(f["h_place-train"]) for f in features]))}
+                # equally for all arms
+                warnings.filterwarnings("ignore", message=".*RankMe is capped by the rows.*")
+                arms[n] |= scores | {
+                    "rankme": float(np.mean([rankme(f["h_place-train"]) for f in features]))
+                }
             for f, p, x in zip(folders, probes, features):
-                with atomic_path(f/"features.npz") as tmp: np.savez(tmp, **{**x, "predicted": p.predicted})
+                with atomic_path(f / "features.npz") as tmp:
+                    np.savez(tmp, **{**x, "predicted": p.predicted})
         if names:
-            cvs[n] = [cross_validate(f["h_regions-test"], y[:, keep], subjects, fold, _CS, inner=inner, device=device) for f in features]
+            cvs[n] = [
+                cross_validate(
+                    f["h_regions-test"], y[:, keep], subjects, fold, _CS, inner=inner, device=device
+                )
+                for f in features
+            ]
             auc = auc_intervals(cvs[n])
-            arms[n]["auc"] = {**{k: auc[k] for k in ("mean", "ci", "per_fold", "per_seed")}, "per_region": dict(zip(regions["used"], auc["per_target"]))}
+            arms[n]["auc"] = {
+                **{k: auc[k] for k in ("mean", "ci", "per_fold", "per_seed")},
+                "per_region": dict(zip(regions["used"], auc["per_target"])),
+            }
     if not names: return {"arms": arms}
     comparisons = []
     for model, base in _pairs_to_compare(order):
-        d, folds_of = auc_difference(cvs[model], cvs[base]), [np.mean([c.fold_means for c in cvs[x]], 0) for x in (model, base)]
+        d, folds_of = (
+            auc_difference(cvs[model], cvs[base]),
+            [np.mean([c.fold_means for c in cvs[x]], 0) for x in (model, base)],
+        )
         t = compare_folds(*folds_of, cvs[model][0].n_train, cvs[model][0].n_test)
-        comparisons.append({"model": model, "base": base, "difference": d["difference"], "ci": d["ci"], "t": t.t, "df": t.df, "p": t.p, "p_plain": t.p_plain})
+        comparisons.append(
+            {
+                "model": model,
+                "base": base,
+                "difference": d["difference"],
+                "ci": d["ci"],
+                "t": t.t,
+                "df": t.df,
+                "p": t.p,
+                "p_plain": t.p_plain,
+            }
+        )
     for c, p in zip(comparisons, holm([c["p"] for c in comparisons])): c["p_holm"] = float(p)
     return {"arms": arms, "regions": regions, "comparisons": comparisons}

@@ -43,48 +43,83 @@ from ...volumes.store import VolumeStore
 # %% ../../../nbs/studies/volumes/study.ipynb #c6603419
 def study_records(
     volumes:str|Path, # Folder (see `find_volumes`) or table (see `read_manifest`)
-    labels:bool|None=None, # True: labels are needed; False: they are not looked at; None: used if every volume has one
+    # True: labels are needed; False: they are not looked at; None: used if every volume has one
+    labels:bool|None=None,
     preset:str|None=None, # See `find_volumes`
     sequence:str|int|None=None, # See `find_volumes`
     seed:int=0, # Of the division, where the set has none
 )->tuple[list[dict], Path, bool]: # Records with splits, the folder that their paths are relative to, and whether labels are used
     "The volumes of a study; `ValueError` when labels or a split are missing."
     volumes = Path(volumes)
-    if not volumes.exists(): raise FileNotFoundError(f"no such file or folder: {volumes}. Check the path.")
-    records = read_manifest(volumes) if volumes.is_file() else find_volumes(volumes, preset, sequence)
+    if not volumes.exists():
+        raise FileNotFoundError(f"no such file or folder: {volumes}. Check the path.")
+    records = (
+        read_manifest(volumes) if volumes.is_file() else find_volumes(volumes, preset, sequence)
+    )
     without = [r["name"] for r in records if not r["label"]]
-    if labels and without: raise ValueError(f"{len(without)} of {len(records)} volumes have no labels ({', '.join(without[:3])}{', ...'*(len(without) > 3)}): give each its label, or leave --labels away.")
+    if labels and without:
+        raise ValueError(
+            f"{len(without)} of {len(records)} volumes have no labels "
+            f"({', '.join(without[:3])}{', ...' * (len(without) > 3)}): give each its label, or "
+            "leave --labels away."
+        )
     labels = not without if labels is None else labels
     if not labels: records = [{**r, "label": ""} for r in records]
     splits = {r["split"] for r in records}
     if splits == {""}: records = split_subjects(records, {"train": .75, "test": .25}, seed)
     elif missing := {"train", "test"} - splits: raise ValueError(f"the splits {', '.join(map(repr, sorted(splits)))} arrived, without {' and '.join(sorted(missing))}; expected volumes in train and in test, or no splits at all.")
-    if len({r["subject"] for r in records if r["split"] == "train"}) < 2: raise ValueError("1 subject is in train; expected two or more: the penalty of the place probe is chosen on training subjects that it was not fitted on.")
-    if (n := len({r["subject"] for r in records if r["split"] == "test"})) < 2 + labels: raise ValueError(f"{n} subjects are in test; expected {2 + labels} or more: intervals come from differences between subjects" + ", and a probe of regions is chosen and fitted on other subjects than it is tested on (or give --no-labels)."*labels)
+    if len({r["subject"] for r in records if r["split"] == "train"}) < 2:
+        raise ValueError(
+            "1 subject is in train; expected two or more: the penalty of the place probe is "
+            "chosen on training subjects that it was not fitted on."
+        )
+    if (n := len({r["subject"] for r in records if r["split"] == "test"})) < 2 + labels:
+        raise ValueError(
+            f"{n} subjects are in test; expected {2 + labels} or more: intervals come from "
+            "differences between subjects"
+            + ", and a probe of regions is chosen and fitted on other subjects than it is tested "
+              "on (or give --no-labels)."
+            * labels
+        )
     return records, volumes if volumes.is_dir() else volumes.parent, labels
 
 def choose_frame(
     store:VolumeStore, # Prepared volumes
     volumes:Sequence[int], # Training volumes
-    most:float=.03, # Standard deviation of the boxes' middles in the world, as a share of the boxes' mean sides, up to which scans are taken for registered
+    # Standard deviation of the boxes' middles in the world, as a share of the boxes' mean sides, up
+    # to which scans are taken for registered
+    most:float=.03,
 )->tuple[str, str]: # The frame, and why
     "`world_mm` for volumes that lie alike in the world, else `mm_centered`."
-    middles = np.array([store.position(i, [(store.items[i]["box"].sum(0) - 1)/2])[0] for i in volumes])
+    middles = np.array(
+        [store.position(i, [(store.items[i]["box"].sum(0) - 1) / 2])[0] for i in volumes]
+    )
     sides = np.mean([np.ptp(store.position(i, store.items[i]["box"]), axis=0) for i in volumes], 0)
     sd = middles.std(0)
     frame = "world_mm" if (sd/sides).max() <= most else "mm_centered"
-    return frame, f"the middles of the {len(volumes)} training volumes' foreground boxes, whose sides are {sides[0]:.0f}, {sides[1]:.0f} and {sides[2]:.0f} mm, lie {sd[0]:.1f}, {sd[1]:.1f} and {sd[2]:.1f} mm apart in the world (standard deviation; left-right, posterior-anterior, inferior-superior)"
+    return (
+        frame,
+        f"the middles of the {len(volumes)} training volumes' foreground boxes, whose sides are "
+        f"{sides[0]:.0f}, {sides[1]:.0f} and {sides[2]:.0f} mm, lie {sd[0]:.1f}, {sd[1]:.1f} and "
+        f"{sd[2]:.1f} mm apart in the world (standard deviation; left-right, posterior-anterior, "
+        "inferior-superior)",
+    )
 
 # %% ../../../nbs/studies/volumes/study.ipynb #70f5d810
 def _lists(out, store, splits, size, n_place, n_regions, labels, seed):
     "The study's crop lists, read where they are there"
-    wanted = {"place-train": ("train", n_place, 0.), "place-test": ("test", n_place, 0.)} | ({"regions-test": ("test", n_regions, .5)} if labels else {})
+    wanted = {"place-train": ("train", n_place, 0.0), "place-test": ("test", n_place, 0.0)} | (
+        {"regions-test": ("test", n_regions, 0.5)} if labels else {}
+    )
     lists = {}
     for name, (split, n, share) in wanted.items():
         path = out/"crops"/f"{name}.json"
         if not path.exists():
-            shutil.rmtree(out/"runs", ignore_errors=True)       # they would be features of other crops
-            make_crop_list(store, splits[split], n, size, positive_share=share, seed=seed_for(seed, name)).write(path)
+            # they would be features of other crops
+            shutil.rmtree(out/"runs", ignore_errors=True)
+            make_crop_list(
+                store, splits[split], n, size, positive_share=share, seed=seed_for(seed, name)
+            ).write(path)
         lists[name] = read_crop_list(path, store)
     return lists
 
@@ -104,11 +139,22 @@ def untrained_volume_encoder(
     size:int|Sequence[int]=24, # Sides of a crop, voxels
     seed:int=0, # Weights, and which crops
 )->nn.Module: # In eval mode
-    "Random weights; the statistics of BatchNorm are those of 20 batches of training crops, without which such features are worse than they need be."
+    """Random weights; the statistics of BatchNorm are those of 20 batches of training crops,
+    without which such features are worse than they need be."""
     set_seed(seed_for(seed, "weights"))
     net = make_encoder(encoder, 1, 3).train()
     with torch.no_grad():
-        for k in range(20): net(sample_crops(store, volumes[:16], max(1, 32//min(16, len(volumes))), size, seed=seed_for(seed, "untrained"), epoch=k)["crop"])
+        for k in range(20):
+            net(
+                sample_crops(
+                    store,
+                    volumes[:16],
+                    max(1, 32 // min(16, len(volumes))),
+                    size,
+                    seed=seed_for(seed, "untrained"),
+                    epoch=k,
+                )["crop"]
+            )
     return net.eval()
 
 # %% ../../../nbs/studies/volumes/study.ipynb #f6cf0e7f
@@ -126,7 +172,8 @@ def volume_study(
     embedding:int=64, # Width of the embedding whose distances are compared
     frame:str="auto", # See `choose_frame`; or `world_mm`, `mm_centered`, `mm_local`
     pairs:str="off-diagonal", # Pairs of the distance loss: `off-diagonal`, `within` or `cross`
-    rule:str="center", # A crop is of a region when its "center" lies in it, or when it holds "any" voxel of it
+    # A crop is of a region when its "center" lies in it, or when it holds "any" voxel of it
+    rule:str="center",
     recipe:str="scanner", # How two views of a crop differ, a key of `CROP_RECIPES`
     weight:float=.1, # Of Barlow Twins beside the distance loss
     temperature:float=.5, # Of SimCLR
@@ -147,64 +194,229 @@ def volume_study(
     simulated:bool=False, # The volumes are simulated: the report says so
     progress:bool=True, # Show the bar
 )->dict: # What results.json holds
-    "Train and compare the arms; writes results.json, report.html, figures, encoders, crop lists. Ctrl-C keeps what is done: the same call continues."
+    """Train and compare the arms; writes results.json, report.html, figures, encoders, crop lists.
+    Ctrl-C keeps what is done: the same call continues."""
     out, volumes = Path(out), Path(volumes)
     asked = labels
     records, root, labels = study_records(volumes, labels, preset, sequence)
     names = _arms_asked(arms, labels)
-    if encoder not in ENCODERS: raise ValueError(f"encoder {encoder!r} arrived; expected one of {', '.join(ENCODERS)}.")
+    if encoder not in ENCODERS:
+        raise ValueError(f"encoder {encoder!r} arrived; expected one of {', '.join(ENCODERS)}.")
     choose_device(device)
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds {list(seeds)} arrived; expected one or more different ones.")
-    if frame not in ("auto", "world_mm", "mm_centered", "mm_local"): raise ValueError(f"frame {frame!r} arrived; expected auto, world_mm, mm_centered or mm_local: a study compares millimetres.")
-    if frame == "mm_local" and pairs != "within": raise ValueError("frame 'mm_local' arrived; equal numbers mean different places in different subjects there, so only pairs='within' fits it (--pairs within).")
-    if recipe not in CROP_RECIPES: raise ValueError(f"recipe {recipe!r} arrived; expected one of {', '.join(CROP_RECIPES)}.")
-    if rule not in ("center", "any") or folds < 2 or min(place_crops, region_crops, steps, n_volumes, n_crops) < 1 or n_volumes*n_crops < 2:
-        raise ValueError(f"rule={rule!r}, folds={folds}, place_crops={place_crops}, region_crops={region_crops}, steps={steps}, n_volumes={n_volumes}, n_crops={n_crops} arrived; expected 'center' or 'any', 2 folds or more, and 1 or more of the others, two crops a step.")
-    sides, n_volumes = [int(s) for s in np.broadcast_to(size, 3)], min(n_volumes, sum(r["split"] == "train" for r in records))
-    if recipe == "none" and any(VOLUME_ARMS[n].views > 1 for n in names): raise ValueError("recipe 'none' arrived with arms that compare two views, which would be the same: choose scanner or boxes, or the arms isimed and regression alone.")
-    if min(sides) < 8: raise ValueError(f"size {size} arrived; expected crops of 8 voxels or more along each axis.")
-    identity = {"synthpi": synthpi.__version__, "kind": "volumes", "volumes": _content(records, root), "labels": labels, "arms": names, "seeds": list(seeds), "steps": steps, "size": sides, "n_volumes": n_volumes, "n_crops": n_crops,
-                "encoder": encoder, "embedding": embedding, "frame": frame, "pairs": pairs, "rule": rule, "recipe": recipe, "weight": weight, "temperature": temperature, "projector": projector, "lr": lr, "folds": folds, "place_crops": place_crops,
-                "region_crops": region_crops, "spacing_mm": spacing_mm, "window": window, "preset": preset, "sequence": sequence, "precision": precision}
-    try: make_encoder(encoder, 1, 3).eval()(torch.zeros(1, 1, *sides))
-    except RuntimeError as error: raise ValueError(f"size {sides} arrived; such crops are too small for {encoder} ({str(error)[:100]}): give a larger one (--size), 32 or more for densenet121.") from error
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {list(seeds)} arrived; expected one or more different ones.")
+    if frame not in ("auto", "world_mm", "mm_centered", "mm_local"):
+        raise ValueError(
+            f"frame {frame!r} arrived; expected auto, world_mm, mm_centered or mm_local: a study "
+            "compares millimetres."
+        )
+    if frame == "mm_local" and pairs != "within":
+        raise ValueError(
+            "frame 'mm_local' arrived; equal numbers mean different places in different subjects "
+            "there, so only pairs='within' fits it (--pairs within)."
+        )
+    if recipe not in CROP_RECIPES:
+        raise ValueError(f"recipe {recipe!r} arrived; expected one of {', '.join(CROP_RECIPES)}.")
+    if (
+        rule not in ("center", "any")
+        or folds < 2
+        or min(place_crops, region_crops, steps, n_volumes, n_crops) < 1
+        or n_volumes * n_crops < 2
+    ):
+        raise ValueError(
+            f"rule={rule!r}, folds={folds}, place_crops={place_crops}, "
+            f"region_crops={region_crops}, steps={steps}, n_volumes={n_volumes}, "
+            f"n_crops={n_crops} arrived; expected 'center' or 'any', 2 folds or more, and 1 or "
+            "more of the others, two crops a step."
+        )
+    sides, n_volumes = (
+        [int(s) for s in np.broadcast_to(size, 3)],
+        min(n_volumes, sum(r["split"] == "train" for r in records)),
+    )
+    if recipe == "none" and any(VOLUME_ARMS[n].views > 1 for n in names):
+        raise ValueError(
+            "recipe 'none' arrived with arms that compare two views, which would be the same: "
+            "choose scanner or boxes, or the arms isimed and regression alone."
+        )
+    if min(sides) < 8:
+        raise ValueError(
+            f"size {size} arrived; expected crops of 8 voxels or more along each axis."
+        )
+    identity = {
+        "synthpi": synthpi.__version__,
+        "kind": "volumes",
+        "volumes": _content(records, root),
+        "labels": labels,
+        "arms": names,
+        "seeds": list(seeds),
+        "steps": steps,
+        "size": sides,
+        "n_volumes": n_volumes,
+        "n_crops": n_crops,
+        "encoder": encoder,
+        "embedding": embedding,
+        "frame": frame,
+        "pairs": pairs,
+        "rule": rule,
+        "recipe": recipe,
+        "weight": weight,
+        "temperature": temperature,
+        "projector": projector,
+        "lr": lr,
+        "folds": folds,
+        "place_crops": place_crops,
+        "region_crops": region_crops,
+        "spacing_mm": spacing_mm,
+        "window": window,
+        "preset": preset,
+        "sequence": sequence,
+        "precision": precision,
+    }
+    try:
+        make_encoder(encoder, 1, 3).eval()(torch.zeros(1, 1, *sides))
+    except RuntimeError as error:
+        raise ValueError(
+            f"size {sides} arrived; such crops are too small for {encoder} ({str(error)[:100]}): "
+            "give a larger one (--size), 32 or more for densenet121."
+        ) from error
     for n in names:
-        if VOLUME_ARMS[n].views: volume_loss(n, 8, torch.arange(27.).view(9, 3), torch.arange(9)//3, embedding, pairs, weight, temperature, projector)      # refuses before anything is written
-    if pairs == "within" and n_crops < 2 or pairs == "cross" and n_volumes < 2: raise ValueError(f"pairs={pairs!r}, n_volumes={n_volumes}, n_crops={n_crops} arrived; expected two crops of a volume for 'within', two volumes for 'cross'.")
+        # refuses before anything is written
+        if VOLUME_ARMS[n].views:
+            volume_loss(
+                n,
+                8,
+                torch.arange(27.0).view(9, 3),
+                torch.arange(9) // 3,
+                embedding,
+                pairs,
+                weight,
+                temperature,
+                projector,
+            )
+    if pairs == "within" and n_crops < 2 or pairs == "cross" and n_volumes < 2:
+        raise ValueError(
+            f"pairs={pairs!r}, n_volumes={n_volumes}, n_crops={n_crops} arrived; expected two "
+            "crops of a volume for 'within', two volumes for 'cross'."
+        )
     known = label_names(volumes) if labels else {}
     accelerator = make_accelerator(precision, cpu=device == "cpu")
-    if accelerator.num_processes > 1: raise ValueError(f"{accelerator.num_processes} processes arrived; expected one: start the study without accelerate launch or torchrun.")
-    untouched = (out/"study.json").is_file() and not any((out/n).exists() for n in ("runs", "results.json", "report.html"))      # nothing was computed that could be lost
-    again = claim_folder(out, identity, overwrite or untouched, [volumes] if volumes.is_dir() else [], ("study.json", "results.json", "report.html", "runs", "figures", "crops", "splits.json"))
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"{accelerator.num_processes} processes arrived; expected one: start the study "
+            "without accelerate launch or torchrun."
+        )
+    # nothing was computed that could be lost
+    untouched = (out / "study.json").is_file() and not any(
+        (out / n).exists() for n in ("runs", "results.json", "report.html")
+    )
+    again = claim_folder(
+        out,
+        identity,
+        overwrite or untouched,
+        [volumes] if volumes.is_dir() else [],
+        ("study.json", "results.json", "report.html", "runs", "figures", "crops", "splits.json"),
+    )
     write_splits(out/"splits.json", records)
-    runs = [(n, k) for n in names for k in (seeds if n not in ("position_atlas", "intensity_histogram") else seeds[:1])]
-    cost = lambda n: steps*max(1, VOLUME_ARMS[n].views) if VOLUME_ARMS[n].views else .05*steps
-    bar = Progress(sum(cost(n) for n, k in runs if not _done(out, n, k))*1.05 + len(records)*.02*steps, progress)
+    runs = [
+        (n, k)
+        for n in names
+        for k in (seeds if n not in ("position_atlas", "intensity_histogram") else seeds[:1])
+    ]
+    def cost(n): return steps*max(1, VOLUME_ARMS[n].views) if VOLUME_ARMS[n].views else .05*steps
+    bar = Progress(
+        sum(cost(n) for n, k in runs if not _done(out, n, k)) * 1.05 + len(records) * 0.02 * steps,
+        progress,
+    )
     bar.stage("Preparing the volumes")
-    store = prepare_volumes(records, out/"cache"/"volumes", spacing_mm, window, root=root, workers=workers)
+    store = prepare_volumes(
+        records, out / "cache" / "volumes", spacing_mm, window, root=root, workers=workers
+    )
     _one_spacing(store)
     bar.work(len(records)*.02*steps)
-    if asked is None and not labels: bar.say("Not every volume has labels, so places are judged, and regions are not.")
-    if again: bar.say(f"{out} holds this study: going on with what is there ({sum(_done(out, *r) for r in runs)} of {len(runs)} runs are finished).")
+    if asked is None and not labels:
+        bar.say("Not every volume has labels, so places are judged, and regions are not.")
+    if again:
+        bar.say(
+            f"{out} holds this study: going on with what is there "
+            f"({sum(_done(out, *r) for r in runs)} of {len(runs)} runs are finished)."
+        )
     splits = {s: store.indices(s) for s in ("train", "test")}
     chosen, why = choose_frame(store, splits["train"]) if frame == "auto" else (frame, "asked for")
     lists = _lists(out, store, splits, sides, place_crops, region_crops, labels, 0)
-    if labels and not testable_regions(lists["regions-test"].labels(store, rule)[1], lists["regions-test"].subjects(store)).any():
-        raise ValueError(f"no region has 10 crops of 3 test subjects among the {len(lists['regions-test'])} crops (rule {rule!r}): give more crops a volume (--region-crops), or leave the labels out (--no-labels).")
+    if (
+        labels
+        and not testable_regions(
+            lists["regions-test"].labels(store, rule)[1], lists["regions-test"].subjects(store)
+        ).any()
+    ):
+        raise ValueError(
+            f"no region has 10 crops of 3 test subjects among the {len(lists['regions-test'])} "
+            f"crops (rule {rule!r}): give more crops a volume (--region-crops), or leave the "
+            "labels out (--no-labels)."
+        )
     for n, k in runs:
         if _done(out, n, k): continue
         bar.stage(f"{n} seed {k}" if VOLUME_ARMS[n].views or n == "random_encoder" else n)
-        _run(out, n, k, store, splits["train"], lists, chosen, accelerator, lambda t, n=n: bar.work(cost(n)/steps), identity,
-             dict(steps=steps, encoder=encoder, size=sides, n_volumes=n_volumes, n_crops=n_crops, recipe=recipe, lr=lr, precision=precision, embedding=embedding, pairs=pairs, weight=weight, temperature=temperature, projector=projector))
+        _run(
+            out,
+            n,
+            k,
+            store,
+            splits["train"],
+            lists,
+            chosen,
+            accelerator,
+            lambda t, n=n: bar.work(cost(n) / steps),
+            identity,
+            dict(
+                steps=steps,
+                encoder=encoder,
+                size=sides,
+                n_volumes=n_volumes,
+                n_crops=n_crops,
+                recipe=recipe,
+                lr=lr,
+                precision=precision,
+                embedding=embedding,
+                pairs=pairs,
+                weight=weight,
+                temperature=temperature,
+                projector=projector,
+            ),
+        )
     bar.stage("Comparing the arms")
     subjects = {s: len({store.subjects[i] for i in v}) for s, v in splits.items()}
-    name_of = {v: known.get(v, f"label {v}") for v in (lists["regions-test"].labels(store)[0] if labels else ())}
-    name_of = {v: n if list(name_of.values()).count(n) == 1 else f"{n} ({v})" for v, n in name_of.items()}
-    results = {"schema": 1, "kind": "volumes", "command": command, "data": {"path": volumes.name, "simulated": simulated, "fingerprint": identity["volumes"], "volumes": {s: len(v) for s, v in splits.items()}, "subjects": subjects,
-               "spacing_mm": store.spacing_mm(0).round(4).tolist(), "crop_mm": (store.spacing_mm(0)*sides).round(2).tolist(), "frame": chosen, "frame_because": why, "not_used": len(records) - sum(map(len, splits.values())),
-               "labels": {str(v): n for v, n in name_of.items()}},
-               "environment": environment(), "seeds": list(seeds), "settings": identity}
-    results |= summarise_volumes(out, store, lists, runs, name_of, rule, folds, chosen, pairs, accelerator.device)
+    name_of = {
+        v: known.get(v, f"label {v}")
+        for v in (lists["regions-test"].labels(store)[0] if labels else ())
+    }
+    name_of = {
+        v: n if list(name_of.values()).count(n) == 1 else f"{n} ({v})" for v, n in name_of.items()
+    }
+    results = {
+        "schema": 1,
+        "kind": "volumes",
+        "command": command,
+        "data": {
+            "path": volumes.name,
+            "simulated": simulated,
+            "fingerprint": identity["volumes"],
+            "volumes": {s: len(v) for s, v in splits.items()},
+            "subjects": subjects,
+            "spacing_mm": store.spacing_mm(0).round(4).tolist(),
+            "crop_mm": (store.spacing_mm(0) * sides).round(2).tolist(),
+            "frame": chosen,
+            "frame_because": why,
+            "not_used": len(records) - sum(map(len, splits.values())),
+            "labels": {str(v): n for v, n in name_of.items()},
+        },
+        "environment": environment(),
+        "seeds": list(seeds),
+        "settings": identity,
+    }
+    results |= summarise_volumes(
+        out, store, lists, runs, name_of, rule, folds, chosen, pairs, accelerator.device
+    )
     write_json(out/"results.json", results)
     write_volume_report(out, results, store, lists)
     bar.close()
@@ -214,22 +426,51 @@ def volume_study(
 def _arms_asked(arms, labels):
     allowed = [n for n in VOLUME_ARMS if labels or n != "position_atlas"]
     if arms is None: return allowed
-    if unknown := [a for a in arms if a not in VOLUME_ARMS]: raise ValueError(f"arm {unknown[0]!r} arrived; expected some of {', '.join(VOLUME_ARMS)}.")
-    if not labels and "position_atlas" in arms: raise ValueError("the arm 'position_atlas' arrived and there are no labels; it predicts regions from places: give labels, or leave it out.")
-    if not arms or len(set(arms)) < len(arms): raise ValueError(f"arms {list(arms)} arrived; expected one or more different ones.")
+    if unknown := [a for a in arms if a not in VOLUME_ARMS]:
+        raise ValueError(f"arm {unknown[0]!r} arrived; expected some of {', '.join(VOLUME_ARMS)}.")
+    if not labels and "position_atlas" in arms:
+        raise ValueError(
+            "the arm 'position_atlas' arrived and there are no labels; it predicts regions from "
+            "places: give labels, or leave it out."
+        )
+    if not arms or len(set(arms)) < len(arms):
+        raise ValueError(f"arms {list(arms)} arrived; expected one or more different ones.")
     return [n for n in VOLUME_ARMS if n in arms]
 
 def _content(records, root):
-    "What the study's files are, without reading them: names, splits and sizes. What is in them is in the keys of the prepared arrays, which crop lists hold"
+    """What the study's files are, without reading them: names, splits and sizes. What is in them is
+    in the keys of the prepared arrays, which crop lists hold"""
     def extent(path):
         if not path or not (path := root/path).exists(): return None
-        return path.stat().st_size if path.is_file() else sorted(p.stat().st_size for p in path.iterdir())
-    return fingerprint([[r["name"], r["subject"], r["split"], r["channel"], extent(r["image"]), extent(r["label"])] for r in records])
+        return (
+            path.stat().st_size
+            if path.is_file()
+            else sorted(p.stat().st_size for p in path.iterdir())
+        )
+    return fingerprint(
+        [
+            [
+                r["name"],
+                r["subject"],
+                r["split"],
+                r["channel"],
+                extent(r["image"]),
+                extent(r["label"]),
+            ]
+            for r in records
+        ]
+    )
 
 def _one_spacing(store):
     spacings = np.array([store.spacing_mm(i) for i in range(len(store))])
     odd = np.abs(spacings/np.median(spacings, 0) - 1).max(1)
-    if odd.max() > .1: raise ValueError(f"voxels differ in size: those of {store.names[int(odd.argmax())]} are {spacings[odd.argmax()].round(2).tolist()} mm, the median {np.median(spacings, 0).round(2).tolist()} mm; a crop would be of another extent in each: give --spacing-mm.")
+    if odd.max() > 0.1:
+        raise ValueError(
+            f"voxels differ in size: those of {store.names[int(odd.argmax())]} are "
+            f"{spacings[odd.argmax()].round(2).tolist()} mm, the median "
+            f"{np.median(spacings, 0).round(2).tolist()} mm; a crop would be of another extent in "
+            "each: give --spacing-mm."
+        )
 
 def _dir(out, name, seed): return out/"runs"/f"{name}-seed{seed}"
 def _done(out, name, seed): return (_dir(out, name, seed)/"result.json").exists()
@@ -239,7 +480,17 @@ def _run(out, name, seed, store, volumes, lists, frame, accelerator, on_step, id
     "Train one arm and read its features of all lists; result.json comes last"
     folder, record, head, net = _dir(out, name, seed), {"steps": 0, "seconds": 0.}, None, None
     if VOLUME_ARMS[name].views:
-        net, head, trainer = train_volume_arm(name, store, volumes, frame=frame, seed=seed, run_dir=folder, accelerator=accelerator, on_step=on_step, **{k: v for k, v in arguments.items() if k != "precision"})
+        net, head, trainer = train_volume_arm(
+            name,
+            store,
+            volumes,
+            frame=frame,
+            seed=seed,
+            run_dir=folder,
+            accelerator=accelerator,
+            on_step=on_step,
+            **{k: v for k, v in arguments.items() if k != "precision"},
+        )
         if trainer.interrupted: raise KeyboardInterrupt
         record = {"steps": trainer.done, "seconds": round(trainer.seconds, 2)}
     elif name == "random_encoder": net = untrained_volume_encoder(store, volumes, arguments["encoder"], arguments["size"], seed)
@@ -251,12 +502,37 @@ def _run(out, name, seed, store, volumes, lists, frame, accelerator, on_step, id
     else: h = {k: crop_features(net, store, c, accelerator.device) for k, c in lists.items()}
     arrays = {f"h_{k}": v for k, v in h.items()}
     if head is not None and (embed := distance_head(name, net, head, trainer.loss)) is not None:
-        arrays["z_place-test"] = extract_features(embed.head, iter(torch.from_numpy(h["place-test"]).split(256)), device=accelerator.device)
+        arrays["z_place-test"] = extract_features(
+            embed.head,
+            iter(torch.from_numpy(h["place-test"]).split(256)),
+            device=accelerator.device,
+        )
         embed.save(folder/"distances.safetensors", arm=name, seed=seed, frame=frame)
     if net is not None:
-        save_encoder(net, folder/"encoder.safetensors", arm=name, seed=seed, synthpi=synthpi.__version__, data=identity["volumes"], frame=frame, spacing_mm=store.spacing_mm(0).tolist(), **{k: v for k, v in arguments.items() if k != "encoder"})
+        save_encoder(
+            net,
+            folder / "encoder.safetensors",
+            arm=name,
+            seed=seed,
+            synthpi=synthpi.__version__,
+            data=identity["volumes"],
+            frame=frame,
+            spacing_mm=store.spacing_mm(0).tolist(),
+            **{k: v for k, v in arguments.items() if k != "encoder"},
+        )
     np.savez(folder/"features.npz", **arrays)
-    write_json(folder/"run.json", {"arm": name, "seed": seed, "arguments": arguments, "frame": frame, "study": identity, "environment": environment()})
-    shutil.rmtree(folder/"checkpoints", ignore_errors=True)      # finished: the encoder file holds what is kept
+    write_json(
+        folder / "run.json",
+        {
+            "arm": name,
+            "seed": seed,
+            "arguments": arguments,
+            "frame": frame,
+            "study": identity,
+            "environment": environment(),
+        },
+    )
+    # finished: the encoder file holds what is kept
+    shutil.rmtree(folder/"checkpoints", ignore_errors=True)
     write_json(folder/"result.json", record)
     accelerator.free_memory()
