@@ -1,5 +1,6 @@
-"""synthpi trains an image encoder on unlabelled tissue tiles and on *synthetic* second images of the same tissue, for example nuclear masks that a
-small generator draws: privileged information, there in training and absent when the encoder is used. It then holds that encoder against honest
+"""synthpi trains an image encoder on unlabelled tissue tiles and on *synthetic* second images of the
+same tissue, for example nuclear masks that a small generator draws: privileged information, there
+in training and absent when the encoder is used. It then holds that encoder against honest
 baselines, explains what it looks at, and writes one report.
 
 Modules:

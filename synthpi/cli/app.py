@@ -1,7 +1,8 @@
 """What all commands share: how errors are told, how cores are shared, how several processes start
 
-Every command of `synthpi` is a function that calls one function of the library. What the commands share is here: `told` turns an error into one line and an exit code, `share_cores` divides the processor, and `start_the_others`
-starts what `accelerate launch` leaves out on processors.
+Every command of `synthpi` is a function that calls one function of the library. What the commands
+share is here: `told` turns an error into one line and an exit code, `share_cores` divides the
+processor, and `start_the_others` starts what `accelerate launch` leaves out on processors.
 
 Docs: https://synthpi.github.io/synthpi/nbs/cli/app.html.md"""
 

@@ -1,7 +1,9 @@
 """What this machine has, what is missing for which feature, and what to do about it
 
-`synthpi doctor` looks at Python, memory, disk, devices and packages, and says what to do where something is missing. `check_environment` gives the same as a table. Nothing but torch is loaded: packages are looked up in their
-metadata, so that a broken one can be told too. No path of a home folder is in the answer, which can be put into a bug report as it is.
+`synthpi doctor` looks at Python, memory, disk, devices and packages, and says what to do where
+something is missing. `check_environment` gives the same as a table. Nothing but torch is loaded:
+packages are looked up in their metadata, so that a broken one can be told too. No path of a home
+folder is in the answer, which can be put into a bug report as it is.
 
 Docs: https://synthpi.github.io/synthpi/nbs/cli/doctor.html.md"""
 

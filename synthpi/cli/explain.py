@@ -1,6 +1,8 @@
 """`synthpi explain` from a terminal
 
-`synthpi explain` shows what finished encoders look at: which activations can be guided, Guided-GradCAM maps, the sanity check of these maps, and a map of the data set, in one page. Flags are the arguments of `synthpi.studies.explanation.explain_run`.
+`synthpi explain` shows what finished encoders look at: which activations can be guided,
+Guided-GradCAM maps, the sanity check of these maps, and a map of the data set, in one page. Flags
+are the arguments of `synthpi.studies.explanation.explain_run`.
 
 Docs: https://synthpi.github.io/synthpi/nbs/cli/explain.html.md"""
 

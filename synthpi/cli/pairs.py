@@ -297,7 +297,7 @@ def _scale(text, word):
         return float(text)
     except ValueError:
         raise ValueError(
-            f"--um-per-px {text} arrived; expected micrometres per pixel, for example 0.5 at 20x, "
+            f"got --um-per-px {text}, expected micrometres per pixel, for example 0.5 at 20x, "
             f"or {word}."
         ) from None
 
@@ -306,7 +306,7 @@ def _options(texts):
     out = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
-        if not (name and equals): raise ValueError(f"option {text!r} arrived; expected NAME=VALUE.")
+        if not (name and equals): raise ValueError(f"got option {text!r}, expected NAME=VALUE.")
         try: out[name] = json.loads(value)
         except ValueError: out[name] = value
     return out

@@ -121,7 +121,7 @@ def pretrain(
         layers = [int(w) for w in widths.split(",")]
     except ValueError:
         raise ValueError(
-            f"widths {widths!r} arrived; expected whole numbers with commas, for example "
+            f"got widths {widths!r}, expected whole numbers with commas, for example "
             "2048,2048,2048."
         ) from None
     result = run(

@@ -1,8 +1,15 @@
 """The study from a terminal: on simulated tiles, and on your own
 
-`synthpi demo` runs the whole study on simulated tiles, with nothing but what is installed. `synthpi tissue` runs the same study on folders. `synthpi pretrain` trains one
-encoder, on one device or, started by `accelerate launch`, on many. `synthpi volumes` (see [the command line for volumes](volumes.ipynb)) is the study of volumes. `synthpi generator` trains a generator on a small set, `synthpi pairs` gives every tile of a folder its synthetic second image, and `synthpi convert` reads a published set in its own layout. Flags are the arguments of
-`synthpi.studies.tissue.study.tissue_study`, `synthpi.studies.pretraining.pretrain`, `synthpi.studies.generator.train_generator`, `synthpi.studies.synthesise.synthesise` and `synthpi.data.published.read_published`; an error says what arrived, what was expected and what to do, and ends with exit code 2; Ctrl-C keeps what is done and ends with 130.
+`synthpi demo` runs the whole study on simulated tiles, with nothing but what is installed. `synthpi
+tissue` runs the same study on folders. `synthpi pretrain` trains one encoder, on one device or,
+started by `accelerate launch`, on many. `synthpi volumes` (see [the command line for
+volumes](volumes.ipynb)) is the study of volumes. `synthpi generator` trains a generator on a small
+set, `synthpi pairs` gives every tile of a folder its synthetic second image, and `synthpi convert`
+reads a published set in its own layout. Flags are the arguments of
+`synthpi.studies.tissue.study.tissue_study`, `synthpi.studies.pretraining.pretrain`,
+`synthpi.studies.generator.train_generator`, `synthpi.studies.synthesise.synthesise` and
+`synthpi.data.published.read_published`; an error says what arrived, what was expected and what to
+do, and ends with exit code 2; Ctrl-C keeps what is done and ends with 130.
 
 Docs: https://synthpi.github.io/synthpi/nbs/cli/tissue.html.md"""
 
@@ -67,7 +74,7 @@ def demo(
         from synthpi.cli.volumes import demo_volumes
         if controls:
             raise ValueError(
-                "--controls arrived with --volumes; the control arms are those of the study of "
+                "got --controls with --volumes; the control arms are those of the study of "
                 "tissue."
             )
         return demo_volumes(out, quick, seeds, overwrite, device, workers)

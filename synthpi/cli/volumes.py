@@ -1,7 +1,10 @@
 """Where in the body is this crop? The study of volumes from a terminal
 
-`synthpi volumes` runs the study of `synthpi.studies.volumes.study` on a folder of scans, `synthpi demo --volumes` the same on simulated bodies, offline; `synthpi embed` sends an encoder over grids of crops, and `synthpi probe` asks the
-file what the features know. Flags are the arguments of `volume_study`, `synthpi.studies.embeddings.embed_volumes` and `synthpi.studies.embeddings.probe_table`.
+`synthpi volumes` runs the study of `synthpi.studies.volumes.study` on a folder of scans, `synthpi
+demo --volumes` the same on simulated bodies, offline; `synthpi embed` sends an encoder over grids
+of crops, and `synthpi probe` asks the file what the features know. Flags are the arguments of
+`volume_study`, `synthpi.studies.embeddings.embed_volumes` and
+`synthpi.studies.embeddings.probe_table`.
 
 Docs: https://synthpi.github.io/synthpi/nbs/cli/volumes.html.md"""
 
@@ -189,7 +192,7 @@ def _window(text):
         low, high = map(float, text.split(","))
     except ValueError:
         raise ValueError(
-            f"--window {text} arrived; expected a name, or two numbers in HU such as -160,240."
+            f"got --window {text}, expected a name, or two numbers in HU such as -160,240."
         ) from None
     return low, high
 

@@ -23,7 +23,7 @@ def show_images(
     size:float=1.4, # Width of one image, inches
 )->Figure: # The figure, not shown
     "Images in a grid, row by row."
-    if not len(images): raise ValueError("0 images arrived; expected at least one to show.")
+    if not len(images): raise ValueError("got 0 images, expected at least one to show.")
     nrows = -(-len(images)//ncols)
     fig, axes = plt.subplots(
         nrows,
@@ -105,4 +105,4 @@ def range_in_words(values):
     )
 
 def check_arms(arms, what):
-    if not arms: raise ValueError(f"{what} of 0 arms arrived; expected at least one.")
+    if not arms: raise ValueError(f"got {what} of 0 arms, expected at least one.")

@@ -35,14 +35,14 @@ def group_folds(
     if k < 2: raise ValueError(f"k is {k}; expected 2 folds or more.")
     if len(names) < k:
         raise ValueError(
-            f"{len(names)} groups arrived for {k} folds: give k={len(names)} or less, or more "
+            f"got {len(names)} groups for {k} folds: give k={len(names)} or less, or more "
             "groups (a group is never split)."
         )
     member = np.ones((len(codes), 1))
     if labels is not None:
         if len(labels) != len(codes):
             raise ValueError(
-                f"{len(labels)} labels and {len(codes)} groups arrived; expected one of each per "
+                f"got {len(labels)} labels and {len(codes)} groups, expected one of each per "
                 "row."
             )
         member = np.concatenate([member, _by_class(labels)], axis=1)
@@ -63,7 +63,7 @@ def check_folds(fold, groups:np.ndarray)->np.ndarray:
     fold = np.asarray(fold)
     if fold.shape != (len(groups),):
         raise ValueError(
-            f"folds of shape {fold.shape} arrived for {len(groups)} rows; expected the fold of "
+            f"got folds of shape {fold.shape} for {len(groups)} rows; expected the fold of "
             "every row, or a number of folds."
         )
     names, fold = np.unique(fold, return_inverse=True)
@@ -86,7 +86,7 @@ def group_codes(groups, n:int)->np.ndarray:
     "Groups as 0 to G - 1"
     if groups is None: return np.arange(n)
     if len(groups) != n:
-        raise ValueError(f"{len(groups)} groups arrived for {n} images; expected one per image.")
+        raise ValueError(f"got {len(groups)} groups for {n} images; expected one per image.")
     return np.unique(np.asarray(groups), return_inverse=True)[1]
 
 def resampled_counts(rng, n:int, size:int)->np.ndarray:

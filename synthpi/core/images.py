@@ -37,7 +37,7 @@ def to_rgb(
     elif x.dtype.kind == "f" and np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1: x = np.round(x*255).astype(np.uint8)
     if x.dtype != np.uint8:
         raise ValueError(
-            f"an image of type {x.dtype} with values {x.min()} to {x.max()} arrived; expected 8 "
+            f"got an image of type {x.dtype} with values {x.min()} to {x.max()}, expected 8 "
             "or 16 bits, or floats in [0, 1]: rescale it first."
         )
     if x.ndim == 2: x = x[..., None]
@@ -46,7 +46,7 @@ def to_rgb(
         x = np.concatenate([np.repeat(x[..., :1], 3, 2), x[..., 1:]], 2)
     if x.ndim != 3 or x.shape[2] not in (1, 3, 4):
         raise ValueError(
-            f"an image of shape {x.shape} arrived; expected (H, W), or (H, W, C) with 1, 3 or 4 "
+            f"got an image of shape {x.shape}, expected (H, W), or (H, W, C) with 1, 3 or 4 "
             "channels: choose channels first."
         )
     if x.shape[2] == 1: return np.repeat(x, 3, 2)
@@ -64,7 +64,7 @@ def _array(image):
     else: x = np.asarray(image)
     if x.ndim == 2: x = x[..., None]
     if x.ndim != 3:
-        raise ValueError(f"an image of shape {x.shape} arrived; expected (H, W) or (H, W, C).")
+        raise ValueError(f"got an image of shape {x.shape}, expected (H, W) or (H, W, C).")
     # NaN fails too
     if (
         x.dtype not in (np.uint8, np.uint16, bool)
@@ -73,7 +73,7 @@ def _array(image):
         and not (x.min() >= 0 and x.max() <= 1)
     ):
         raise ValueError(
-            f"an image of type {x.dtype} with values {x.min()} to {x.max()} arrived; expected 8 "
+            f"got an image of type {x.dtype} with values {x.min()} to {x.max()}, expected 8 "
             "or 16 bits, bool, or floats in [0, 1]: rescale it, "
             "and give a data set of arrays as ds.with_format('numpy')."
         )
@@ -98,14 +98,14 @@ def to_mask(
     x = _array(image)
     if (x != x[..., :1]).any():
         raise ValueError(
-            f"a mask of shape {x.shape} with different channels arrived; expected one label per "
+            f"got a mask of shape {x.shape} with different channels, expected one label per "
             "pixel: map colours to labels first."
         )
     x = x[..., 0]
     if x.dtype == bool: x = x.astype(np.uint8)*(1 if classes else 255)
     if classes and (x.dtype.kind == "f" or x.max() >= classes):
         raise ValueError(
-            f"a mask of type {x.dtype} with values up to {x.max()} arrived for {classes} classes; "
+            f"got a mask of type {x.dtype} with values up to {x.max()} for {classes} classes; "
             f"expected integers from 0 to {classes - 1}: number the "
             "classes in this way."
         )

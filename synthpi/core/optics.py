@@ -76,7 +76,7 @@ def restain(
         return np.clip(np.round(256*np.exp(-stains @ rgb_from_hed) - 1), 0, 255).astype(np.uint8)
     if groups is not None and len(groups) != len(images):
         raise ValueError(
-            f"{len(groups)} groups arrived for {len(images)} images; expected one per image."
+            f"got {len(groups)} groups for {len(images)} images; expected one per image."
         )
     return np.stack(
         [one(image, i if groups is None else str(groups[i])) for i, image in enumerate(images)]

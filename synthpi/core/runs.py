@@ -1,8 +1,9 @@
 """Seeds, pictures and files: the small things that every other notebook uses
 
-Four small nouns hold the library together. A *seed* is derived from a key, so that randomness belongs to a sample and not to the order
-in which samples were drawn. A *picture* is `(H, W, 3)` `uint8`, whatever file it came from. A *file* is written whole or not at all. The
-*environment* is what has to be known to make a number again.
+Four small nouns hold the library together. A *seed* is derived from a key, so that randomness
+belongs to a sample and not to the order in which samples were drawn. A *picture* is `(H, W, 3)`
+`uint8`, whatever file it came from. A *file* is written whole or not at all. The *environment* is
+what has to be known to make a number again.
 
 Docs: https://synthpi.github.io/synthpi/nbs/core/runs.html.md"""
 
@@ -35,12 +36,12 @@ def choose_device(
     there = torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(
-            f"device {device!r} arrived; expected 'auto', 'cpu' or 'cuda' (CUDA_VISIBLE_DEVICES "
+            f"got device {device!r}, expected 'auto', 'cpu' or 'cuda' (CUDA_VISIBLE_DEVICES "
             "chooses among several)."
         )
     if device == "cuda" and not there:
         raise ValueError(
-            "device 'cuda' arrived and no CUDA device was found; use 'auto' or 'cpu', and see "
+            "got device 'cuda' and no CUDA device was found; use 'auto' or 'cpu', and see "
             "synthpi doctor."
         )
     return "cuda" if there and device != "cpu" else "cpu"

@@ -1,8 +1,9 @@
 """Arrays and outlines become, once, a plain folder of images that every command reads
 
-Some published sets are not folders of images. PanNuke comes as NumPy arrays, MoNuSeg with outlines in XML; see `stacks` for
-immunofluorescence. Each is written once as lossless PNG, `image/NAME.png`, `privileged/NAME.png` and `pairs.csv`, with the scale in the table
-and `provenance.json` beside it. A run that was killed goes on where it stopped; nothing is in memory but the items being written:
+Some published sets are not folders of images. PanNuke comes as NumPy arrays, MoNuSeg with outlines
+in XML; see `stacks` for immunofluorescence. Each is written once as lossless PNG, `image/NAME.png`,
+`privileged/NAME.png` and `pairs.csv`, with the scale in the table and `provenance.json` beside it.
+A run that was killed goes on where it stopped; nothing is in memory but the items being written:
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/conversion.html.md"""
 

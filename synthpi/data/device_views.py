@@ -1,8 +1,10 @@
 """The same recipes on a whole batch, where the network is
 
-Augmenting costs a processor core as much as decoding or more, and a fast device waits for it. `BatchViews` lets the workers decode only: as a data set it serves images, and called on a
-batch that has arrived on the device it makes the views there, from the same recipes, with randomness keyed by the same `(seed, epoch, sample, branch)`. The two
-back ends draw different numbers from the same distributions.
+Augmenting costs a processor core as much as decoding or more, and a fast device waits for it.
+`BatchViews` lets the workers decode only: as a data set it serves images, and called on a batch
+that has arrived on the device it makes the views there, from the same recipes, with randomness
+keyed by the same `(seed, epoch, sample, branch)`. The two back ends draw different numbers from the
+same distributions.
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/device_views.html.md"""
 
@@ -238,7 +240,7 @@ class BatchViews(Views):
                         )
             if recipe.p != 1:
                 raise ValueError(
-                    f"branch {k}: a recipe of probability {recipe.p} arrived; expected 1, with a "
+                    f"branch {k}: got a recipe of probability {recipe.p}, expected 1, with a "
                     "probability for each transform."
                 )
             self.steps.append((geometry, pixels))
@@ -338,7 +340,7 @@ class BatchViews(Views):
     def __call__(self, batch:dict)->dict:
         if missing := {"images", "epoch", "index"} - set(batch):
             raise ValueError(
-                f"a batch with {sorted(batch)} arrived, without {sorted(missing)}; expected the "
+                f"got a batch with {sorted(batch)}, without {sorted(missing)}; expected the "
                 "batches that batches(batch_views, ...) serves."
             )
         images = dict(zip(self.images, batch["images"], strict=True))

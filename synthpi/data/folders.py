@@ -1,8 +1,10 @@
 """Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
 
-A folder of tiles becomes a `datasets.Dataset` whose rows hold `primary` (the image, decoded when it is asked for), `path`, `split`, `group`
-and, if there are classes, `label`; a folder of pairs has `privileged` beside `primary`. Nothing is copied and nothing is cached on disk.
-Before anything is trained, each image is decoded once, splits are made by whole groups, and no group and no file may be in two of them:
+A folder of tiles becomes a `datasets.Dataset` whose rows hold `primary` (the image, decoded when it
+is asked for), `path`, `split`, `group` and, if there are classes, `label`; a folder of pairs has
+`privileged` beside `primary`. Nothing is copied and nothing is cached on disk. Before anything is
+trained, each image is decoded once, splits are made by whole groups, and no group and no file may
+be in two of them:
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/folders.html.md"""
 
@@ -89,12 +91,12 @@ def _to_dataset(folder, table, note, um_per_px=None, **images):
     if um_per_px is not None:
         if not um_per_px > 0:
             raise ValueError(
-                f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 "
+                f"got um_per_px={um_per_px}, expected micrometres per pixel, for example 0.5 "
                 "at 20x."
             )
         if odd := set(table.get("um_per_px", ())) - {um_per_px}:
             raise ValueError(
-                f"um_per_px={um_per_px} arrived, but the table in {folder} says "
+                f"got um_per_px={um_per_px}, but the table in {folder} says "
                 f"{some_names(sorted(odd))}: give none, or correct it."
             )
         table["um_per_px"] = [um_per_px]*len(table["path"])
@@ -283,7 +285,7 @@ def image_folder(
     else:
         if group_column or label_column:
             raise ValueError(
-                f"group_column={group_column!r} and label_column={label_column!r} arrived; "
+                f"got group_column={group_column!r} and label_column={label_column!r}, "
                 "expected a manifest to find them in: "
                 f"write {folder / 'tiles.csv'}."
             )
@@ -382,6 +384,6 @@ def pair_folders(
             table | {k: pd.Series(v, index=rows["name"])[names].to_list() for k, v in said.items()},
             note + more,
         )
-    elif group_column: raise ValueError(f"group_column={group_column!r} arrived; expected a table "
+    elif group_column: raise ValueError(f"got group_column={group_column!r}, expected a table "
                                         f"to find it in: write {folder/'pairs.csv'}.")
     return _to_dataset(folder, table, note, um_per_px, primary=primary, privileged=privileged)

@@ -63,7 +63,7 @@ def _pannuke_nuclei(masks):
     ids = masks[..., :5]
     if not (np.isfinite(ids).all() and (ids >= 0).all() and (ids == np.floor(ids)).all()):
         raise ValueError(
-            f"masks with values {ids.min()} to {ids.max()} arrived; expected whole "
+            f"got masks with values {ids.min()} to {ids.max()}, expected whole "
             f"numbers of nuclei, 0 for none."
         )
     which, here = (ids > 0).argmax(-1), (ids > 0).any(-1)
@@ -97,7 +97,7 @@ def pannuke(
 )->Dataset: # The pairs, see `pair_folders`; `label` is the tissue
     "PanNuke, from its arrays to pairs."
     if masks not in ("nuclei", "classes"):
-        raise ValueError(f"masks={masks!r} arrived; expected 'nuclei' or 'classes'.")
+        raise ValueError(f"got masks={masks!r}, expected 'nuclei' or 'classes'.")
     folder, found = _existing_folder(folder, SETS["pannuke"].layout), {}
     for kind in ("images", "masks", "types"):
         for path in sorted(folder.rglob(f"{kind}.npy")):
@@ -278,7 +278,7 @@ def monuseg(
             "NAME.tif and NAME.xml: add or remove them."
         )
     if downscale < 1 or int(downscale) != downscale:
-        raise ValueError(f"downscale={downscale} arrived; expected a whole number, 1 or more.")
+        raise ValueError(f"got downscale={downscale}, expected a whole number, 1 or more.")
     rows, items, drawn, dropped = [], [], {}, 0
     for name in sorted(images):
         size = _rgb8(folder/images[name][0]).shape[1::-1]
@@ -310,7 +310,7 @@ def monuseg(
         w, h = (n//downscale for n in size)
         if side and side > min(w, h):
             raise ValueError(
-                f"side={side} arrived for {images[name][0]} of {w}x{h} pixels; expected at most "
+                f"got side={side} for {images[name][0]} of {w}x{h} pixels; expected at most "
                 f"{min(w, h)}."
             )
         starts = [

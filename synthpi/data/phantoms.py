@@ -1,9 +1,11 @@
 """Simulated H&E tissue: nine classes, exact nuclear masks, patients, and a second set that looks different
 
-Simulated haematoxylin and eosin (H&E) tissue, so that the whole main job runs in minutes, offline, and against a known truth. `tissue_phantoms`
-draws labelled tiles of nine tissue classes with their exact nuclear masks; `pair_phantoms` draws the small set from another laboratory on which
-a generator is trained; `write_tissue` puts both in the folders that `synthpi tissue` reads. A number measured here says that the pipeline
-works and *when* a synthetic second image can help. **It says nothing about real tissue.**
+Simulated haematoxylin and eosin (H&E) tissue, so that the whole main job runs in minutes, offline,
+and against a known truth. `tissue_phantoms` draws labelled tiles of nine tissue classes with their
+exact nuclear masks; `pair_phantoms` draws the small set from another laboratory on which a
+generator is trained; `write_tissue` puts both in the folders that `synthpi tissue` reads. A number
+measured here says that the pipeline works and *when* a synthetic second image can help. **It says
+nothing about real tissue.**
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/phantoms.html.md"""
 
@@ -403,7 +405,7 @@ def tissue_phantoms(
     "Simulated H&E tiles of nine tissue classes with exact nuclear masks."
     if n_per_class < n_patients:
         raise ValueError(
-            f"{n_per_class} tiles per class for {n_patients} patients arrived; expected one of "
+            f"got {n_per_class} tiles per class for {n_patients} patients, expected one of "
             "each class for every patient at least: "
             "draw more tiles or fewer patients."
         )
@@ -441,7 +443,7 @@ def pair_phantoms(
     nuclear masks."""
     if n < n_patients:
         raise ValueError(
-            f"{n} pairs for {n_patients} patients arrived; expected one for each at least: draw "
+            f"got {n} pairs for {n_patients} patients, expected one for each at least: draw "
             "more pairs."
         )
     ids = [f"donor{p:02d}" for p in range(n_patients)]

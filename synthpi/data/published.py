@@ -1,8 +1,9 @@
 """PanNuke, MoNuSeg, BCI, immunofluorescence pairs, NCT-CRC-HE and PatchCamelyon, each read in its published layout
 
-`read_published` reads a published set by its name. Folders of pictures are read where they lie; arrays, outlines, stacks and HDF5 are converted once into a plain folder, see
-`containers` and `stacks`; and tile sets may come from a hub. All give the same columns, `primary`, `path`, `split`, `group`, `um_per_px` and perhaps `privileged` and `label`, and the
-licence is said each time:
+`read_published` reads a published set by its name. Folders of pictures are read where they lie;
+arrays, outlines, stacks and HDF5 are converted once into a plain folder, see `containers` and
+`stacks`; and tile sets may come from a hub. All give the same columns, `primary`, `path`, `split`,
+`group`, `um_per_px` and perhaps `privileged` and `label`, and the licence is said each time:
 
 ```python
 pairs = read_published("bci", DIR/"BCI")
@@ -159,7 +160,7 @@ def read_published(
                 f"{preset.layout}."
             )
         if options.get("streaming") and out:
-            raise ValueError("streaming=True and an output folder arrived; expected one of them.")
+            raise ValueError("got streaming=True and an output folder, expected one of them.")
         source = str(folder)[4:]
         options = {"um_per_px": preset.um_per_px} | preset.hub | options
         ds = hub_tiles(source, **options)

@@ -1,7 +1,9 @@
 """What a view may differ in: the augmentations that teach an encoder what to ignore
 
-A *recipe* is a function of the view's side that returns an `albumentations.Compose`: first the geometric transforms, then those of the pixel values. In this order
-two branches can share a geometry and keep colours of their own (`synthpi.data.views`), and `synthpi.data.device_views` can run the same recipe on a whole batch on the device.
+A *recipe* is a function of the view's side that returns an `albumentations.Compose`: first the
+geometric transforms, then those of the pixel values. In this order two branches can share a
+geometry and keep colours of their own (`synthpi.data.views`), and `synthpi.data.device_views` can
+run the same recipe on a whole batch on the device.
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/recipes.html.md"""
 

@@ -56,7 +56,7 @@ def check_images(
 )->tuple[Dataset, dict]: # Data set without the bad rows; report with `n`, `kept`, `bad`, `bytes`, `sizes`, `modes`
     "Decode every image once: all can be read, or the bad ones are named."
     if on_bad not in ("raise", "skip"):
-        raise ValueError(f"on_bad={on_bad!r} arrived; expected 'raise' or 'skip'.")
+        raise ValueError(f"got on_bad={on_bad!r}, expected 'raise' or 'skip'.")
     columns = {
         c: "" if c == "primary" else f"{c}_"
         for c in ("primary", "privileged")
@@ -177,7 +177,7 @@ def split_by_group(
     shares = {"train": 1 - sum(shares.values())} | shares
     if not min(shares.values()) > 0:
         raise ValueError(
-            f"val={val} and test={test} arrived; expected shares that leave something to train on."
+            f"got val={val} and test={test}, expected shares that leave something to train on."
         )
     labels = ds["label"][:] if "label" in ds.column_names else ["unlabelled"]*len(ds)
     rows = pd.DataFrame({"group": ds["group"][:], "label": labels})[[s == source for s in splits]]
@@ -185,7 +185,7 @@ def split_by_group(
     counts = pd.crosstab(rows["group"], rows["label"])
     if len(counts) < len(shares):
         raise ValueError(
-            f"{len(counts)} groups ({some_names(counts.index)}) arrived to be divided into "
+            f"got {len(counts)} groups ({some_names(counts.index)}) to be divided into "
             f"{', '.join(shares)}; expected {len(shares)} "
             "or more: a group is never cut, so add groups, or set the share of a split to 0."
         )

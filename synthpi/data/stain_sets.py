@@ -1,7 +1,8 @@
 r"""H&E beside immunofluorescence: TIFF of 16 bits and any number of channels becomes pairs of pictures
 
-Registered microscope images of the same tissue, as in SHIFT, become the plain folder of pairs that every command reads (see `containers`). Channels are chosen, not
-guessed, and intensities keep their order over the whole set:
+Registered microscope images of the same tissue, as in SHIFT, become the plain folder of pairs that
+every command reads (see `containers`). Channels are chosen, not guessed, and intensities keep their
+order over the whole set:
 
 ```python
 over_set = tiff_pairs(
@@ -148,10 +149,10 @@ def tiff_pairs(
         folder, primary, privileged, suffixes, compare=False
     )
     if window is not None and per_image:
-        raise ValueError("window and per_image=True arrived; expected one of them.")
+        raise ValueError("got window and per_image=True, expected one of them.")
     if not 0 <= percentiles[0] < percentiles[1] <= 100:
         raise ValueError(
-            f"percentiles={percentiles} arrived; expected two that rise, from 0 to 100."
+            f"got percentiles={percentiles}, expected two that rise, from 0 to 100."
         )
     first = _read_channels(folder/stacks[0], channel_axis)
     if channels is None:
@@ -165,13 +166,13 @@ def tiff_pairs(
     channels = [int(c) for c in channels]
     if not 1 <= len(channels) <= 3 or not all(0 <= c < len(first) for c in channels):
         raise ValueError(
-            f"channels={channels} arrived; expected one to three from 0 to {len(first) - 1}."
+            f"got channels={channels}, expected one to three from 0 to {len(first) - 1}."
         )
     if window is not None and (
         len(window) != len(channels) or not all(len(w) == 2 and w[0] < w[1] for w in window)
     ):
         raise ValueError(
-            f"window={window} arrived; expected (low, high) for each of {len(channels)} channels."
+            f"got window={window}, expected (low, high) for each of {len(channels)} channels."
         )
     def checked():
         for a, b in zip(pictures, stacks):

@@ -237,12 +237,12 @@ def hub_tiles(
     "Tiles of a hub data set, in our columns; `ValueError` when a column or split cannot be told."
     if "split" in load:
         raise TypeError(
-            f"split={load['split']!r} arrived; expected splits={{{load['split']!r}: 'train'}}, "
+            f"got split={load['split']!r}, expected splits={{{load['split']!r}: 'train'}}, "
             "their names to ours."
         )
     if um_per_px is not None and not um_per_px > 0:
         raise ValueError(
-            f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at "
+            f"got um_per_px={um_per_px}, expected micrometres per pixel, for example 0.5 at "
             "20x."
         )
     found = load_dataset(str(name), config, streaming=streaming, **load)

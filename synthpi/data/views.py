@@ -1,8 +1,10 @@
 """From a record to the augmented images that enter the branches
 
-A *view* is one augmented image on its way into one branch. `Views` turns each record of a data set into as many views as there are branches, and
-`batches` serves them in an order that is a function of the seed and the step alone. Whatever is random about a view is keyed by
-`(seed, epoch, sample, branch)`: the same views come out for any number of worker and training processes, and a run that was stopped at step 217 goes on with batch 218.
+A *view* is one augmented image on its way into one branch. `Views` turns each record of a data set
+into as many views as there are branches, and `batches` serves them in an order that is a function
+of the seed and the step alone. Whatever is random about a view is keyed by `(seed, epoch, sample,
+branch)`: the same views come out for any number of worker and training processes, and a run that
+was stopped at step 217 goes on with batch 218.
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/views.html.md"""
 
@@ -131,7 +133,7 @@ def split_geometry(
     n = sum(moves)
     if not all(moves[:n]):
         raise ValueError(
-            f"a recipe of the order {[type(t).__name__ for t in recipe.transforms]} arrived; a "
+            f"got a recipe of the order {[type(t).__name__ for t in recipe.transforms]}; a "
             "geometry can be shared, used for a mask or followed on the device "
             "only if all geometric transforms stand before those of the pixel values: reorder it."
         )
@@ -170,11 +172,11 @@ class Views(Dataset):
     ):
         if not branches:
             raise ValueError(
-                "no branches arrived; give one (column, recipe) per view, for example "
+                "got no branches; give one (column, recipe) per view, for example "
                 "[('primary', weak)]*2."
             )
         if len(ds) == 0:
-            raise ValueError("an empty data set arrived; views need at least one record.")
+            raise ValueError("got an empty data set; views need at least one record.")
         branches = [Branch(*b) for b in branches]
         for k, b in enumerate(branches):
             if b.geometry is not None and b.geometry not in range(k):
@@ -303,16 +305,16 @@ class StepBatches(Sampler):
     ):
         if min(n, batch_size, steps) < 1 or not 0 <= start <= steps:
             raise ValueError(
-                f"n={n}, batch_size={batch_size}, steps={steps}, start={start} arrived; expected "
+                f"got n={n}, batch_size={batch_size}, steps={steps}, start={start}, expected "
                 "at least 1 each, and 0 <= start <= steps."
             )
         if not 0 <= rank < world:
             raise ValueError(
-                f"rank {rank} of {world} processes arrived; expected 0 <= rank < world."
+                f"got rank {rank} of {world} processes, expected 0 <= rank < world."
             )
         if batch_size < world:
             raise ValueError(
-                f"a batch of {batch_size} rows arrived for {world} processes; expected a row for "
+                f"got a batch of {batch_size} rows for {world} processes; expected a row for "
                 "each at least: batch_size counts the rows of all together."
             )
         self.n, self.batch_size, self.steps, self.start, self.seed = (

@@ -1,7 +1,9 @@
 """Grouped folds, an inner choice of C, and intervals in which subjects are drawn again
 
-A number of hundred crops comes from a few dozen subjects, and crops of one subject resemble each other. So a subject is in one fold only, the strength of the penalty is
-chosen on inner folds of the training subjects, and the intervals draw subjects, not crops. Every row is scored once, by a probe that has not seen its subject:
+A number of hundred crops comes from a few dozen subjects, and crops of one subject resemble each
+other. So a subject is in one fold only, the strength of the penalty is chosen on inner folds of the
+training subjects, and the intervals draw subjects, not crops. Every row is scored once, by a probe
+that has not seen its subject:
 
 ```python
 rng = np.random.default_rng(0)
@@ -149,7 +151,7 @@ def cross_validate(
     )
     if groups.shape != (len(x),):
         raise ValueError(
-            f"groups of shape {groups.shape} arrived for {len(x)} rows; expected one per row."
+            f"got groups of shape {groups.shape} for {len(x)} rows; expected one per row."
         )
     if metric not in _METRICS:
         raise ValueError(f"metric is {metric!r}; expected one of {', '.join(_METRICS)}.")
@@ -310,7 +312,7 @@ def _arm(cvs)->list[CrossValidation]:
     folds"""
     cvs = [cvs] if isinstance(cvs, CrossValidation) else list(cvs)
     if not cvs:
-        raise ValueError("0 cross-validations arrived; expected one, or one per training seed.")
+        raise ValueError("got 0 cross-validations, expected one, or one per training seed.")
     _same(cvs, "training seeds")
     return cvs
 
@@ -433,7 +435,7 @@ def label_budget(
     codes, classes = encode_labels(y)
     if classes is None:
         raise ValueError(
-            "targets (N, T) arrived; expected labels (N,): call label_budget for one target at a "
+            "got targets (N, T), expected labels (N,): call label_budget for one target at a "
             "time."
         )
     x, test_x, test_y, groups, Cs = (
@@ -446,11 +448,11 @@ def label_budget(
     truth = codes if codes.ndim == 1 else codes[:, 0].astype(int)
     if groups.shape != (len(x),):
         raise ValueError(
-            f"groups of shape {groups.shape} arrived for {len(x)} rows; expected one per row."
+            f"got groups of shape {groups.shape} for {len(x)} rows; expected one per row."
         )
     if test_x.shape[1] != x.shape[1]:
         raise ValueError(
-            f"{x.shape[1]} training and {test_x.shape[1]} test features arrived; expected those "
+            f"got {x.shape[1]} training and {test_x.shape[1]} test features, expected those "
             "of one encoder."
         )
     unknown, both = (

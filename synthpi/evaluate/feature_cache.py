@@ -1,8 +1,10 @@
 """Features read once, and found again only for the same encoder and the same images
 
-Reading features out is what an evaluation waits for, and the same features are wanted for the probe, the neighbours, the map and the label budget. So they may be kept in a folder, in files that are named by
-what they were made from: everything in the encoder that a hash can see, and every image. What a hash cannot see, the code of its `forward`, is put to the test: ten images go through the encoder at every
-hit, and have to give the features that were kept:
+Reading features out is what an evaluation waits for, and the same features are wanted for the
+probe, the neighbours, the map and the label budget. So they may be kept in a folder, in files that
+are named by what they were made from: everything in the encoder that a hash can see, and every
+image. What a hash cannot see, the code of its `forward`, is put to the test: ten images go through
+the encoder at every hit, and have to give the features that were kept:
 
 ```python
 encoder, seen = net(), []
@@ -165,7 +167,7 @@ def images_key(
     "A hash of every image, in order; it reads each of them once."
     if not (hasattr(images, "__getitem__") and hasattr(images, "__len__")):
         raise ValueError(
-            f"a {type(images).__name__} of batches arrived with a cache; it can be read only "
+            f"got a {type(images).__name__} of batches with a cache; it can be read only "
             "once, and the images are needed to know their file: give a sequence of images, or "
             "leave the cache out."
         )

@@ -79,7 +79,7 @@ def _tensor(image)->Tensor:
         return torch.from_numpy(to_rgb(image)).permute(2, 0, 1).float() / 255
     if not image.is_floating_point():
         raise TypeError(
-            f"a tensor of type {image.dtype} arrived; expected floats in [0, 1]: divide 8-bit "
+            f"got a tensor of type {image.dtype}, expected floats in [0, 1]: divide 8-bit "
             "images by 255."
         )
     return image
@@ -115,7 +115,7 @@ def extract_features(
     def read(images):
         with frozen(encoder, device) as place:
             h = [encoder(batch.to(place)).float().cpu() for batch in _batches(images, batch_size)]
-        if not h: raise ValueError("0 images arrived; expected at least one.")
+        if not h: raise ValueError("got 0 images, expected at least one.")
         if h[0].ndim != 2:
             raise ValueError(
                 f"the encoder gave shape {tuple(h[0].shape)}; expected (B, R): pool and flatten "
@@ -153,13 +153,13 @@ def intensity_histogram(
     x = np.asarray(crops)
     if x.ndim < 2 or not x.size or bins < 1:
         raise ValueError(
-            f"crops of shape {x.shape} and bins={bins} arrived; expected (K, 1, X, Y, Z) and 1 "
+            f"got crops of shape {x.shape} and bins={bins}, expected (K, 1, X, Y, Z) and 1 "
             "bin or more."
         )
     x = x.reshape(len(x), -1)
     if x.dtype.kind != "f" or not (x.min() >= 0 and x.max() <= 1):
         raise ValueError(
-            f"crops of {x.dtype} with values {x.min():.4g} to {x.max():.4g} arrived; expected "
+            f"got crops of {x.dtype} with values {x.min():.4g} to {x.max():.4g}, expected "
             "floats in [0, 1], as a VolumeStore gives them."
         )
     index = np.minimum((x*bins).astype(np.int64), bins - 1) + bins*np.arange(len(x))[:, None]
@@ -177,17 +177,17 @@ def position_basis(
     center, ref = np.asarray(center, np.float64), np.asarray(ref_center, np.float64)
     if center.ndim != 2 or ref.ndim != 2 or not len(ref) or center.shape[1] != ref.shape[1]:
         raise ValueError(
-            f"positions of shape {center.shape} and reference positions of shape {ref.shape} "
-            "arrived; expected (N, A) and (M, A), with M at least 1."
+            f"got positions of shape {center.shape} and reference positions of shape {ref.shape},"
+            " expected (N, A) and (M, A), with M at least 1."
         )
     if not (np.isfinite(center).all() and np.isfinite(ref).all()):
         raise ValueError(
-            "positions arrived that are not finite; expected finite ones: look at the affines of "
+            "got positions that are not finite; expected finite ones: look at the affines of "
             "these volumes."
         )
     if np.ndim(grid) > 1 or np.size(grid) not in (1, ref.shape[1]) or np.min(grid) < 2:
         raise ValueError(
-            f"grid={grid} arrived; expected 2 functions or more, one number or one for each of "
+            f"got grid={grid}, expected 2 functions or more, one number or one for each of "
             f"{ref.shape[1]} axes."
         )
     low, high, basis = ref.min(0), ref.max(0), np.ones((len(center), 1))

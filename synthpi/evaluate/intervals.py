@@ -1,8 +1,9 @@
 """Frozen features, scores with intervals over patients, and one table of all arms
 
-What has an encoder learned? It is frozen, its features `(N, R)` are read out once, and a linear probe shows how much of the label lies open in
-them. Colour statistics go through the same probe, because in stained tissue they are the baseline that could win. Every accuracy comes
-with an interval in which patients, not tiles, are drawn again, and one table tells which differences hold:
+What has an encoder learned? It is frozen, its features `(N, R)` are read out once, and a linear
+probe shows how much of the label lies open in them. Colour statistics go through the same probe,
+because in stained tissue they are the baseline that could win. Every accuracy comes with an
+interval in which patients, not tiles, are drawn again, and one table tells which differences hold:
 
 ```python
 h = extract_features(encoder, tissue.image)
@@ -49,7 +50,7 @@ def _answers(correct)->np.ndarray:
     x = np.atleast_2d(np.asarray(correct, np.float64))
     if x.ndim != 2 or not x.size:
         raise ValueError(
-            f"answers of shape {np.shape(correct)} arrived; expected (N,), or one row per "
+            f"got answers of shape {np.shape(correct)}, expected (N,), or one row per "
             "training seed (n_seeds, N), of at least one image."
         )
     bad = np.argwhere(~np.isfinite(x))
@@ -117,7 +118,7 @@ def error_reduction(
     both = [_answers(c) for c in (base_correct, model_correct)]
     if both[0].shape[1] != both[1].shape[1] or len({len(c) for c in both} - {1}) > 1:
         raise ValueError(
-            f"answers of shapes {both[0].shape} and {both[1].shape} arrived; expected the same "
+            f"got answers of shapes {both[0].shape} and {both[1].shape}, expected the same "
             "images, and as many seeds or one."
         )
     n_seeds, n = max(len(c) for c in both), both[0].shape[1]

@@ -1,7 +1,8 @@
 """All folds, all values of C and all targets solved at once, to scikit-learn's optimum
 
-Cross-validation of a probe asks the same question hundreds of times: the same features, a few rows less, another strength of the penalty. The
-problems are solved together by one batched L-BFGS, which reads the features once per step for all of them. The folds are masks over the rows and their
+Cross-validation of a probe asks the same question hundreds of times: the same features, a few rows
+less, another strength of the penalty. The problems are solved together by one batched L-BFGS, which
+reads the features once per step for all of them. The folds are masks over the rows and their
 standardisation is folded into the weights, so no problem has a copy of the features:
 
 ```python
@@ -241,11 +242,11 @@ def check_features(
     x = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, np.float64)
     if x.ndim != 2 or not x.size:
         raise ValueError(
-            f"features of shape {x.shape} arrived; expected (N, R), neither of them zero."
+            f"got features of shape {x.shape}, expected (N, R), neither of them zero."
         )
     if n is not None and len(x) != n:
         raise ValueError(
-            f"{len(x)} rows of features and {n} labels or groups arrived; expected as many of each."
+            f"got {len(x)} rows of features and {n} labels or groups, expected as many of each."
         )
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if len(bad):
@@ -268,7 +269,7 @@ def encode_labels(
             )
         return y.astype(np.float64), None
     if y.ndim != 1 or not len(y):
-        raise ValueError(f"labels of shape {y.shape} arrived; expected (N,), or (N, T) bool.")
+        raise ValueError(f"got labels of shape {y.shape}, expected (N,), or (N, T) bool.")
     classes, codes = np.unique(y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
@@ -325,7 +326,7 @@ def fit_logistic(
     train = np.ones((1, len(x)), bool) if train is None else np.atleast_2d(np.asarray(train))
     if train.dtype != bool or train.ndim != 2 or train.shape[1] != len(x) or not train.any(1).all():
         raise ValueError(
-            f"training rows of shape {train.shape} and type {train.dtype} arrived; expected bool "
+            f"got training rows of shape {train.shape} and type {train.dtype}, expected bool "
             f"of shape (F, {len(x)}), each with one row at least."
         )
     n_train, T, R = len(train), codes.shape[1] if codes.ndim == 2 else 1, x.shape[1]

@@ -1,8 +1,11 @@
 """What lies open in frozen features: a regression, a linear layer, and the small network of the papers
 
-A probe is a small classifier on frozen features. How much it may learn by itself is part of the question, so the protocol is named: `linear` is a logistic regression whose optimum does not
-depend on a training recipe, `sgd` is the linear layer trained in steps that much of the literature reports, and `farndale` is the network with one hidden layer of the TriDeNT papers. All are fitted
-on the training split, and all can be put behind an encoder as a module, which is what saliency maps need:
+A probe is a small classifier on frozen features. How much it may learn by itself is part of the
+question, so the protocol is named: `linear` is a logistic regression whose optimum does not depend
+on a training recipe, `sgd` is the linear layer trained in steps that much of the literature
+reports, and `farndale` is the network with one hidden layer of the TriDeNT papers. All are fitted
+on the training split, and all can be put behind an encoder as a module, which is what saliency maps
+need:
 
 ```python
 probe = linear_probe(histogram[train], tissue.label[train], histogram[val], tissue.label[val])
@@ -52,7 +55,7 @@ class _Answers:
         x = np.asarray(x, np.float64)
         if x.ndim != 2 or x.shape[1] != len(self.mean):
             raise ValueError(
-                f"features of shape {x.shape} arrived; expected (N, {len(self.mean)}), from the "
+                f"got features of shape {x.shape}, expected (N, {len(self.mean)}), from the "
                 "encoder whose features the probe was fitted on."
             )
         return check_finite(x, "features")
@@ -159,13 +162,13 @@ def _task(train_x, train_y, val_x, val_y)->_Task:
     for x, y, name in ((train_x, train_y, "training"), (val_x, val_y, "validation")):
         if len(x) != len(y) or not len(x):
             raise ValueError(
-                f"{len(x)} {name} features and {len(y)} labels arrived; expected as many of each, "
+                f"got {len(x)} {name} features and {len(y)} labels, expected as many of each, "
                 "and at least one."
             )
     if train_x.shape[1:] != val_x.shape[1:]:
         raise ValueError(
-            f"training features of shape {train_x.shape} and validation features of shape "
-            f"{val_x.shape} arrived; expected (N, R) from one encoder."
+            f"got training features of shape {train_x.shape} and validation features of shape "
+            f"{val_x.shape}, expected (N, R) from one encoder."
         )
     classes, t = np.unique(train_y, return_inverse=True)
     if len(classes) < 2:
@@ -383,7 +386,7 @@ def _rows(x, what:str, metric:str, device)->Tensor:
     x = torch.as_tensor(x).detach().to(device, torch.float64)
     if x.ndim != 2 or not x.numel():
         raise ValueError(
-            f"{what} features of shape {tuple(x.shape)} arrived; expected (N, R), neither of them "
+            f"got {what} features of shape {tuple(x.shape)}, expected (N, R), neither of them "
             "zero."
         )
     bad = torch.nonzero(~torch.isfinite(x).all(1))[:, 0]
@@ -445,12 +448,12 @@ def knn_probe(
     x, q = _rows(train_x, "training", metric, device), _rows(test_x, "test", metric, device)
     if x.shape[1] != q.shape[1]:
         raise ValueError(
-            f"{x.shape[1]} training and {q.shape[1]} test features arrived; expected those of one "
+            f"got {x.shape[1]} training and {q.shape[1]} test features, expected those of one "
             "encoder."
         )
     if len(train_y) != len(x):
         raise ValueError(
-            f"{len(x)} training features and {len(train_y)} labels arrived; expected as many of "
+            f"got {len(x)} training features and {len(train_y)} labels, expected as many of "
             "each."
         )
     if not 1 <= k <= len(x):

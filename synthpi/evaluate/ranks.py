@@ -1,7 +1,10 @@
 """What can be said about an embedding without a single label
 
-Labels are not needed to see a collapse. Three published measures read it off the spectrum of the embeddings, and each is blind to something: `rankme` counts the dimensions in use, `lidar` counts those that tell
-objects apart in spite of augmentation, and `alpha_req` says how steeply the spectrum falls. None of them says whether the dimensions hold what you are looking for; a probe does:
+Labels are not needed to see a collapse. Three published measures read it off the spectrum of the
+embeddings, and each is blind to something: `rankme` counts the dimensions in use, `lidar` counts
+those that tell objects apart in spite of augmentation, and `alpha_req` says how steeply the
+spectrum falls. None of them says whether the dimensions hold what you are looking for; a probe
+does:
 
 ```python
 # 500 objects, 4 views
@@ -31,7 +34,7 @@ def _embeddings(z, shape:str)->np.ndarray:
     "A copy in float64, finite; with all leading axes as rows for the check"
     z = z.detach().cpu().double().numpy() if isinstance(z, Tensor) else np.array(z, np.float64)
     if z.ndim != shape.count(",") + 1 or not z.size:
-        raise ValueError(f"embeddings of shape {z.shape} arrived; expected {shape}.")
+        raise ValueError(f"got embeddings of shape {z.shape}, expected {shape}.")
     check_finite(z.reshape(-1, z.shape[-1]), "embeddings")
     return z
 
@@ -61,7 +64,7 @@ def lidar(
     z = _embeddings(z, "(n, q, D)")
     n, q, D = z.shape
     if n < 2 or q < 2:
-        raise ValueError(f"{n} objects with {q} views arrived; expected two or more of each.")
+        raise ValueError(f"got {n} objects with {q} views, expected two or more of each.")
     if n <= D:
         warnings.warn(
             f"{n} objects for {D} dimensions: LiDAR is at most {n - 1}; give it more than {D}."
@@ -88,7 +91,7 @@ def alpha_req(
     first, last = ranks[0], min(ranks[1], len(z) - 1, z.shape[1])
     if not 1 <= first < last:
         raise ValueError(
-            f"ranks {tuple(ranks)} arrived for embeddings of shape {z.shape}; expected two ranks "
+            f"got ranks {tuple(ranks)} for embeddings of shape {z.shape}; expected two ranks "
             f"or more, from 1 to {min(len(z) - 1, z.shape[1])}."
         )
     sigma = np.linalg.svd(z - z.mean(axis=0), compute_uv=False)

@@ -1,7 +1,9 @@
 """Ridge regression on subjects that the fit has not seen, with intervals over subjects
 
-A class is not all that an encoder can know of a tissue. How many nuclei there are, how large they are, which share of the area they cover: such quantities are read from frozen features by a ridge regression, on patients that
-the fit has not seen. `cross_regress` gives the predictions, `r2_interval` says how much of the variation they explain:
+A class is not all that an encoder can know of a tissue. How many nuclei there are, how large they
+are, which share of the area they cover: such quantities are read from frozen features by a ridge
+regression, on patients that the fit has not seen. `cross_regress` gives the predictions,
+`r2_interval` says how much of the variation they explain:
 
 Docs: https://synthpi.github.io/synthpi/nbs/evaluate/regression.html.md"""
 
@@ -47,8 +49,8 @@ def _check_rows(x, y, groups):
         or groups.shape != (len(x),)
     ):
         raise ValueError(
-            f"features of shape {x.shape}, quantities of shape {y.shape} and groups of shape "
-            f"{groups.shape} arrived; expected (N, R), (N,) or (N, T), and (N,)."
+            f"got features of shape {x.shape}, quantities of shape {y.shape} and groups of shape "
+            f"{groups.shape}, expected (N, R), (N,) or (N, T), and (N,)."
         )
     for name, a in (("features", x), ("quantities", y)):
         if bad := int((~np.isfinite(a.reshape(len(a), -1)).all(1)).sum()):
@@ -74,12 +76,12 @@ def cross_regress(
     names = np.unique(groups)
     if len(names) < 3:
         raise ValueError(
-            f"{len(names)} groups arrived; expected three or more: one to predict, and two to "
+            f"got {len(names)} groups, expected three or more: one to predict, and two to "
             "choose the penalty on."
         )
     if not 2 <= folds <= len(names):
         raise ValueError(
-            f"folds={folds} arrived for {len(names)} groups; expected 2 to {len(names)}."
+            f"got folds={folds} for {len(names)} groups; expected 2 to {len(names)}."
         )
     if (constant := np.flatnonzero(np.ptp(y.reshape(len(y), -1), axis=0) == 0)).size:
         raise ValueError(
@@ -169,7 +171,7 @@ def r2_difference(
     base, model = np.atleast_2d(base), np.atleast_2d(model)
     if len(base) != len(model):
         raise ValueError(
-            f"{len(base)} and {len(model)} training seeds arrived; expected as many of each, in "
+            f"got {len(base)} and {len(model)} training seeds, expected as many of each, in "
             "the same order."
         )
     (a, G, S), (b, *_) = _weighted_r2(y, base, groups), _weighted_r2(y, model, groups)
@@ -182,7 +184,7 @@ def _weighted_r2(y, predicted, groups):
     y, groups = _check_rows(predicted.T, y, groups)[1:]
     if y.ndim != 1:
         raise ValueError(
-            f"true values of shape {y.shape} arrived; expected (N,): call it for one quantity at "
+            f"got true values of shape {y.shape}, expected (N,): call it for one quantity at "
             "a time."
         )
     names, codes = np.unique(groups, return_inverse=True)
@@ -249,8 +251,8 @@ def _checked(h, position, groups, what):
         or groups.ndim != 1
     ):
         raise ValueError(
-            f"{what} features of shape {h.shape}, positions of shape {position.shape} and groups "
-            f"of shape {groups.shape} arrived; expected (N, R), (N, A) and (N,), with N and R at "
+            f"got {what} features of shape {h.shape}, positions of shape {position.shape} and groups "
+            f"of shape {groups.shape}, expected (N, R), (N, A) and (N,), with N and R at "
             "least 1."
         )
     for x, name in ((h, "features"), (position, "positions")):
@@ -280,8 +282,8 @@ def position_scores(
     predicted = predicted[None] if predicted.ndim == 2 else predicted
     if true.ndim != 2 or predicted.shape[1:] != true.shape or len(groups) != len(true):
         raise ValueError(
-            f"{true.shape} true and {predicted.shape} predicted positions of {len(groups)} groups "
-            "arrived; expected (N, A), (N, A) or (S, N, A), and N."
+            f"got {true.shape} true and {predicted.shape} predicted positions of {len(groups)} groups,"
+            " expected (N, A), (N, A) or (S, N, A), and N."
         )
     codes, y, error = (
         np.unique(groups, return_inverse=True)[1],
@@ -392,7 +394,7 @@ def position_probe(
         or not 0 < level < 1
     ):
         raise ValueError(
-            f"alphas={alphas.tolist()}, folds={folds}, n_boot={n_boot}, level={level} arrived; "
+            f"got alphas={alphas.tolist()}, folds={folds}, n_boot={n_boot}, level={level}, "
             "expected penalties above 0, 2 folds or more, 1 replicate or more, and a level "
             "between 0 and 1."
         )

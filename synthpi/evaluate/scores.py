@@ -47,7 +47,7 @@ def _confusions(y_true, y_pred, n_classes:int, groups:np.ndarray)->np.ndarray:
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
     if y_true.shape != y_pred.shape or not len(y_true):
         raise ValueError(
-            f"{y_true.shape} true and {y_pred.shape} predicted labels arrived; expected as many "
+            f"got {y_true.shape} true and {y_pred.shape} predicted labels, expected as many "
             "of each."
         )
     for y, name in ((y_true, "true"), (y_pred, "predicted")):

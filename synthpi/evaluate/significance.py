@@ -1,7 +1,9 @@
 """Is one arm better than another? Tests over folds, over answers and over subjects, and many of them at once
 
-Two arms answer for the same rows, so every test here is paired. Which one fits depends on what there is: scores of the same folds (`compare_folds`), right and wrong answers of independent
-rows (`mcnemar`), or answers of rows that come in groups (`permutation_test`). With several comparisons `holm` keeps the chance of any false finding at its level:
+Two arms answer for the same rows, so every test here is paired. Which one fits depends on what
+there is: scores of the same folds (`compare_folds`), right and wrong answers of independent rows
+(`mcnemar`), or answers of rows that come in groups (`permutation_test`). With several comparisons
+`holm` keeps the chance of any false finding at its level:
 
 ```python
 compare_folds([.84, .80, .86, .83, .85], [.81, .80, .82, .80, .84], n_train=160, n_test=40)
@@ -47,7 +49,7 @@ def compare_folds(
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(
-            f"scores of shapes {a.shape} and {b.shape} arrived; expected (K,) twice: for several "
+            f"got scores of shapes {a.shape} and {b.shape}, expected (K,) twice: for several "
             "targets give CrossValidation.fold_means, or one target."
         )
     if not (n_train > 0 and n_test > 0):
@@ -85,7 +87,7 @@ def _pair(a, b)->tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise ValueError(
-            f"answers of shapes {a.shape} and {b.shape} arrived; expected (N,) twice, for the "
+            f"got answers of shapes {a.shape} and {b.shape}, expected (N,) twice, for the "
             "same rows."
         )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -100,7 +102,7 @@ def mcnemar(
     a, b = _pair(a, b)
     if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
         raise ValueError(
-            "answers other than right (1) and wrong (0) arrived; permutation_test takes any score."
+            "got answers other than right (1) and wrong (0); permutation_test takes any score."
         )
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
     p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.
@@ -118,7 +120,7 @@ def permutation_test(
     "Paired sign-flip test of the mean difference over groups."
     a, b = _pair(a, b)
     if groups is not None and len(groups) != len(a):
-        raise ValueError(f"{len(groups)} groups arrived for {len(a)} rows; expected one per row.")
+        raise ValueError(f"got {len(groups)} groups for {len(a)} rows; expected one per row.")
     if n_resamples < 1: raise ValueError(f"n_resamples is {n_resamples}; expected 1 or more.")
     codes = (
         np.arange(len(a))
@@ -152,7 +154,7 @@ def holm(
     "Holm's step-down adjustment of p-values."
     p = np.asarray(p, np.float64)
     if p.ndim != 1:
-        raise ValueError(f"p-values of shape {p.shape} arrived; expected a list of them.")
+        raise ValueError(f"got p-values of shape {p.shape}, expected a list of them.")
     known = np.flatnonzero(~np.isnan(p))
     if ((p[known] < 0) | (p[known] > 1)).any():
         raise ValueError(f"p-values run from {np.nanmin(p)} to {np.nanmax(p)}; expected 0 to 1.")

@@ -62,7 +62,7 @@ def _against(
         a, b = (_answers(x["correct"]) for x in (arm, base))
         if a.shape[1] != b.shape[1] or len({len(a), len(b)} - {1}) > 1:
             raise ValueError(
-                f"answers of shapes {a.shape} and {b.shape} arrived; expected the same images, "
+                f"got answers of shapes {a.shape} and {b.shape}, expected the same images, "
                 "and as many seeds or one."
             )
         codes, n_seeds = group_codes(groups, a.shape[1]), max(len(a), len(b))
@@ -230,7 +230,7 @@ def to_latex(
     "A table in LaTeX, every cell escaped, index first."
     if label is not None and caption is None:
         raise ValueError(
-            f"label {label!r} arrived without a caption; LaTeX numbers captions: give both, or "
+            f"got label {label!r} without a caption; LaTeX numbers captions: give both, or "
             "neither."
         )
     rows, right = _texts(frame, digits)

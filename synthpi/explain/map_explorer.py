@@ -1,8 +1,11 @@
 """Hover over an embedding map, click a point: its image, its synthetic partner, its saliency, its nearest neighbours
 
-A map of a data set is a picture of dots; what it says is in the images behind them. `explore_map` names the point under the pointer and shows its image; for the point that is clicked it shows the image, the synthetic one made for it, the
-saliency, and the nearest images by distance of the *features*, which is what the map had to bend. Like every explorer it needs a kernel to answer, and leaves a picture of its first view where there is none.
-**Synthetic images are training aids, not findings.**
+A map of a data set is a picture of dots; what it says is in the images behind them. `explore_map`
+names the point under the pointer and shows its image; for the point that is clicked it shows the
+image, the synthetic one made for it, the saliency, and the nearest images by distance of the
+*features*, which is what the map had to bend. Like every explorer it needs a kernel to answer, and
+leaves a picture of its first view where there is none. **Synthetic images are training aids, not
+findings.**
 
 ```python
 explore_map(embedding_map(h), tiles, labels, classes, synthetic=stained, features=h, groups=patients)
@@ -318,13 +321,13 @@ def explore_map(
     coords = np.asarray(coords["coords"] if isinstance(coords, Mapping) else coords, float)
     if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) < 2 or not np.isfinite(coords).all():
         raise ValueError(
-            f"coordinates of shape {coords.shape} arrived; expected finite (N, 2) of 2 points or "
+            f"got coordinates of shape {coords.shape}, expected finite (N, 2) of 2 points or "
             "more."
         )
     labels = np.full(len(coords), -1) if labels is None else np.asarray(labels)
     if labels.dtype.kind not in "iu" or (len(labels) and labels.max() >= len(classes)):
         raise ValueError(
-            f"labels of type {labels.dtype} up to {labels.max() if len(labels) else '-'} arrived "
+            f"got labels of type {labels.dtype} up to {labels.max() if len(labels) else '-'} "
             f"with {len(classes)} classes; expected whole numbers below that, negative for "
             "unlabelled."
         )
@@ -341,7 +344,7 @@ def explore_map(
     }
     if wrong := [f"{len(x)} {n}" for n, x in counts.items() if len(x) != len(coords)]:
         raise ValueError(
-            f"{', '.join(wrong)} arrived for {len(coords)} points; expected one for each."
+            f"got {', '.join(wrong)} for {len(coords)} points; expected one for each."
         )
     return MapExplorer(
         coords,

@@ -1,7 +1,10 @@
 """How an encoder arranges a data set, with the numbers that say how far to trust the picture
 
-A map of a data set always looks like something. `embedding_map` lays representations out in the plane and says beside it how well near stayed near, whether classes lie together, *and whether patients do*, in the features as well as in the
-map. `align_maps` turns the maps of several arms onto the first, `plot_map` draws them by class, by patient or by a measured quantity such as position, and `save_map` keeps coordinates, parameters and versions in a file that holds no pickle.
+A map of a data set always looks like something. `embedding_map` lays representations out in the
+plane and says beside it how well near stayed near, whether classes lie together, *and whether
+patients do*, in the features as well as in the map. `align_maps` turns the maps of several arms
+onto the first, `plot_map` draws them by class, by patient or by a measured quantity such as
+position, and `save_map` keeps coordinates, parameters and versions in a file that holds no pickle.
 
 Docs: https://synthpi.github.io/synthpi/nbs/explain/maps.html.md"""
 
@@ -57,7 +60,7 @@ def _codes(labels, n, what):
     labels = _whole(labels)
     if labels.ndim != 1 or len(labels) != n:
         raise ValueError(
-            f"{what} of shape {labels.shape} arrived for {n} points; expected one for each."
+            f"got {what} of shape {labels.shape} for {n} points; expected one for each."
         )
     if labels.dtype.kind in "iub":
         return (
@@ -67,7 +70,7 @@ def _codes(labels, n, what):
         )
     if labels.dtype.kind == "f":
         raise ValueError(
-            f"{what} of type {labels.dtype} arrived; expected class numbers or names. Measured "
+            f"got {what} of type {labels.dtype}, expected class numbers or names. Measured "
             "quantities are drawn by plot_map(values=)."
         )
     names, codes = np.unique(labels.astype(str), return_inverse=True)
@@ -122,7 +125,7 @@ def _reduced(h, pca, seed):
     h = h.detach().cpu().numpy() if isinstance(h, Tensor) else np.asarray(h)
     if h.ndim != 2 or len(h) < 5:
         raise ValueError(
-            f"representations of shape {h.shape} arrived; expected (N, R) with at least 5 rows."
+            f"got representations of shape {h.shape}, expected (N, R) with at least 5 rows."
         )
     if not np.isfinite(h).all():
         raise ValueError(
@@ -213,7 +216,7 @@ def align_maps(
 )->dict[str, dict]: # The same with moved `coords`, and `alignment`: `onto`, `scale`, `rotation` (2, 2), `disparity`
     """Each map turned, mirrored, scaled and shifted onto the first. Scores of neighbours do not
     change."""
-    if not maps: raise ValueError("0 maps arrived; expected at least one.")
+    if not maps: raise ValueError("got 0 maps, expected at least one.")
     first, b = next((arm, np.asarray(m["coords"], np.float64)) for arm, m in maps.items())
     centre, spread = b.mean(0), ((b - b.mean(0))**2).sum()
     found = {}
@@ -321,8 +324,8 @@ def plot_map(
     maps = {k: v if isinstance(v, Mapping) else {"coords": v} for k, v in coords_by_arm.items()}
     if not maps or (labels is None) == (values is None):
         raise ValueError(
-            f"{len(maps)} maps, {'no ' if labels is None else ''}labels and "
-            f"{'no ' if values is None else ''}values arrived; expected one map or more, and "
+            f"got {len(maps)} maps, {'no ' if labels is None else ''}labels and "
+            f"{'no ' if values is None else ''}values, expected one map or more, and "
             "labels or values."
         )
     if values is not None:
@@ -339,14 +342,14 @@ def plot_map(
             names = [str(name) for name in given[known][first]]
         elif given.dtype.kind not in "iub":
             raise ValueError(
-                f"labels such as {str(given[0])!r} arrived together with classes; expected class "
+                f"got labels such as {str(given[0])!r} together with classes; expected class "
                 f"indices 0 to {len(classes) - 1}, or names without classes."
             )
         else:
             names = list(classes)
         if codes.max(initial=-1) >= len(names):
             raise ValueError(
-                f"labels up to {codes.max()} arrived with the names of {len(names)} classes; "
+                f"got labels up to {codes.max()} with the names of {len(names)} classes; "
                 "expected a name for each."
             )
         columns = {"": codes}
@@ -417,7 +420,7 @@ def save_map(
     maps, path = {"": maps} if "coords" in maps else maps, Path(path)
     if path.suffix != ".npz" or not maps:
         raise ValueError(
-            f"{path.name} and {len(maps)} maps arrived; expected a file that ends in .npz, and at "
+            f"got {path.name} and {len(maps)} maps, expected a file that ends in .npz, and at "
             "least one map."
         )
     arrays = {
@@ -486,7 +489,7 @@ def nearest_in_others(
     z, subject = np.asarray(embeddings), np.asarray(subject)
     if z.ndim != 2 or len(subject) != len(z):
         raise ValueError(
-            f"embeddings of shape {z.shape} and {len(subject)} subjects arrived; expected (N, R) "
+            f"got embeddings of shape {z.shape} and {len(subject)} subjects, expected (N, R) "
             "and one for each row."
         )
     if not 0 <= query < len(z): raise IndexError(f"crop {query} of {len(z)}")
@@ -496,7 +499,7 @@ def nearest_in_others(
         or (per_subject is not None and per_subject < 1)
     ):
         raise ValueError(
-            f"metric={metric!r}, k={k}, per_subject={per_subject} arrived; expected 'euclidean' "
+            f"got metric={metric!r}, k={k}, per_subject={per_subject}, expected 'euclidean' "
             "or 'cosine', and 1 or more of each."
         )
     others = np.flatnonzero(subject != subject[query])

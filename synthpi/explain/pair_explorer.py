@@ -1,8 +1,12 @@
 """One pair at a time, in one place: flip between real and synthetic, the worst first
 
-A number such as an SSIM of 0.41 says how far apart a real and a synthetic image are, and not what is wrong. `explore_pairs` shows one pair at a time, large, both images in the same place: a click flips between them, a slider wipes or blends. Pairs come in
-the order of any column of the scores that `pair_quality` gives, the worst or the best first, of all patients or of one. Where the true second image is known, it is compared as well.
-Like every explorer it needs a kernel to answer, and leaves a picture of its first view where there is none. **Synthetic images are training aids, not findings.**
+A number such as an SSIM of 0.41 says how far apart a real and a synthetic image are, and not what
+is wrong. `explore_pairs` shows one pair at a time, large, both images in the same place: a click
+flips between them, a slider wipes or blends. Pairs come in the order of any column of the scores
+that `pair_quality` gives, the worst or the best first, of all patients or of one. Where the true
+second image is known, it is compared as well. Like every explorer it needs a kernel to answer, and
+leaves a picture of its first view where there is none. **Synthetic images are training aids, not
+findings.**
 
 ```python
 explore_pairs(pairs, pair_quality(pairs, true="true"), true="true")
@@ -41,7 +45,7 @@ def rank_pairs(
     "The scores of pairs, sorted by one of their columns."
     if by not in scores:
         raise ValueError(
-            f"by={by!r} arrived; expected one of the columns {', '.join(map(str, scores.columns))}."
+            f"got by={by!r}, expected one of the columns {', '.join(map(str, scores.columns))}."
         )
     if group is not None: scores = scores[(scores["group"] == group).to_numpy()]
     return (
@@ -330,7 +334,7 @@ def explore_pairs(
     width:int=420, # Of the picture, pixels of the screen
 )->PairExplorer: # Shows itself as the last value of a cell; a still picture without a kernel
     "Flip between real and synthetic images, pair by pair, in the order of their quality."
-    if not (n := len(pairs)): raise ValueError("0 pairs arrived; expected at least one.")
+    if not (n := len(pairs)): raise ValueError("got 0 pairs, expected at least one.")
     if quality is None:
         columns = pairs.column_names if hasattr(pairs, "column_names") else list(pairs[0])
         scores = pd.DataFrame(
@@ -354,7 +358,7 @@ def explore_pairs(
         else {}
     )
     if wrong := {m: b for m, b in better.items() if b not in ("higher", "lower")}:
-        raise ValueError(f"better={wrong} arrived; expected 'higher' or 'lower' for a measure.")
+        raise ValueError(f"got better={wrong}, expected 'higher' or 'lower' for a measure.")
     if (
         "pair" not in scores
         or scores["pair"].duplicated().any()
@@ -362,7 +366,7 @@ def explore_pairs(
         or scores.empty
     ):
         raise ValueError(
-            f"scores with the columns {', '.join(map(str, scores.columns))} arrived for {n} "
+            f"got scores with the columns {', '.join(map(str, scores.columns))} for {n} "
             f"pairs; expected `pair`, each number from 0 to {n - 1} once at most: the scores of "
             "these very pairs."
         )
@@ -378,13 +382,13 @@ def explore_pairs(
         )
     if true is not None and not isinstance(true, str) and len(true) != n:
         raise ValueError(
-            f"{len(true)} true images arrived for {n} pairs; expected one, or None, for each."
+            f"got {len(true)} true images for {n} pairs; expected one, or None, for each."
         )
     measures = _measures(scores)
     if sort is None: sort = next((m for m in measures if m in better), "pair")
     if sort not in ("pair", *measures):
         raise ValueError(
-            f"sort={sort!r} arrived; expected 'pair' or one of "
+            f"got sort={sort!r}, expected 'pair' or one of "
             f"{', '.join(measures) or 'no measure: give quality='}."
         )
     return PairExplorer(pairs, scores, better, true, sort, worst, int(width))

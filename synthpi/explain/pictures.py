@@ -1,9 +1,12 @@
 """A picture that tells where it was clicked, two that are compared in place, and the still one that stands in without a kernel
 
-What the explorers of synthpi are made of. `ipywidgets` has sliders and menus, and no picture that tells where it was clicked, or that lets another shine through. With [anywidget](https://anywidget.dev), some lines of
-JavaScript in this file make them, for JupyterLab and Colab alike and without a build.
+What the explorers of synthpi are made of. `ipywidgets` has sliders and menus, and no picture that
+tells where it was clicked, or that lets another shine through. With
+[anywidget](https://anywidget.dev), some lines of JavaScript in this file make them, for JupyterLab
+and Colab alike and without a build.
 
-An explorer needs a running kernel. Where there is none (a page of the documentation, a notebook on GitHub, a printed report) the first view stays as a still picture.
+An explorer needs a running kernel. Where there is none (a page of the documentation, a notebook on
+GitHub, a printed report) the first view stays as a still picture.
 
 Docs: https://synthpi.github.io/synthpi/nbs/explain/pictures.html.md"""
 
@@ -170,7 +173,7 @@ class ClickablePicture(anywidget.AnyWidget):
         xy = np.asarray(places, "<f4")
         if xy.shape != (len(self.names), 2):
             raise ValueError(
-                f"places of shape {xy.shape} arrived for {len(self.names)} names; expected "
+                f"got places of shape {xy.shape} for {len(self.names)} names; expected "
                 f"({len(self.names)}, 2)."
             )
         self.places = xy.tobytes()

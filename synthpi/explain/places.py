@@ -1,8 +1,10 @@
 """What an encoder of crops knows of where they were: errors of distances, maps coloured by millimetres, AUC by fold and by region
 
-The figures of an ISImed study. `plot_distance_errors` sets an arm's errors of distance beside an untrained encoder's and beside those of shuffled embeddings, `plot_positions` colours a map and the first principal
-components by each axis of the body, `plot_folds` and `plot_region_auc` draw the areas under the ROC curve. Each takes plain arrays by *arm* and returns a Matplotlib `Figure`; nothing in them rests on
-colour alone, and no text is smaller than 8 points.
+The figures of an ISImed study. `plot_distance_errors` sets an arm's errors of distance beside an
+untrained encoder's and beside those of shuffled embeddings, `plot_positions` colours a map and the
+first principal components by each axis of the body, `plot_folds` and `plot_region_auc` draw the
+areas under the ROC curve. Each takes plain arrays by *arm* and returns a Matplotlib `Figure`;
+nothing in them rests on colour alone, and no text is smaller than 8 points.
 
 Docs: https://synthpi.github.io/synthpi/nbs/explain/places.html.md"""
 
@@ -55,7 +57,7 @@ def distance_errors(
     shuffle = next(iter(arms)) if shuffle is None else shuffle
     if shuffle not in arms or "shuffled" in arms:
         raise ValueError(
-            f"shuffle={shuffle!r} arrived with the arms {', '.join(arms)}; expected one of these, "
+            f"got shuffle={shuffle!r} with the arms {', '.join(arms)}; expected one of these, "
             "and none that is named 'shuffled'."
         )
     def every(bins):
@@ -146,7 +148,7 @@ def position_components(
     h, c = np.asarray(h, np.float64), np.asarray(center_mm, np.float64)
     if h.ndim != 2 or len(h) < 5 or not np.isfinite(h).all():
         raise ValueError(
-            f"features of shape {h.shape} arrived, {int((~np.isfinite(h)).sum())} of their values "
+            f"got features of shape {h.shape}, {int((~np.isfinite(h)).sum())} of their values "
             "not finite; expected (N, R) with at least 5 rows, all finite."
         )
     pca = PCA(min(3, *h.shape), svd_solver="full" if h.size < 1e6 else "randomized", random_state=0)
@@ -195,7 +197,7 @@ def plot_positions(
     c = np.asarray(center_mm, float)
     if c.ndim != 2 or not 1 <= c.shape[1] <= len(names) or not np.isfinite(c).all():
         raise ValueError(
-            f"centres of shape {c.shape} arrived with names for {len(names)} axes; expected "
+            f"got centres of shape {c.shape} with names for {len(names)} axes; expected "
             "finite (N, A), a name for each axis."
         )
     for arm, h in arms.items():
@@ -398,7 +400,7 @@ def plot_region_auc(
     )
     if t.empty:
         raise ValueError(
-            f"a table of {len(t)} arms and {t.shape[1]} regions arrived; expected at least one of "
+            f"got a table of {len(t)} arms and {t.shape[1]} regions, expected at least one of "
             "each."
         )
     t = t.astype(float)

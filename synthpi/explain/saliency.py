@@ -1,8 +1,12 @@
 """Where in the image an encoder looks, and how it arranges a data set
 
-`guided_gradcam` weighs each input pixel or voxel by its share in one score, at the resolution of the image: the score of a class, the similarity of an embedding to a reference, one dimension of it, or any function of it. `coverage` says
-beforehand whether the rule that it relies on reaches every rectifier of the network, and a network where it does not is refused. The maps come back as plain arrays; `saliency_grid` draws those of several encoders side by side, and
-`saliency_volume` lays one over a volume. Whether a map tells of the network at all is asked in [`synthpi.explain.sanity`](sanity.ipynb).
+`guided_gradcam` weighs each input pixel or voxel by its share in one score, at the resolution of
+the image: the score of a class, the similarity of an embedding to a reference, one dimension of it,
+or any function of it. `coverage` says beforehand whether the rule that it relies on reaches every
+rectifier of the network, and a network where it does not is refused. The maps come back as plain
+arrays; `saliency_grid` draws those of several encoders side by side, and `saliency_volume` lays one
+over a volume. Whether a map tells of the network at all is asked in
+[`synthpi.explain.sanity`](sanity.ipynb).
 
 Docs: https://synthpi.github.io/synthpi/nbs/explain/saliency.html.md"""
 
@@ -37,11 +41,11 @@ class Similarity:
 
     def __post_init__(self):
         if self.kind not in ("cosine", "distance"):
-            raise ValueError(f"kind={self.kind!r} arrived; expected 'cosine' or 'distance'.")
+            raise ValueError(f"got kind={self.kind!r}, expected 'cosine' or 'distance'.")
         r = torch.as_tensor(self.reference)
         if r.ndim not in (1, 2) or not torch.isfinite(r).all():
             raise ValueError(
-                f"a reference of shape {tuple(r.shape)} arrived, "
+                f"got a reference of shape {tuple(r.shape)}, "
                 f"{int((~torch.isfinite(r)).sum())} of its values not finite; expected (R,) or "
                 "(B, R)."
             )
@@ -81,25 +85,25 @@ def _scorer(target, out, n):
         (n, width),
     ):
         raise ValueError(
-            f"a reference of shape {tuple(target.reference.shape)} arrived; the model gives "
+            f"got a reference of shape {tuple(target.reference.shape)}; the model gives "
             f"{width} values for each of {n} images: expected ({width},) or ({n}, {width})."
         )
     if isinstance(target, Dimension) and not 0 <= target.index < width:
         raise ValueError(
-            f"dimension {target.index} arrived; the model gives the dimensions 0 to {width - 1}."
+            f"got dimension {target.index}; the model gives the dimensions 0 to {width - 1}."
         )
     if isinstance(target, (Similarity, Dimension)): return target
     if callable(target): return lambda z, rows: target(z)
     c = torch.as_tensor(target)
     if c.is_floating_point() or c.dtype == torch.bool or c.ndim > 1 or c.ndim == 1 and len(c) != n:
         raise ValueError(
-            f"a target of type {c.dtype} and shape {tuple(c.shape)} arrived for {n} images; "
+            f"got a target of type {c.dtype} and shape {tuple(c.shape)} for {n} images; "
             "expected a class number, one for each image, a Similarity, a Dimension, or a "
             "function of the outputs."
         )
     if c.min() < 0 or c.max() >= width:
         raise ValueError(
-            f"targets {int(c.min())} to {int(c.max())} arrived; the model has classes 0 to "
+            f"got targets {int(c.min())} to {int(c.max())}; the model has classes 0 to "
             f"{width - 1}: leave unlabelled images out."
         )
     c = c.expand(n)
@@ -136,7 +140,7 @@ def _cam_layer(model, layer, seen, ndim):
             layer = model.get_submodule(layer)
         except AttributeError:
             raise ValueError(
-                f"layer {layer!r} arrived, which the model does not have; its convolutions are "
+                f"got layer {layer!r}, which the model does not have; its convolutions are "
                 f"{', '.join(k for k, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd))}."
             ) from None
     layer = layer or _last_conv(seen.convs)
@@ -200,19 +204,19 @@ def saliency_maps(
     with the number of images."""
     if images.ndim not in (4, 5) or not images.is_floating_point():
         raise ValueError(
-            f"images of shape {tuple(images.shape)} and type {images.dtype} arrived; expected "
+            f"got images of shape {tuple(images.shape)} and type {images.dtype}, expected "
             "floats (B, C, H, W), or volumes (B, C, X, Y, Z)."
         )
     if not methods or (odd := {*methods} - {*METHODS}):
         raise ValueError(
-            f"methods {sorted(odd) if methods else '()'} arrived; expected some of "
+            f"got methods {sorted(odd) if methods else '()'}, expected some of "
             f"{', '.join(METHODS)}."
         )
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} arrived; expected 1 image at a time or more.")
+        raise ValueError(f"got batch_size={batch_size}, expected 1 image at a time or more.")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         raise ValueError(
-            f"a {type(model).__name__} arrived, whose modules cannot be hooked reliably; pass the "
+            f"got a {type(model).__name__}, whose modules cannot be hooked reliably; pass the "
             "model that it wraps."
         )
     device = next((p.device for p in model.parameters()), images.device)
@@ -280,7 +284,7 @@ def saliency_display(
     if m.ndim == 3 and m.shape[0] == 1: m = m[0]
     if m.ndim != 2 and (m.ndim != 3 or m.shape[0] != 3):
         raise ValueError(
-            f"a map of shape {m.shape} arrived; expected (3, H, W) or (H, W): show one at a time, "
+            f"got a map of shape {m.shape}, expected (3, H, W) or (H, W): show one at a time, "
             "and one of a volume by saliency_volume."
         )
     if not np.isfinite(m).all():
@@ -353,7 +357,7 @@ def strongest_voxel(
     m = np.abs(np.asarray(map.detach().cpu() if isinstance(map, Tensor) else map, np.float64))
     if m.ndim not in (3, 4) or not m.size or not np.isfinite(m).all():
         raise ValueError(
-            f"a map of shape {m.shape} arrived, {int((~np.isfinite(m)).sum())} of its values not "
+            f"got a map of shape {m.shape}, {int((~np.isfinite(m)).sum())} of its values not "
             "finite; expected (C, X, Y, Z) or (X, Y, Z)."
         )
     m = m.sum(0) if m.ndim == 4 else m
@@ -377,7 +381,7 @@ def saliency_volume(
     v, m = (a[0] if a.ndim == 4 and len(a) == 1 else a for a in (v, m))
     if v.ndim != 3 or v.shape != m.shape:
         raise ValueError(
-            f"a volume of shape {v.shape} and a map of shape {m.shape} arrived; expected two of "
+            f"got a volume of shape {v.shape} and a map of shape {m.shape}, expected two of "
             "(X, Y, Z), or (1, X, Y, Z): show one at a time."
         )
     point = (
@@ -391,7 +395,7 @@ def saliency_volume(
     )
     if point is None or len(point) != 3 or not all(0 <= i < n for i, n in zip(point, m.shape)):
         raise ValueError(
-            f"at={at!r} arrived; expected 'strongest', 'centre', or a voxel within {m.shape}."
+            f"got at={at!r}, expected 'strongest', 'centre', or a voxel within {m.shape}."
         )
     scale = np.percentile(np.abs(m), 99) or np.abs(m).max() or 1.
     seen = np.zeros(m.shape, bool)

@@ -1,8 +1,12 @@
 """Does a map tell of what the network has learnt, or only of the image?
 
-A map that stays the same when the network's weights are replaced by random ones cannot be about what the network has learnt ([Adebayo et al., 2018](https://arxiv.org/abs/1810.03292)). `sanity_check` replaces them, layer by layer from the
-output to the input, and measures how much of each map is left; `plot_sanity` shows it, and `verdict` says in words what was found. Guided back-propagation is known to keep its picture while the upper layers become random, and Guided-GradCAM to inherit a part of
-it: run the check on the encoder whose maps are to be read, and read the whole curve.
+A map that stays the same when the network's weights are replaced by random ones cannot be about
+what the network has learnt ([Adebayo et al., 2018](https://arxiv.org/abs/1810.03292)).
+`sanity_check` replaces them, layer by layer from the output to the input, and measures how much of
+each map is left; `plot_sanity` shows it, and `verdict` says in words what was found. Guided
+back-propagation is known to keep its picture while the upper layers become random, and
+Guided-GradCAM to inherit a part of it: run the check on the encoder whose maps are to be read, and
+read the whole curve.
 
 Docs: https://synthpi.github.io/synthpi/nbs/explain/sanity.html.md"""
 
@@ -62,7 +66,7 @@ def map_similarity(
     a, b = (np.abs(np.asarray(m, np.float64)) for m in (a, b))
     if a.shape != b.shape or a.ndim not in (3, 4):
         raise ValueError(
-            f"maps of shapes {a.shape} and {b.shape} arrived; expected two of the same (C, H, W) "
+            f"got maps of shapes {a.shape} and {b.shape}, expected two of the same (C, H, W) "
             "or (C, X, Y, Z)."
         )
     if np.ptp(a) == 0 or np.ptp(b) == 0: return np.nan, np.nan
@@ -163,7 +167,7 @@ def sanity_check(
     (Adebayo et al., 2018)."""
     if len(images) < 2 or stages < 2:
         raise ValueError(
-            f"{len(images)} images and stages={stages} arrived; expected at least 2 of each: maps "
+            f"got {len(images)} images and stages={stages}, expected at least 2 of each: maps "
             "of different images are the reference, and the output layer alone is the first "
             "stage."
         )
@@ -256,7 +260,7 @@ def plot_sanity(
     methods, stages = list(check.maps), sorted(next(iter(check.maps.values())))
     if not 0 <= image < len(check.images):
         raise ValueError(
-            f"image {image} arrived; {len(check.images)} were kept: 0 to {len(check.images) - 1}."
+            f"got image {image}; {len(check.images)} were kept: 0 to {len(check.images) - 1}."
         )
     volume = check.images.ndim == 5
     cut = strongest_voxel(check.maps[methods[0]][0][image])[2] if volume else None

@@ -1,8 +1,10 @@
 """A volume to slide through and to click on, with the crops that an encoder finds most alike in other subjects
 
-The nearest neighbours of a crop say in one look what an encoder took in: an encoder that knows where it is finds the same place in other subjects, one that knows textures finds the same texture elsewhere.
-`explore_volume` shows them for any voxel that is clicked, in JupyterLab and in Colab. What it computes are plain functions (`nearest_crop`, `neighbour_table`, `render_slice`, `plot_neighbours`), and where no
-kernel runs, a picture of the first view stays.
+The nearest neighbours of a crop say in one look what an encoder took in: an encoder that knows
+where it is finds the same place in other subjects, one that knows textures finds the same texture
+elsewhere. `explore_volume` shows them for any voxel that is clicked, in JupyterLab and in Colab.
+What it computes are plain functions (`nearest_crop`, `neighbour_table`, `render_slice`,
+`plot_neighbours`), and where no kernel runs, a picture of the first view stays.
 
 ```python
 explore_volume(store, embeddings, center_mm, volume_id, crop_size=32)
@@ -77,7 +79,7 @@ def neighbour_table(
     "The query and its nearest crops in other subjects, with what is known of each."
     if frame not in ("world_mm", "mm_centered", "mm_local"):
         raise ValueError(
-            f"frame={frame!r} arrived; expected 'world_mm', 'mm_centered' or 'mm_local', which "
+            f"got frame={frame!r}, expected 'world_mm', 'mm_centered' or 'mm_local', which "
             "count in mm."
         )
     center, volume_id = np.asarray(center_mm, float), np.asarray(volume_id)
@@ -118,7 +120,7 @@ def _across(store, volume, plane):
     """Axis through the slice, the axes to the right and up, their numbers of voxels and their
     lengths in mm"""
     if plane not in PLANES:
-        raise ValueError(f"plane={plane!r} arrived; expected one of {', '.join(PLANES)}.")
+        raise ValueError(f"got plane={plane!r}, expected one of {', '.join(PLANES)}.")
     u, v = (k for k in range(3) if k != PLANES[plane])
     n = store.items[volume]["shape"][[u, v]]
     return PLANES[plane], u, v, n, n*store.spacing_mm(volume)[[u, v]]
@@ -136,7 +138,7 @@ def render_slice(
     voxel = np.asarray(voxel, int)
     if voxel.shape != (3,) or (voxel < 0).any() or (voxel >= store.items[volume]["shape"]).any():
         raise ValueError(
-            f"voxel {voxel.tolist()} arrived; expected one of the array of shape "
+            f"got voxel {voxel.tolist()}, expected one of the array of shape "
             f"{tuple(store.items[volume]['shape'])}."
         )
     size = np.maximum(1, np.round(side*mm/mm.max())).astype(int)
@@ -252,8 +254,8 @@ def _check_crops(store, embeddings, center_mm, volume_id):
         or v.dtype.kind not in "iu"
     ):
         raise ValueError(
-            f"embeddings {z.shape}, centres {c.shape} and volume numbers {v.shape} {v.dtype} "
-            "arrived; expected (N, R), (N, 3) and (N,) whole numbers of the same crops."
+            f"got embeddings {z.shape}, centres {c.shape} and volume numbers {v.shape} {v.dtype},"
+            " expected (N, R), (N, 3) and (N,) whole numbers of the same crops."
         )
     if not (np.isfinite(z).all() and np.isfinite(c).all()):
         raise ValueError(
@@ -263,7 +265,7 @@ def _check_crops(store, embeddings, center_mm, volume_id):
         )
     if v.min() < 0 or v.max() >= len(store):
         raise ValueError(
-            f"volume numbers {v.min()} to {v.max()} arrived for a store of {len(store)}; expected "
+            f"got volume numbers {v.min()} to {v.max()} for a store of {len(store)}; expected "
             "numbers of this store's volumes."
         )
     return z, c, v
@@ -403,7 +405,7 @@ def explore_volume(
     volume = int(v.min()) if volume is None else volume
     if volume not in v:
         raise ValueError(
-            f"volume={volume} arrived, of which there is no crop; expected one of "
+            f"got volume={volume}, of which there is no crop; expected one of "
             f"{np.unique(v).tolist()}."
         )
     return VolumeExplorer(

@@ -1,9 +1,11 @@
 """Position as privileged information: embeddings as far apart as the crops they came from
 
-Where a crop was cut is known in training and costs nothing. ISImed asks that two embeddings be as far apart as their crops are in the body. `DistanceLoss` takes
-embeddings `(B, D)` and the centres of their crops `(B, 3)` in millimetres, or `(B, 2)` for tiles of a slide, and returns the scalar to minimise and a dict of its
-terms; `DistanceBarlow` and `TwoHeadLoss` join it with Barlow Twins, `PositionRegression` and `RelativePosition` are its rivals, `distance_agreement` judges
-them all on crops not seen. Where several processes train together, every loss is that of their joined batch:
+Where a crop was cut is known in training and costs nothing. ISImed asks that two embeddings be as
+far apart as their crops are in the body. `DistanceLoss` takes embeddings `(B, D)` and the centres
+of their crops `(B, 3)` in millimetres, or `(B, 2)` for tiles of a slide, and returns the scalar to
+minimise and a dict of its terms; `DistanceBarlow` and `TwoHeadLoss` join it with Barlow Twins,
+`PositionRegression` and `RelativePosition` are its rivals, `distance_agreement` judges them all on
+crops not seen. Where several processes train together, every loss is that of their joined batch:
 
 ```python
 z, center_mm, volume_id = (
@@ -99,12 +101,12 @@ class DistanceLoss(nn.Module):
         ):
             if x is not None and not least <= x < float("inf"):
                 raise ValueError(
-                    f"{name}={x} arrived; expected a finite number "
+                    f"got {name}={x}, expected a finite number "
                     f"{'above zero' if least else 'of zero or more'}."
                 )
         if partners is not None and (partners < 0 or int(partners) != partners):
             raise ValueError(
-                f"partners={partners} arrived; expected a whole number of zero or more, or None."
+                f"got partners={partners}, expected a whole number of zero or more, or None."
             )
         self.scale, self.pairs, self.relative, self.huber, self.kl, self.partners = (
             scale,
@@ -171,7 +173,7 @@ def _check_parts(distance, barlow, weight):
             "expected two losses, such as DistanceLoss() and BarlowTwins()."
         )
     if not 0 <= weight < float("inf"):
-        raise ValueError(f"weight={weight} arrived; expected a finite number of zero or more.")
+        raise ValueError(f"got weight={weight}, expected a finite number of zero or more.")
 
 class DistanceBarlow(nn.Module):
     """Distance loss of the views' mean embedding plus a paired loss of the views: `loss(z1, z2,
@@ -212,7 +214,7 @@ class TwoHead(nn.Module):
         super().__init__()
         if min(in_features, distance, barlow) < 1:
             raise ValueError(
-                f"widths {in_features}, {distance} and {barlow} arrived; expected whole numbers "
+                f"got widths {in_features}, {distance} and {barlow}, expected whole numbers "
                 "above zero."
             )
         self.distance, self.barlow = (
@@ -250,7 +252,7 @@ class TwoHeadLoss(nn.Module):
             _check_embedding(z)
             if not 0 < self.width < z.shape[1]:
                 raise ValueError(
-                    f"{z.shape[1]} columns arrived, of which the first {self.width} would be for "
+                    f"got {z.shape[1]} columns, of which the first {self.width} would be for "
                     "the distance: none is left for the paired loss; give TwoHead and "
                     "TwoHeadLoss the same width."
                 )
@@ -275,7 +277,7 @@ class RelativePosition(_Standardised):
     ):
         super().__init__([0.]*len(std_mm), std_mm)
         if not 0 < bound < float("inf"):
-            raise ValueError(f"bound={bound} arrived; expected a finite number above zero.")
+            raise ValueError(f"got bound={bound}, expected a finite number above zero.")
         self.bound = bound
 
     def bounded(self,

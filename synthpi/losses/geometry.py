@@ -1,7 +1,9 @@
 """Distances between crops: which pairs, how far, and how well embeddings follow
 
-What the losses of [distance](distance.ipynb) and their evaluation share: exact pairwise distances, the choice of pairs, the *stress* between two sets of distances, a typical distance to scale by, and
-`distance_agreement`, which says how well embeddings of crops not seen keep the distances in the body:
+What the losses of [distance](distance.ipynb) and their evaluation share: exact pairwise distances,
+the choice of pairs, the *stress* between two sets of distances, a typical distance to scale by, and
+`distance_agreement`, which says how well embeddings of crops not seen keep the distances in the
+body:
 
 ```python
 center_mm = 100*torch.rand(64, 3)
@@ -82,7 +84,7 @@ def _mask(n, pairs, volume, device):
 def _check_pairs(pairs, allowed=PAIRS):
     if pairs not in allowed:
         raise ValueError(
-            f"pairs={pairs!r} arrived; expected one of {', '.join(map(repr, allowed))}."
+            f"got pairs={pairs!r}, expected one of {', '.join(map(repr, allowed))}."
         )
 
 def _none_left(pairs, n, volume):
@@ -115,7 +117,7 @@ def _centers(center_mm, n=None, volume_id=None):
     c = torch.as_tensor(center_mm).detach().cpu().double()
     if c.ndim != 2 or not 1 <= c.shape[1] <= 3 or n is not None and len(c) != n:
         raise ValueError(
-            f"centres of shape {tuple(c.shape)} arrived; expected ({n or 'N'}, 2) or ({n or 'N'}, "
+            f"got centres of shape {tuple(c.shape)}, expected ({n or 'N'}, 2) or ({n or 'N'}, "
             "3): a row for each crop, a column for each axis."
         )
     _check_finite("centre", c)
@@ -123,7 +125,7 @@ def _centers(center_mm, n=None, volume_id=None):
     if isinstance(volume_id, Tensor): volume_id = volume_id.detach().cpu().numpy()
     if np.ndim(volume_id) != 1 or len(volume_id) != len(c):
         raise ValueError(
-            f"volume_id of shape {np.shape(volume_id)} arrived for {len(c)} centres; expected one "
+            f"got volume_id of shape {np.shape(volume_id)} for {len(c)} centres; expected one "
             "for each."
         )
     return c, torch.as_tensor(np.unique(np.asarray(volume_id), return_inverse=True)[1])
@@ -139,12 +141,12 @@ def _check_finite(what, x):
 def _check_embedding(z):
     if not isinstance(z, Tensor):
         raise TypeError(
-            f"a {type(z).__name__} arrived as embeddings; expected one tensor (B, D). "
+            f"got a {type(z).__name__} as embeddings; expected one tensor (B, D). "
             "DistanceBarlow and TwoHeadLoss take several, as loss(z1, z2, center_mm=...)."
         )
     if z.ndim != 2 or z.shape[1] < 1 or not z.is_floating_point():
         raise ValueError(
-            f"embeddings of shape {tuple(z.shape)} and {str(z.dtype)[6:]} arrived; expected "
+            f"got embeddings of shape {tuple(z.shape)} and {str(z.dtype)[6:]}, expected "
             "floats (B, D): one row per crop and at least one column."
         )
 
@@ -155,7 +157,7 @@ def _pair_list(n, pairs, volume, most, seed):
     _check_pairs(pairs, PAIRS[:3])
     if pairs != "off-diagonal" and volume is None:
         raise ValueError(
-            f"pairs={pairs!r} arrived without volume_id, which says which crops are of one volume."
+            f"got pairs={pairs!r} without volume_id, which says which crops are of one volume."
         )
     count, draw = _choices(n, pairs, volume, "cpu")
     if n < 2 or not count.sum(): raise _none_left(pairs, n, volume)
@@ -226,7 +228,7 @@ def distance_agreement(
     i, j = _pair_list(len(z), pairs, volume, max_pairs, seed)
     latent, physical = (_between(x, i, j) for x in (z, c))
     if scale == "fit": scale = ((latent @ physical)/(latent @ latent).clamp_min(1e-300)).item()
-    elif isinstance(scale, str) or not 0 < scale < float("inf"): raise ValueError(f"scale={scale!r} arrived; expected mm per unit of the embedding, above zero, or 'fit'.")
+    elif isinstance(scale, str) or not 0 < scale < float("inf"): raise ValueError(f"got scale={scale!r}, expected mm per unit of the embedding, above zero, or 'fit'.")
     error, weight = (
         (scale * latent - physical).abs(),
         torch.full((len(i),), 1 / len(i), dtype=torch.float64),
@@ -251,7 +253,7 @@ def _wide(z): return z.to(torch.float64 if z.dtype == torch.float64 else torch.f
 def _check_rows(n):
     if n < 2:
         raise ValueError(
-            f"{n} row{'s' * (n != 1)} arrived in the joined batch; expected at least two: crops "
+            f"got {n} row{'s' * (n != 1)} in the joined batch; expected at least two: crops "
             "are compared with each other."
         )
 
@@ -266,7 +268,7 @@ def _joined(z, center_mm, volume_id, pairs="off-diagonal"):
         )
     if center_mm.ndim != 2 or len(center_mm) != len(z) or not 1 <= center_mm.shape[1] <= 3:
         raise ValueError(
-            f"center_mm of shape {tuple(center_mm.shape)} arrived for {len(z)} embeddings; "
+            f"got center_mm of shape {tuple(center_mm.shape)} for {len(z)} embeddings; "
             f"expected ({len(z)}, 2) or ({len(z)}, 3): a row for each crop, a column for each "
             "axis."
         )
@@ -286,7 +288,7 @@ def _joined(z, center_mm, volume_id, pairs="off-diagonal"):
             else f"a {type(volume_id).__name__}"
         )
         raise ValueError(
-            f"volume_id: {got} arrived; expected a tensor of {len(z)} whole numbers, in several "
+            f"volume_id: got {got}, expected a tensor of {len(z)} whole numbers, in several "
             "processes different for different volumes."
         )
     z, c = gather(_wide(z), center_mm.to(z.device, _wide(z).dtype))

@@ -1,8 +1,9 @@
 """VICReg, Barlow Twins and SimCLR for two or more branches, on one device or on many
 
-A paired loss takes one embedding batch per view, each `(B, D)` with rows in the same order, and returns the scalar to minimise and a dict of
-its terms for the log. Two views make a Siamese loss, three make a TriDeNT loss; the code is the same. Where several processes train together,
-every loss is that of their joined batch:
+A paired loss takes one embedding batch per view, each `(B, D)` with rows in the same order, and
+returns the scalar to minimise and a dict of its terms for the log. Two views make a Siamese loss,
+three make a TriDeNT loss; the code is the same. Where several processes train together, every loss
+is that of their joined batch:
 
 ```python
 z1, z2, z3 = torch.randn(3, 64, 32, requires_grad=True)
@@ -104,7 +105,7 @@ def gather(
     process."""
     if any(z.ndim != 2 or len(z) != len(zs[0]) or z.dtype != zs[0].dtype for z in zs):
         raise ValueError(
-            f"tensors {', '.join(f'{tuple(z.shape)} {str(z.dtype)[6:]}' for z in zs)} arrived; "
+            f"got tensors {', '.join(f'{tuple(z.shape)} {str(z.dtype)[6:]}' for z in zs)}, "
             "expected (B, D) with one B and one dtype, "
             "since they travel as one: gather what differs by a call of its own."
         )
@@ -138,7 +139,7 @@ class _PairedLoss(nn.Module):
         super().__init__()
         if mode not in modes:
             raise ValueError(
-                f"mode {mode!r} arrived; expected {', '.join(map(repr, modes[:-1]))} or "
+                f"got mode {mode!r}, expected {', '.join(map(repr, modes[:-1]))} or "
                 f"{modes[-1]!r}."
             )
         self.mode, self.two_only, self.pair_weights, self.stop_gradient = (
@@ -152,12 +153,12 @@ class _PairedLoss(nn.Module):
         k = len(zs)
         if k < 2:
             raise ValueError(
-                f"{k} view arrived; a paired loss compares two or more: call loss(z1, z2, ...) "
+                f"got {k} view; a paired loss compares two or more: call loss(z1, z2, ...) "
                 "with one batch per branch."
             )
         if self.mode == self.two_only and k != 2:
             raise ValueError(
-                f"{k} views arrived, but mode {self.mode!r} is defined for two: use mode='mean', "
+                f"got {k} views, but mode {self.mode!r} is defined for two: use mode='mean', "
                 "which equals it at two."
             )
         if zs[0].ndim != 2 or zs[0].shape[1] < 1:
@@ -175,14 +176,14 @@ class _PairedLoss(nn.Module):
         pairs = list(combinations(range(k), 2))
         if self.pair_weights is not None and len(self.pair_weights) != len(pairs):
             raise ValueError(
-                f"{len(self.pair_weights)} pair weights arrived for {k} views; expected "
+                f"got {len(self.pair_weights)} pair weights for {k} views; expected "
                 f"{len(pairs)}, in the order "
                 + ", ".join(f"{a + 1}{b + 1}" for a, b in pairs)
                 + "."
             )
         if not set(self.stop_gradient) < set(range(k)):
             raise ValueError(
-                f"stop_gradient={self.stop_gradient} arrived for {k} views; expected branches "
+                f"got stop_gradient={self.stop_gradient} for {k} views; expected branches "
                 f"from 0 to {k - 1}, and one or more left to train."
             )
         return pairs
@@ -356,11 +357,11 @@ class SimCLR(_PairedLoss):
         super().__init__(mode, ("mean", "reference"), "", pair_weights, stop_gradient)
         if not temperature > 0:
             raise ValueError(
-                f"temperature={temperature} arrived; expected a number above zero, such as 0.5 or "
+                f"got temperature={temperature}, expected a number above zero, such as 0.5 or "
                 "0.1."
             )
         if variant not in ("nt-xent", "infonce"):
-            raise ValueError(f"variant {variant!r} arrived; expected 'nt-xent' or 'infonce'.")
+            raise ValueError(f"got variant {variant!r}, expected 'nt-xent' or 'infonce'.")
         self.temperature, self.variant = temperature, variant
 
     def _loss(self, zs, pairs, weights):

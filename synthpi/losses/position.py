@@ -26,7 +26,7 @@ def axis_scale(
     mean, std = c.mean(dim=0), c.std(dim=0, correction=0)
     if len(c) < 2 or not (std > 1e-6 * (1 + mean.abs())).all():
         raise ValueError(
-            f"standard deviations {std.tolist()} of {len(c)} centres arrived; expected two or "
+            f"got standard deviations {std.tolist()} of {len(c)} centres, expected two or "
             "more rows and every axis to vary: leave out an axis that is constant."
         )
     return mean.tolist(), std.tolist()
@@ -52,7 +52,7 @@ class _Standardised(nn.Module):
             mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
         ):
             raise ValueError(
-                f"means {mean.tolist()} and standard deviations {std.tolist()} arrived; expected "
+                f"got means {mean.tolist()} and standard deviations {std.tolist()}, expected "
                 "one of each for every axis, the latter above zero: axis_scale(centres)."
             )
         self.register_buffer("mean_mm", mean.float())
@@ -61,8 +61,8 @@ class _Standardised(nn.Module):
     def _standardised(self, z, c):
         if not z.shape[1] == c.shape[1] == len(self.std_mm):
             raise ValueError(
-                f"{z.shape[1]} outputs, {c.shape[1]} axes of centres and {len(self.std_mm)} of "
-                "the standardisation arrived; expected as many of each."
+                f"got {z.shape[1]} outputs, {c.shape[1]} axes of centres and {len(self.std_mm)} of "
+                "the standardisation, expected as many of each."
             )
         return (c - self.mean_mm.to(c))/self.std_mm.to(c)
 

@@ -1,8 +1,10 @@
 """Encoders, projectors, branch layouts, and encoder files
 
-An *encoder* turns an image into a representation `h`, a *projector* turns `h` into the embedding `z` that the loss compares, and a *layout* says which encoder
-serves which view: `(0, 0)` is a Siamese network on one image, `(0, 1)` on a pair, `(0, 0, 1)` is TriDeNT, and `(0, 0, 1, 2)` has two privileged sources. After
-training only encoder 0 is kept, in a safetensors file that loads in one line:
+An *encoder* turns an image into a representation `h`, a *projector* turns `h` into the embedding
+`z` that the loss compares, and a *layout* says which encoder serves which view: `(0, 0)` is a
+Siamese network on one image, `(0, 1)` on a pair, `(0, 0, 1)` is TriDeNT, and `(0, 0, 1, 2)` has two
+privileged sources. After training only encoder 0 is kept, in a safetensors file that loads in one
+line:
 
 Docs: https://synthpi.github.io/synthpi/nbs/models/branches.html.md"""
 
@@ -30,11 +32,11 @@ class Projector(nn.Sequential):
         norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": None}
         if norm not in norms:
             raise ValueError(
-                f"projector norm {norm!r} arrived; expected one of {', '.join(norms)}."
+                f"got projector norm {norm!r}, expected one of {', '.join(norms)}."
             )
         if not len(widths) or min(widths) < 1:
             raise ValueError(
-                f"projector widths {tuple(widths)} arrived; expected one positive width for each "
+                f"got projector widths {tuple(widths)}, expected one positive width for each "
                 "layer, for example (2048, 2048, 2048)."
             )
         layers = []
@@ -62,8 +64,8 @@ class Branches(nn.Module):
             or sorted(set(layout)) != list(range(len(encoders)))
         ):
             raise ValueError(
-                f"{len(encoders)} encoders, {len(projectors)} projectors and layout "
-                f"{tuple(layout)} arrived; expected as many projectors as "
+                f"got {len(encoders)} encoders, {len(projectors)} projectors and layout "
+                f"{tuple(layout)}, expected as many projectors as "
                 "encoders, and a layout that uses each of them, for example (0, 0, 1) with two."
             )
         self.encoders, self.projectors, self.layout = (
@@ -75,7 +77,7 @@ class Branches(nn.Module):
     def forward(self, *views:Tensor)->tuple[Tensor, ...]:
         if len(views) != len(self.layout):
             raise ValueError(
-                f"{len(views)} views arrived for the {len(self.layout)} branches of layout "
+                f"got {len(views)} views for the {len(self.layout)} branches of layout "
                 f"{self.layout}: give one per branch."
             )
         return tuple(
@@ -100,7 +102,7 @@ def make_branches(
         values = [value]*n if isinstance(value, (str, int)) or callable(value) else list(value)
         if len(values) != n:
             raise ValueError(
-                f"{len(values)} values of {name} arrived for the {n} encoders of layout "
+                f"got {len(values)} values of {name} for the {n} encoders of layout "
                 f"{tuple(layout)}: give one for all, or one for each encoder."
             )
         return values
@@ -108,7 +110,7 @@ def make_branches(
         if isinstance(encoder, str): return make_encoder(encoder, channels, spatial_dims, norm)
         if isinstance(encoder, nn.Module) or not callable(encoder):
             raise TypeError(
-                f"a {type(encoder).__name__} arrived as encoder; expected a name, or a function "
+                f"got a {type(encoder).__name__} as encoder; expected a name, or a function "
                 "without arguments "
                 "that returns a new module each time, because every encoder has weights of its own."
             )

@@ -1,7 +1,10 @@
 """What an encoder is, what it was trained on and how to load it: one page beside its file
 
-An encoder outlives the folder in which it was trained, and a file name does not say what it learned from. `model_card` writes a page from the header of an encoder's file, in the layout that the Hugging Face hub reads: what it is, its training data, arguments and environment, what was measured, what it is
-for and what not, and code that loads it. The card holds what the header holds. What the header does not say is called unknown: nobody is helped by a card that guesses.
+An encoder outlives the folder in which it was trained, and a file name does not say what it learned
+from. `model_card` writes a page from the header of an encoder's file, in the layout that the
+Hugging Face hub reads: what it is, its training data, arguments and environment, what was measured,
+what it is for and what not, and code that loads it. The card holds what the header holds. What the
+header does not say is called unknown: nobody is helped by a card that guesses.
 
 **Synthetic images are training aids, not findings.**
 

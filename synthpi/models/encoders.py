@@ -42,13 +42,13 @@ def make_encoder(
     unknown name, `ImportError` names a missing package."""
     if spatial_dims not in (2, 3):
         raise ValueError(
-            f"spatial_dims {spatial_dims!r} arrived; expected 2 for images or 3 for volumes."
+            f"got spatial_dims {spatial_dims!r}, expected 2 for images or 3 for volumes."
         )
     library, _, rest = name.partition(":")
     if library in _LIBRARIES and rest:
         if spatial_dims != 2 or norm != "batch":
             raise ValueError(
-                f"encoder {name!r} with spatial_dims {spatial_dims} and norm {norm!r} arrived: an "
+                f"got encoder {name!r} with spatial_dims {spatial_dims} and norm {norm!r}: an "
                 "encoder of another library takes images and "
                 "has its own norm; for volumes or another norm choose one of "
                 f"{', '.join(ENCODERS)}."
@@ -63,11 +63,11 @@ def make_encoder(
         return encoder
     if pretrained or config:
         raise ValueError(
-            f"encoder {name!r} with pretrained or config arrived; both belong to timm: and hf: "
+            f"got encoder {name!r} with pretrained or config; both belong to timm: and hf: "
             "encoders, this one starts from random weights."
         )
     if norm not in ("batch", "group", "instance"):
-        raise ValueError(f"norm {norm!r} arrived; expected batch, group or instance.")
+        raise ValueError(f"got norm {norm!r}, expected batch, group or instance.")
     if name in _RESNETS:
         block, layers, planes = _RESNETS[name]
         encoder = nets.ResNet(
@@ -87,7 +87,7 @@ def make_encoder(
         )
         encoder.width = encoder.class_layers.out.in_features
         encoder.class_layers.out = nn.Identity()
-    else: raise ValueError(f"encoder {name!r} arrived; expected one of {', '.join(ENCODERS)}, "
+    else: raise ValueError(f"got encoder {name!r}, expected one of {', '.join(ENCODERS)}, "
                            "timm:NAME, hf:FOLDER, "
                            "or pass any module that gives (B, R) where an encoder is taken.")
     if norm != "batch": _replace_batchnorm(encoder, norm)

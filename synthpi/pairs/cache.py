@@ -1,8 +1,10 @@
 """Files named by what they were made from, each with its own checksum, and a table that says where they come from
 
-A cache of synthetic images has to survive what happens to folders: runs that are killed, disks that fill up, files that are damaged or replaced, two programs that write at once, a move to
-another machine. Here an *item* is a PNG file named by what it was made from, which carries a checksum of itself; it appears whole or not at all. `manifest.csv` beside the items is for people
-and for other programs: a row for every pair, with its source, its generator, its scale, seed and licence.
+A cache of synthetic images has to survive what happens to folders: runs that are killed, disks that
+fill up, files that are damaged or replaced, two programs that write at once, a move to another
+machine. Here an *item* is a PNG file named by what it was made from, which carries a checksum of
+itself; it appears whole or not at all. `manifest.csv` beside the items is for people and for other
+programs: a row for every pair, with its source, its generator, its scale, seed and licence.
 
 **Synthetic images are training aids, not findings.**
 

@@ -27,11 +27,11 @@ def hold_out(
 )->set: # Their names; at least one
     "Groups that are kept from training."
     if not 0 < val < 1:
-        raise ValueError(f"val={val} arrived; expected a part of the groups between 0 and 1.")
+        raise ValueError(f"got val={val}, expected a part of the groups between 0 and 1.")
     names = sorted(set(groups))
     if len(names) < 2:
         raise ValueError(
-            f"pairs of {len(names)} group arrived; expected at least 2, because a generator is "
+            f"got pairs of {len(names)} group, expected at least 2, because a generator is "
             "chosen on patients that it has not seen."
         )
     return set(
@@ -85,7 +85,7 @@ def _scale_of(ds, um_per_px):
     told = sorted(set(ds["um_per_px"])) if "um_per_px" in ds.column_names else []
     if um_per_px is None and len(told) > 1:
         raise ValueError(
-            f"images of {len(told)} resolutions arrived ({', '.join(f'{t:g}' for t in told[:5])} "
+            f"got images of {len(told)} resolutions ({', '.join(f'{t:g}' for t in told[:5])} "
             "micrometres per pixel); expected one: resample them to a common one."
         )
     return um_per_px if um_per_px is not None else round(told[0], 6) if told else None
@@ -123,14 +123,14 @@ def read_examples(
     ):
         if column not in ds.column_names:
             raise ValueError(
-                f"images with the columns {', '.join(ds.column_names)} arrived; expected one "
+                f"got images with the columns {', '.join(ds.column_names)}, expected one "
                 f"called {column!r}."
             )
         if not len(ds):
-            raise ValueError("0 images arrived; expected some to learn from.")
+            raise ValueError("got 0 images, expected some to learn from.")
     if other is not None and objective.paired:
         raise ValueError(
-            f"two sets without pairs arrived, and {type(objective).__name__} learns from pairs: "
+            f"got two sets without pairs, and {type(objective).__name__} learns from pairs: "
             "use CycleGAN or CUT."
         )
     um_per_px = _scale_of(pairs, um_per_px)
@@ -141,15 +141,15 @@ def read_examples(
         and abs(_scale_of(other, None) / um_per_px - 1) > 0.02
     ):
         raise ValueError(
-            f"images at {um_per_px:g} and privileged images at {_scale_of(other, None):g} "
-            "micrometres per pixel arrived; expected one resolution: resample one of the two "
+            f"got images at {um_per_px:g} and privileged images at {_scale_of(other, None):g} "
+            "micrometres per pixel, expected one resolution: resample one of the two "
             "sets."
         )
     groups = {"x": list(pairs["group"]), "y": list(second["group"])}
     if not isinstance(val, (int, float)):
         if other is not None or not set(val) < set(groups["x"]):
             raise ValueError(
-                f"{len(set(val))} groups to choose by arrived for {len(set(groups['x']))} groups "
+                f"got {len(set(val))} groups to choose by for {len(set(groups['x']))} groups "
                 "of pairs; expected some of them, and not all; or a part of them."
             )
         held = {"x": set(val)}
@@ -190,7 +190,7 @@ def cut_pairs(
     side:int, # Side of the squares, pixels of the pairs; images that are smaller stay whole
 )->list[dict]: # Records with `primary`, `privileged` (PIL images) and `group`
     "Squares of a fixed side from every pair, evenly spaced and covering it."
-    if side < 1: raise ValueError(f"side={side} arrived; expected at least 1 pixel.")
+    if side < 1: raise ValueError(f"got side={side}, expected at least 1 pixel.")
     out = []
     for record in pairs:
         a, b = record["primary"], record["privileged"]

@@ -1,9 +1,11 @@
 """Which published network a file of weights belongs to, read from its names and shapes
 
-A file of weights says neither what network it belongs to nor how its images are scaled. Its names and shapes say nearly all of it: how many levels, how wide, which
-normalisation, which padding, whether there is dropout. `recognise` reads them for the generators that most stain translations of the last years were trained with:
-the U-Net and ResNet generators of pix2pix and CycleGAN, the anti-aliased ResNet of CUT, and DeepLIIF's, which are of the same two families. What the file does not
-show is assumed, and said.
+A file of weights says neither what network it belongs to nor how its images are scaled. Its names
+and shapes say nearly all of it: how many levels, how wide, which normalisation, which padding,
+whether there is dropout. `recognise` reads them for the generators that most stain translations of
+the last years were trained with: the U-Net and ResNet generators of pix2pix and CycleGAN, the
+anti-aliased ResNet of CUT, and DeepLIIF's, which are of the same two families. What the file does
+not show is assumed, and said.
 
 **Synthetic images are training aids, not findings**, whoever has trained the generator.
 
@@ -222,7 +224,7 @@ def _generator_in(found, entry):
     flat = _flat(found)
     if not flat:
         raise ValueError(
-            f"{len(found)} entries without a single tensor arrived "
+            f"got {len(found)} entries without a single tensor "
             f"({', '.join(map(str, list(found)[:4]))}); expected the weights of a network "
             "(`network.state_dict()`)."
         )
@@ -233,7 +235,7 @@ def _generator_in(found, entry):
         ]
         if len(chosen) != 1:
             raise ValueError(
-                f"entry={entry!r} arrived; expected one of "
+                f"got entry={entry!r}, expected one of "
                 f"{', '.join(repr(p.rstrip('.')) for p in prefixes) or 'none, as no generator was recognised'}."
             )
         prefixes = chosen
@@ -313,7 +315,7 @@ def _refuse(state):
     }
     best = max(near, key=near.get)
     raise ValueError(
-        f"{len(state)} tensors of no known generator arrived. Nearest is the {best} "
+        f"got {len(state)} tensors of no known generator. Nearest is the {best} "
         f"({near[best]:.0%} of the names): {_differences(state, known[best].state_dict())}. "
         "Build the network yourself and give the module, or export it to TorchScript or ONNX."
     )
@@ -385,11 +387,11 @@ def recognise(
     differences."""
     if batch_statistics not in ("stored", "image"):
         raise ValueError(
-            f"batch_statistics={batch_statistics!r} arrived; expected 'stored' or 'image'."
+            f"got batch_statistics={batch_statistics!r}, expected 'stored' or 'image'."
         )
     if norm not in (None, "batch", "instance", "instance_affine", "none"):
         raise ValueError(
-            f"norm={norm!r} arrived; expected 'batch', 'instance', 'instance_affine' or 'none'."
+            f"got norm={norm!r}, expected 'batch', 'instance', 'instance_affine' or 'none'."
         )
     state, prefix = _generator_in(state, entry)
     unet = "model.model.0.weight" in state
@@ -397,7 +399,7 @@ def recognise(
     if padding is not None:
         if unet or padding not in ("reflect", "replicate") or settings["padding"] == "zero":
             raise ValueError(
-                f"padding={padding!r} arrived for a network with "
+                f"got padding={padding!r} for a network with "
                 f"{'no padding layers' if unet else settings['padding'] + ' padding'}; "
                 "expected 'reflect' or 'replicate', for a ResNet with padding layers."
             )
@@ -413,7 +415,7 @@ def recognise(
             module = (UNet if unet else ResNet)(**settings)
     except (RuntimeError, ValueError) as e:
         raise ValueError(
-            f"names of a {'U-Net' if unet else 'ResNet'} generator with impossible sizes arrived "
+            f"got names of a {'U-Net' if unet else 'ResNet'} generator with impossible sizes "
             f"({settings}): {e}"
         ) from e
     expected = module.state_dict()

@@ -1,11 +1,14 @@
 """One calling convention for everything that supplies a privileged image
 
-A *generator* makes the second image of a pair from the first: `generator.translate(images)` takes and gives `(B, 3, H, W)` floats in [0, 1], with no
-gradient and no randomness. It knows its `key` (a fingerprint of weights and settings, so that a cached pair can tell whose it is), the resolution
-`um_per_px` that it was trained at, and the `training_ids` of what it has seen, so that it can be kept away from test images.
-`load_generator` opens those that synthpi has trained, and those of others.
+A *generator* makes the second image of a pair from the first: `generator.translate(images)` takes
+and gives `(B, 3, H, W)` floats in [0, 1], with no gradient and no randomness. It knows its `key` (a
+fingerprint of weights and settings, so that a cached pair can tell whose it is), the resolution
+`um_per_px` that it was trained at, and the `training_ids` of what it has seen, so that it can be
+kept away from test images. `load_generator` opens those that synthpi has trained, and those of
+others.
 
-**Synthetic images are training aids, not findings.** A generator draws what its training set makes likely, also where the tissue says otherwise.
+**Synthetic images are training aids, not findings.** A generator draws what its training set makes
+likely, also where the tissue says otherwise.
 
 Docs: https://synthpi.github.io/synthpi/nbs/pairs/generators.html.md"""
 
@@ -42,19 +45,19 @@ def check_scale(
     own, name = generator.um_per_px, getattr(generator, "name", type(generator).__name__)
     if um_per_px is None:
         raise ValueError(
-            f"no resolution of the images arrived, and the generator {name!r} was trained at "
+            f"got no resolution of the images, and the generator {name!r} was trained at "
             + (f"{own:g} micrometres per pixel" if own else "one that is not known")
             + ": give the images' own, um_per_px=... (--um-per-px), or um_per_px='same' if a "
               "nucleus has as many pixels in both."
         )
     if isinstance(um_per_px, str) or not 0 < um_per_px < float("inf"):
         raise ValueError(
-            f"um_per_px={um_per_px!r} arrived; expected micrometres per pixel, for example 0.5 at "
+            f"got um_per_px={um_per_px!r}, expected micrometres per pixel, for example 0.5 at "
             "20x, or 'same'."
         )
     if not own:
         raise ValueError(
-            f"images at {um_per_px:g} micrometres per pixel arrived, but the scale that the "
+            f"got images at {um_per_px:g} micrometres per pixel, but the scale that the "
             f"generator {name!r} was trained at is not known: "
             "give it, load_generator(..., um_per_px=...) (--generator-um-per-px), or translate "
             "without a scale if it is the same."
@@ -151,12 +154,12 @@ class ModuleGenerator:
 def _check(images):
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
-            f"images of shape {tuple(images.shape)} and type {images.dtype} arrived; expected "
+            f"got images of shape {tuple(images.shape)} and type {images.dtype}, expected "
             "floats (B, 3, H, W) in [0, 1]."
         )
     if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
         raise ValueError(
-            f"images with values {images.min():.3g} to {images.max():.3g} arrived; expected [0, "
+            f"got images with values {images.min():.3g} to {images.max():.3g}, expected [0, "
             "1]: divide 8-bit images by 255."
         )
 
@@ -206,7 +209,7 @@ def save_generator(
     "Write weights and a header that tells how to build the generator again; atomic."
     if getattr(generator.module, "spec", {}).get("name") not in NETWORKS:
         raise ValueError(
-            f"a {type(generator.module).__name__} without a known `spec` arrived; expected a "
+            f"got a {type(generator.module).__name__} without a known `spec`, expected a "
             "module of make_unet or make_resnet."
         )
     settings = {k: getattr(generator, k) for k in ("um_per_px", "training_ids", "name", "licence")}
@@ -307,7 +310,7 @@ def load_generator(
             "example range=(-1, 1) after a Tanh, range=(0, 1), or range=((0, 1), 'logits')."
         )
     if multiple is not None:
-        if multiple < 1: raise ValueError(f"multiple={multiple} arrived; expected at least 1.")
+        if multiple < 1: raise ValueError(f"got multiple={multiple}, expected at least 1.")
         network.multiple, network.least, network.assumed = (
             multiple,
             multiple,
@@ -340,12 +343,12 @@ def _own(path, device, um_per_px, training_ids, name, licence, told):
     )
     if given := [k for k, v in told.items() if v is not None]:
         raise ValueError(
-            f"{', '.join(given)} arrived for {path}, which holds its own settings; expected none."
+            f"got {', '.join(given)} for {path}, which holds its own settings; expected none."
         )
     settings = facts["settings"]
     if um_per_px and settings["um_per_px"] not in (None, um_per_px):
         raise ValueError(
-            f"um_per_px={um_per_px} arrived for {path}, which was trained at "
+            f"got um_per_px={um_per_px} for {path}, which was trained at "
             f"{settings['um_per_px']}; expected none. The resolution of the tiles is given to "
             "translate."
         )

@@ -1,9 +1,13 @@
 """How far a set of synthetic images is from the set of true ones, and what looks at them
 
-`kid` compares two *sets* of images by their features. What it sees depends on who gives the features: `PhantomEncoder`, a small network that ships with synthpi and has seen simulated tissue only;
-`RandomFeatures`, convolutions that have seen nothing; or any encoder of your own. A value means something next to another one of the same encoder, the same images and the same number of them, and nothing else.
+`kid` compares two *sets* of images by their features. What it sees depends on who gives the
+features: `PhantomEncoder`, a small network that ships with synthpi and has seen simulated tissue
+only; `RandomFeatures`, convolutions that have seen nothing; or any encoder of your own. A value
+means something next to another one of the same encoder, the same images and the same number of
+them, and nothing else.
 
-**Synthetic images are training aids, not findings.** A small distance says that two sets look alike to an encoder.
+**Synthetic images are training aids, not findings.** A small distance says that two sets look alike
+to an encoder.
 
 Docs: https://synthpi.github.io/synthpi/nbs/pairs/kid.html.md"""
 
@@ -36,7 +40,7 @@ def kid(
     "Unbiased squared maximum mean discrepancy with the cubic kernel."
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(
-            f"features of shapes {x.shape} and {y.shape} arrived; expected (M, R) and (N, R) with "
+            f"got features of shapes {x.shape} and {y.shape}, expected (M, R) and (N, R) with "
             "at least two rows each."
         )
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -50,7 +54,7 @@ def kid(
     g = pd.factorize(np.asarray(groups).astype(str))[0]
     if len(x) != len(y) or len(g) != len(x) or g.max() < 1:
         raise ValueError(
-            f"{len(x)} and {len(y)} features in {len(set(g))} groups arrived; expected as many, "
+            f"got {len(x)} and {len(y)} features in {len(set(g))} groups, expected as many, "
             "and at least two groups."
         )
     keep = g[:, None] != g

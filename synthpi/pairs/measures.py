@@ -124,7 +124,7 @@ def seam_score(
     reach = width - 1 + around
     if width < 1 or around < 1 or period <= 2*reach:
         raise ValueError(
-            f"period={period}, width={width}, around={around} arrived; expected width and around "
+            f"got period={period}, width={width}, around={around}, expected width and around "
             f"of at least 1 and a period of more than {2 * reach}, so that surroundings do not "
             "overlap."
         )

@@ -1,11 +1,16 @@
 """What a generator learns from: pairs, or two sets that are not paired
 
-An *objective* says what a generator shall learn from a small set of images. With pairs, `Regression` fits the second image directly, and `Pix2Pix` adds a critic that looks at patches. Without pairs, when images and masks, or two stains, come from
-different patients, `CycleGAN` asks for the way back, and `CUT` that every patch of the answer can be told from the same patch of the input.
+An *objective* says what a generator shall learn from a small set of images. With pairs,
+`Regression` fits the second image directly, and `Pix2Pix` adds a critic that looks at patches.
+Without pairs, when images and masks, or two stains, come from different patients, `CycleGAN` asks
+for the way back, and `CUT` that every patch of the answer can be told from the same patch of the
+input.
 
-An objective builds one module that holds generator and critics; called with a batch it gives the scalar to minimise and its terms, so that the ordinary `Trainer` trains, checkpoints and resumes it.
+An objective builds one module that holds generator and critics; called with a batch it gives the
+scalar to minimise and its terms, so that the ordinary `Trainer` trains, checkpoints and resumes it.
 
-**Synthetic images are training aids, not findings.** A critic rewards what looks like the training set, also where the tissue says otherwise; most of all without pairs.
+**Synthetic images are training aids, not findings.** A critic rewards what looks like the training
+set, also where the tissue says otherwise; most of all without pairs.
 
 Docs: https://synthpi.github.io/synthpi/nbs/pairs/objectives.html.md"""
 
@@ -39,14 +44,14 @@ def read_mask(
     "Where a mask is not background, which is 0. `ValueError` for a JPEG, whose 0 is not 0."
     if getattr(image, "format", None) == "JPEG":
         raise ValueError(
-            "a mask in a JPEG arrived, which has blurred its 0 and its rims: threshold it and "
+            "got a mask in a JPEG, which has blurred its 0 and its rims: threshold it and "
             "save it as PNG, or give kind='image' if it is no mask."
         )
     values = np.asarray(image)
     if values.dtype == bool: values = values.astype(np.uint8)
     if values.dtype.kind not in "ui":
         raise ValueError(
-            f"a mask of {values.dtype} arrived; expected whole numbers, 0 for background."
+            f"got a mask of {values.dtype}, expected whole numbers, 0 for background."
         )
     # without an alpha channel
     if values.ndim == 3: values = values[..., :3 if values.shape[2] >= 3 else 1].max(2)
@@ -68,14 +73,14 @@ class Objective:
         **options, # Other arguments of the network's builder: `blocks`, `antialias`
     ):
         if kind not in ("mask", "image"):
-            raise ValueError(f"kind {kind!r} arrived; expected 'mask' or 'image'.")
+            raise ValueError(f"got kind {kind!r}, expected 'mask' or 'image'.")
         if network not in NETWORKS:
-            raise ValueError(f"network {network!r} arrived; expected one of {', '.join(NETWORKS)}.")
-        if width < 1: raise ValueError(f"width={width} arrived; expected at least 1 channel.")
+            raise ValueError(f"got network {network!r}, expected one of {', '.join(NETWORKS)}.")
+        if width < 1: raise ValueError(f"got width={width}, expected at least 1 channel.")
         known = inspect.signature(NETWORKS[network]).parameters
         if strange := sorted(set(options) - set(known)):
             raise ValueError(
-                f"{', '.join(strange)} arrived for the network {network!r}; expected some of "
+                f"got {', '.join(strange)} for the network {network!r}; expected some of "
                 f"{', '.join(known)}."
             )
         self.kind, self.width, self.network, self.options = kind, width, network, options
@@ -131,7 +136,7 @@ def dice_score(
     r"Overlap $2\sum ab/(\sum a+\sum b)$, with 1 added above and below."
     if a.shape != b.shape:
         raise ValueError(
-            f"masks of shape {tuple(a.shape)} and {tuple(b.shape)} arrived; expected the same "
+            f"got masks of shape {tuple(a.shape)} and {tuple(b.shape)}, expected the same "
             "shape."
         )
     return (2*(a*b).sum() + 1)/(a.sum() + b.sum() + 1)
@@ -276,7 +281,7 @@ class ImagePool(nn.Module):
         if not self.size: return fresh.detach()
         if fresh.shape[1:] != self.images.shape[1:]:
             raise ValueError(
-                f"images of shape {tuple(fresh.shape[1:])} arrived for a pool of "
+                f"got images of shape {tuple(fresh.shape[1:])} for a pool of "
                 f"{tuple(self.images.shape[1:])}: give the objective the crop that is trained on."
             )
         out, fresh, swap = [], fresh.detach().to(self.images.dtype), torch.rand(len(fresh)).tolist()
@@ -298,7 +303,7 @@ class _Shown(nn.Module):
         super().__init__()
         if not 0 <= objective.soft < 0.5:
             raise ValueError(
-                f"soft={objective.soft} arrived; expected 0 or more and below 0.5, for example 0.1."
+                f"got soft={objective.soft}, expected 0 or more and below 0.5, for example 0.1."
             )
         self.mask, self.dark, self.soft = objective.kind == "mask", objective.dark, objective.soft
 

@@ -1,8 +1,10 @@
 """The synthesised privileged column: made once, checked, and with a history
 
-`add_privileged` gives every tile of a data set its synthetic second image. The images live in a cache whose names are hashes of *what they were made from*: the bytes
-of the tile, the weights of the generator, and the resolution. A second run finds them again, also after the folder was moved; a run that was killed goes
-on; a file that was damaged is made anew. `manifest.csv` beside them says which image belongs to which tile, who made it, and under which licence.
+`add_privileged` gives every tile of a data set its synthetic second image. The images live in a
+cache whose names are hashes of *what they were made from*: the bytes of the tile, the weights of
+the generator, and the resolution. A second run finds them again, also after the folder was moved; a
+run that was killed goes on; a file that was damaged is made anew. `manifest.csv` beside them says
+which image belongs to which tile, who made it, and under which licence.
 
 **Synthetic images are training aids, not findings.**
 
@@ -73,7 +75,7 @@ class _Scales:
         if given not in (None, "same"):
             if isinstance(given, str) or not 0 < given < float("inf"):
                 raise ValueError(
-                    f"um_per_px={given!r} arrived; expected micrometres per pixel, for example "
+                    f"got um_per_px={given!r}, expected micrometres per pixel, for example "
                     "0.5 at 20x, or 'same'."
                 )
             given = float(f"{given:.6g}")
@@ -88,7 +90,7 @@ class _Scales:
     def _find(self, value):
         if value is not None and self.given not in (None, "same", value):
             raise ValueError(
-                f"um_per_px={self.given} arrived for tiles whose column um_per_px says {value:g}: "
+                f"got um_per_px={self.given} for tiles whose column um_per_px says {value:g}: "
                 "give none, or correct the column."
             )
         used = value if self.given is None else self.given
@@ -315,10 +317,10 @@ def add_privileged(
     generators = generator if isinstance(generator, dict) else {column: generator}
     if not generators or "primary" in generators:
         raise ValueError(
-            f"generators for the columns {', '.join(generators) or '(none)'} arrived; expected at "
+            f"got generators for the columns {', '.join(generators) or '(none)'}, expected at "
             "least one, and none called primary."
         )
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size} arrived; expected at least 1.")
+    if batch_size < 1: raise ValueError(f"got batch_size={batch_size}, expected at least 1.")
     if ds.column_names is not None and "primary" not in ds.column_names:
         raise ValueError(
             f"the tiles have the columns {', '.join(ds.column_names)}; expected an image column "
@@ -567,7 +569,7 @@ def cached_privileged(
     key = generator_key or next(iter(names))
     if key not in names:
         raise ValueError(
-            f"generator_key={key!r} arrived, and {cache} holds images of "
+            f"got generator_key={key!r}, and {cache} holds images of "
             + ", ".join(f"{k!r} ({v})" for k, v in names.items())
             + ": give one of these keys."
         )

@@ -1,10 +1,16 @@
 """Is the synthetic image the second image of *this* tissue? Measures with and without true pairs, each shown to fall on damage
 
-`pair_quality` judges synthetic second images before a study trusts them. Where true partners are known it gives SSIM, PSNR, L1, Dice and KID; where they are not, it asks whether the structure agrees
-with the primary image, whether nuclei are as many, whether outputs are as diverse as inputs, and whether there are clipped values, checkerboards or seams. Every number comes with a 95 % interval, over
-groups (patients) where they are known. `worst_pairs` shows what lies behind a number, and `damage` spoils pairs on purpose, so that it can be seen whether a measure reacts on *your* images.
+`pair_quality` judges synthetic second images before a study trusts them. Where true partners are
+known it gives SSIM, PSNR, L1, Dice and KID; where they are not, it asks whether the structure
+agrees with the primary image, whether nuclei are as many, whether outputs are as diverse as inputs,
+and whether there are clipped values, checkerboards or seams. Every number comes with a 95 %
+interval, over groups (patients) where they are known. `worst_pairs` shows what lies behind a
+number, and `damage` spoils pairs on purpose, so that it can be seen whether a measure reacts on
+*your* images.
 
-**Synthetic images are training aids, not findings.** A good score says that an image resembles what was asked for. It does not say that a synthetic nucleus, or a synthetic stain, is there in the tissue.
+**Synthetic images are training aids, not findings.** A good score says that an image resembles what
+was asked for. It does not say that a synthetic nucleus, or a synthetic stain, is there in the
+tissue.
 
 Docs: https://synthpi.github.io/synthpi/nbs/pairs/quality.html.md"""
 
@@ -278,18 +284,18 @@ def pair_quality(
     seed:int=0, # Of the draws
 )->Quality: # Table, scores of pairs, notes
     "How good synthetic second images are, with intervals."
-    if not (n := len(pairs)): raise ValueError("0 pairs arrived; expected at least two.")
+    if not (n := len(pairs)): raise ValueError("got 0 pairs, expected at least two.")
     if um_per_px is not None and not 0 < um_per_px < np.inf:
         raise ValueError(
-            f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at "
+            f"got um_per_px={um_per_px}, expected micrometres per pixel, for example 0.5 at "
             "20x, or None."
         )
     if n < 2:
         raise ValueError(
-            "1 pair arrived; expected at least two: diversity and intervals need a set."
+            "got 1 pair, expected at least two: diversity and intervals need a set."
         )
     if kind not in (None, "image", "mask"):
-        raise ValueError(f"kind={kind!r} arrived; expected 'image', 'mask' or None.")
+        raise ValueError(f"got kind={kind!r}, expected 'image', 'mask' or None.")
     get = {
         "primary": _column(pairs, "primary", "the image that is known"),
         "privileged": _column(pairs, "privileged", "the synthetic image"),
@@ -307,7 +313,7 @@ def pair_quality(
         )
     for what, x in (("groups", groups), ("true images", None if isinstance(true, str) else true)):
         if x is not None and len(x) != n:
-            raise ValueError(f"{len(x)} {what} arrived for {n} pairs; expected one for each.")
+            raise ValueError(f"got {len(x)} {what} for {n} pairs; expected one for each.")
     index = (
         np.arange(n)
         if most is None or n <= most
@@ -433,7 +439,7 @@ def damage(
 )->list[np.ndarray]: # (H, W, 3) uint8 each
     "Images that are spoilt on purpose, to see whether a measure notices."
     if how not in DAMAGES:
-        raise ValueError(f"damage {how!r} arrived; expected one of {', '.join(DAMAGES)}.")
+        raise ValueError(f"got damage {how!r}, expected one of {', '.join(DAMAGES)}.")
     rng, images = np.random.default_rng(seed), [to_rgb(x) for x in images]
     if how == "shuffled":
         order = rng.permutation(len(images))
@@ -472,7 +478,7 @@ def worst_pairs(
     known = [m for m in MEASURES if m in quality.scores]
     if measure not in known:
         raise ValueError(
-            f"measure {measure!r} arrived; expected one that every pair has: {', '.join(known)}."
+            f"got measure {measure!r}, expected one that every pair has: {', '.join(known)}."
         )
     worst = (
         quality.scores.dropna(subset=measure)
@@ -481,7 +487,7 @@ def worst_pairs(
     )
     if n < 1 or worst.empty:
         raise ValueError(
-            f"n={n} and {len(worst)} pairs with a value of {measure} arrived; expected at least "
+            f"got n={n} and {len(worst)} pairs with a value of {measure}, expected at least "
             "one."
         )
     rows = ["primary", "privileged"] + ["true"]*(true is not None)

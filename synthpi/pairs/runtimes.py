@@ -1,8 +1,11 @@
 """PyTorch files, TorchScript, ONNX, diffusion pipelines and callables, opened without running a pickle
 
-Networks are handed on as PyTorch files, as TorchScript, as ONNX graphs, as folders of a diffusion pipeline, or as an object in the same program. `read_network` opens each of them and
-says what it found. None is opened by unpickling: a pickle is a program, and a file of weights from somewhere else should not be able to run one. A PyTorch file is read by PyTorch's
-reader for weights alone, TorchScript is a language of its own without access to Python, ONNX is a graph, and of a pipeline only safetensors are taken.
+Networks are handed on as PyTorch files, as TorchScript, as ONNX graphs, as folders of a diffusion
+pipeline, or as an object in the same program. `read_network` opens each of them and says what it
+found. None is opened by unpickling: a pickle is a program, and a file of weights from somewhere
+else should not be able to run one. A PyTorch file is read by PyTorch's reader for weights alone,
+TorchScript is a language of its own without access to Python, ONNX is a graph, and of a pipeline
+only safetensors are taken.
 
 **Synthetic images are training aids, not findings**, whoever has trained the generator.
 
@@ -100,7 +103,7 @@ def as_range(
             map(float, given[1])
         )
     raise ValueError(
-        f"range={given!r} arrived; expected (low, high), ((low, high), (low, high)), or ((low, "
+        f"got range={given!r}, expected (low, high), ((low, high), (low, high)), or ((low, "
         "high), 'logits')."
     )
 
@@ -248,8 +251,8 @@ class _Onnx(nn.Module):
     def forward(self, x):
         if any(isinstance(n, int) and n != given for n, given in zip(self.sides, x.shape[2:])):
             raise ValueError(
-                f"the ONNX graph takes {self.sides[0]} x {self.sides[1]} pixels only, and images "
-                f"of {x.shape[2]} x {x.shape[3]} arrived (at its resolution, padded): cut smaller "
+                f"got the ONNX graph takes {self.sides[0]} x {self.sides[1]} pixels only, and images "
+                f"of {x.shape[2]} x {x.shape[3]} (at its resolution, padded): cut smaller "
                 "tiles."
             )
         given = (
@@ -330,12 +333,12 @@ class _Diffusion(nn.Module):
         if self.takes is not None:
             if lacks := {"image", "generator", "output_type"} - self.takes:
                 raise ValueError(
-                    f"a {type(pipe).__name__} without {', '.join(sorted(lacks))} arrived; "
+                    f"got a {type(pipe).__name__} without {', '.join(sorted(lacks))}, "
                     "expected an image-to-image pipeline whose noise can be seeded."
                 )
             if unknown := set(options) - self.takes:
                 raise ValueError(
-                    f"options {', '.join(sorted(unknown))} arrived; the {type(pipe).__name__} "
+                    f"got options {', '.join(sorted(unknown))}; the {type(pipe).__name__} "
                     f"takes {', '.join(sorted(self.takes))}."
                 )
 
@@ -475,12 +478,12 @@ def read_network(
         )
     if not isinstance(source, Callable):
         raise TypeError(
-            f"a {type(source).__name__} arrived; expected a path, a module, a pipeline, or a "
+            f"got a {type(source).__name__}, expected a path, a module, a pipeline, or a "
             "function from images to images."
         )
     if not name:
         raise ValueError(
-            f"the function {getattr(source, '__name__', type(source).__name__)} arrived without a "
+            f"got the function {getattr(source, '__name__', type(source).__name__)} without a "
             "name; a function has no weights to be told apart by in a cache: "
             "give name='...', and another one when it changes."
         )

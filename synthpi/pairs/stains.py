@@ -1,8 +1,11 @@
 """Privileged images that no network has learnt: a slide's own stains, and what a synthetic image has to be better than
 
-A synthetic second image can help for reasons that have nothing to do with what the generator has learnt: a second encoder, a second augmentation, any second picture at all. The generators
-here take these reasons apart. `Macenko` gives a stain by the colours of the slide itself. `Blank` gives nothing, `Shuffled` the image of another tile, `RandomWeights` the same network
-before it has learnt. All keep the generators' calling convention, so a control is one argument away from the experiment.
+A synthetic second image can help for reasons that have nothing to do with what the generator has
+learnt: a second encoder, a second augmentation, any second picture at all. The generators here take
+these reasons apart. `Macenko` gives a stain by the colours of the slide itself. `Blank` gives
+nothing, `Shuffled` the image of another tile, `RandomWeights` the same network before it has
+learnt. All keep the generators' calling convention, so a control is one argument away from the
+experiment.
 
 **Synthetic images are training aids, not findings**; the controls say how far they aid.
 
@@ -39,7 +42,7 @@ class StainGenerator:
     ):
         names = ("haematoxylin", "eosin", "dab")
         if stain not in names:
-            raise ValueError(f"stain {stain!r} arrived; expected one of {', '.join(names)}.")
+            raise ValueError(f"got stain {stain!r}, expected one of {', '.join(names)}.")
         self.stain, self.full, self.name = names.index(stain), full, stain
 
     @property
@@ -65,7 +68,7 @@ def _density(images): return -images.clamp(min=1/255).log10()
 
 def _check_pair(pair):
     if len(pair) != 2 or len({*pair}) != 2 or not {*pair} <= _COLOURS.keys():
-        raise ValueError(f"pair={pair!r} arrived; expected two of {', '.join(_COLOURS)}.")
+        raise ValueError(f"got pair={pair!r}, expected two of {', '.join(_COLOURS)}.")
 
 def macenko_stains(
     images:Tensor, # `(B, 3, H, W)` in [0, 1], of one slide or one laboratory
@@ -83,7 +86,7 @@ def macenko_stains(
     od = od[(od >= background).all(1)]
     if len(od) < 50:
         raise ValueError(
-            f"images with {len(od)} pixels of tissue arrived; expected at least 50: give more "
+            f"got images with {len(od)} pixels of tissue, expected at least 50: give more "
             f"tiles, or lower background={background}."
         )
     # ascending; the squared singular values of the densities
@@ -95,7 +98,7 @@ def macenko_stains(
     edges = angle[[round((len(angle) - 1)*p/100) for p in (percentile, 100 - percentile)]]
     if edges[1] - edges[0] < 0.1:
         raise ValueError(
-            "images with one stain only arrived (their colours lie within "
+            "got images with one stain only (their colours lie within "
             f"{edges[1] - edges[0]:.3f} rad); expected two: give tiles of several tissues."
         )
     found = F.normalize(
@@ -119,13 +122,13 @@ class Macenko:
         background:float=.15, # As for `macenko_stains`
     ):
         if stain not in pair:
-            raise ValueError(f"stain {stain!r} arrived; expected one of {', '.join(pair)}.")
+            raise ValueError(f"got stain {stain!r}, expected one of {', '.join(pair)}.")
         _check_pair(pair)
         if stains is not None and (
             tuple(stains.shape) != (2, 3) or torch.linalg.matrix_rank(stains) < 2
         ):
             raise ValueError(
-                f"stains of shape {tuple(stains.shape)} arrived; expected the (2, 3) of "
+                f"got stains of shape {tuple(stains.shape)}, expected the (2, 3) of "
                 "macenko_stains, two different colours."
             )
         self.stain, self.pair, self.stains, self.full, self.percentile, self.background = (
@@ -185,7 +188,7 @@ class Blank:
         value:float=0., # In [0, 1]; 0 black, 1 white
     ):
         if not 0 <= value <= 1:
-            raise ValueError(f"value={value} arrived; expected a gray in [0, 1].")
+            raise ValueError(f"got value={value}, expected a gray in [0, 1].")
         self.value, self.name = float(value), "blank"
 
     @property
@@ -242,7 +245,7 @@ class Shuffled:
         ]
         if not others:
             raise ValueError(
-                f"a tile of shape {tuple(image.shape)} arrived, and the pool of {len(self.pool)} "
+                f"got a tile of shape {tuple(image.shape)}, and the pool of {len(self.pool)} "
                 "holds no other of that shape; expected at least one."
             )
         return others[seed_for(self.seed, "shuffled", own) % len(others)]
@@ -279,8 +282,8 @@ class RandomWeights(ModuleGenerator):
             for path, layer in self.module.cpu().named_modules():
                 if hasattr(layer, "reset_parameters"): layer.reset_parameters()
                 elif own := [f"{path}.{n}".lstrip(".") for n, _ in layer.named_parameters(recurse=False)]:
-                    raise ValueError(f"the weights {', '.join(own)} of a {type(layer).__name__} "
-                                     "arrived, which PyTorch cannot draw anew; expected "
+                    raise ValueError(f"got the weights {', '.join(own)} of a {type(layer).__name__}"
+                                     ", which PyTorch cannot draw anew; expected "
                                      "PyTorch's own layers "
                                      "(a TorchScript or ONNX network has none).")
         self.module.to(device).eval().requires_grad_(False)

@@ -1,10 +1,13 @@
 """Overlapping tiles, blended: the same image in whatever order the tiles come, with seams weaker than the generator's own noise
 
-A slide does not fit through a generator at once. `translate_large` sends it through in overlapping tiles and blends them with windows that add up to one. The sum is
-kept in whole numbers, where the order of addition does not matter, so the result is the same to the last bit for any order of the tiles. `seam_score` measures
-what a border between tiles adds to the image, `grid_noise` what the choice of the grid changes at all: the first should be below the second.
+A slide does not fit through a generator at once. `translate_large` sends it through in overlapping
+tiles and blends them with windows that add up to one. The sum is kept in whole numbers, where the
+order of addition does not matter, so the result is the same to the last bit for any order of the
+tiles. `seam_score` measures what a border between tiles adds to the image, `grid_noise` what the
+choice of the grid changes at all: the first should be below the second.
 
-**Synthetic images are training aids, not findings.** Blending hides borders; it does not make what is drawn true.
+**Synthetic images are training aids, not findings.** Blending hides borders; it does not make what
+is drawn true.
 
 Docs: https://synthpi.github.io/synthpi/nbs/pairs/tiling.html.md"""
 
@@ -77,7 +80,7 @@ def _reader(image):
     if isinstance(image, Tensor):
         if image.ndim != 3 or not image.is_floating_point():
             raise ValueError(
-                f"a tensor of shape {tuple(image.shape)} and type {image.dtype} arrived; expected "
+                f"got a tensor of shape {tuple(image.shape)} and type {image.dtype}, expected "
                 "floats (C, H, W) in [0, 1], one image."
             )
         size, read = (
@@ -92,7 +95,7 @@ def _reader(image):
         image = np.asarray(image) if isinstance(image, Image.Image) else image
         if getattr(image, "ndim", 0) not in (2, 3):
             raise ValueError(
-                f"{type(image).__name__} of shape {getattr(image, 'shape', None)} arrived; "
+                f"got {type(image).__name__} of shape {getattr(image, 'shape', None)}, "
                 "expected one image (H, W) or (H, W, C)."
             )
         def read(rows, cols):
@@ -105,7 +108,7 @@ def _reader(image):
         size = image.shape[:2]
     if 0 in size:
         raise ValueError(
-            f"an image of {size[0]} x {size[1]} pixels arrived; expected at least one pixel."
+            f"got an image of {size[0]} x {size[1]} pixels, expected at least one pixel."
         )
     return *size, read
 
@@ -114,7 +117,7 @@ def _orderly(order, n):
     if isinstance(order, (int, np.integer)): return np.random.default_rng(order).permutation(n)
     if sorted(order) != list(range(n)):
         raise ValueError(
-            f"an order of {len(order)} tiles arrived that is no permutation of the {n} tiles 0 to "
+            f"got an order of {len(order)} tiles that is no permutation of the {n} tiles 0 to "
             f"{n - 1}."
         )
     return order
@@ -149,10 +152,10 @@ def translate_large(
         or not 0 <= shift < tile - overlap
     ):
         raise ValueError(
-            f"tile={tile}, overlap={overlap}, shift={shift} arrived; expected an even overlap of "
+            f"got tile={tile}, overlap={overlap}, shift={shift}, expected an even overlap of "
             "at most half a tile, and a shift from 0 to tile - overlap - 1."
         )
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size} arrived; expected at least 1.")
+    if batch_size < 1: raise ValueError(f"got batch_size={batch_size}, expected at least 1.")
     ys, xs = (_Axis(length, tile, overlap, shift) for length in (height, width))
     tensor, result = out is None and isinstance(image, Tensor), out
     cells, order = {}, _orderly(order, ys.n*xs.n)

@@ -1,7 +1,10 @@
 """Training a generator on a small set of images, paired or not
 
-A generator is trained on few pairs, often of another laboratory, and then used on many tiles that look different. Two things carry it across: it is trained
-on strongly recoloured and rescaled crops, and it is chosen on *patients* that it has not seen. `fit_generator` does it for every objective of `synthpi.pairs.objectives`, on pairs or on two sets that are not paired, and goes on where it was stopped.
+A generator is trained on few pairs, often of another laboratory, and then used on many tiles that
+look different. Two things carry it across: it is trained on strongly recoloured and rescaled crops,
+and it is chosen on *patients* that it has not seen. `fit_generator` does it for every objective of
+`synthpi.pairs.objectives`, on pairs or on two sets that are not paired, and goes on where it was
+stopped.
 
 **Synthetic images are training aids, not findings.**
 
@@ -113,15 +116,15 @@ def check_training(
     "`ValueError` for numbers that cannot work."
     if crop % 16 or crop < 32:
         raise ValueError(
-            f"crop={crop} arrived; expected a multiple of 16, the U-Net's down-sampling, of at "
+            f"got crop={crop}, expected a multiple of 16, the U-Net's down-sampling, of at "
             "least 32."
         )
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} arrived; expected at least 1 crop.")
+        raise ValueError(f"got batch_size={batch_size}, expected at least 1 crop.")
     if lr is not None and not 0 < lr < float("inf"):
-        raise ValueError(f"lr={lr} arrived; expected a learning rate above 0.")
+        raise ValueError(f"got lr={lr}, expected a learning rate above 0.")
     for name, x in (("evaluate_every", evaluate_every), ("patience", patience)):
-        if x is not None and x < 1: raise ValueError(f"{name}={x} arrived; expected at least 1.")
+        if x is not None and x < 1: raise ValueError(f"got {name}={x}, expected at least 1.")
 
 def fit_generator(
     # Columns `primary`, `privileged`, `group`, with `other` `primary` and `group`; or what
@@ -162,7 +165,7 @@ def fit_generator(
     if objective is None:
         if isinstance(pairs, Examples):
             raise ValueError(
-                "examples arrived without an objective; expected the one that they were read for."
+                "got examples without an objective; expected the one that they were read for."
             )
         second = pairs if other is None else other
         objective = Regression(
@@ -394,7 +397,7 @@ def _crops(images, targets, rows, unpaired, crop, batch_size, seed, start, objec
     share = batch_size//world + (accelerator.process_index < batch_size % world)
     if not share:
         raise ValueError(
-            f"batch_size={batch_size} arrived for {world} processes; expected at least one crop "
+            f"got batch_size={batch_size} for {world} processes; expected at least one crop "
             "for each."
         )
     while True:

@@ -1,7 +1,10 @@
 """A grid of crops through a frozen encoder into one Parquet file, and what a probe reads out of it
 
-`embed_volumes` covers volumes with a grid of crops, in the frame and the normalisation of training, and writes one row for each crop: its embedding, where it was, whose it was, and the labels of its voxels. The file is
-whole or not there, and says which encoder and which arrays it came from. `probe_table` asks it how well the embeddings know the position and the regions; it also reads features that were made elsewhere, of tiles for example.
+`embed_volumes` covers volumes with a grid of crops, in the frame and the normalisation of training,
+and writes one row for each crop: its embedding, where it was, whose it was, and the labels of its
+voxels. The file is whole or not there, and says which encoder and which arrays it came from.
+`probe_table` asks it how well the embeddings know the position and the regions; it also reads
+features that were made elsewhere, of tiles for example.
 
 ```python
 embed_volumes(encoder, store, "embeddings.parquet", size=32, stride=16, labels="center")
@@ -83,18 +86,18 @@ def _check_run(encoder, store, out, volumes, labels, frame, overwrite):
     "Volumes, rules and label values of a run that can begin"
     if not isinstance(encoder, nn.Module):
         raise TypeError(
-            f"a {type(encoder).__name__} arrived as encoder; expected a module (K, 1, X, Y, Z) to "
+            f"got a {type(encoder).__name__} as encoder; expected a module (K, 1, X, Y, Z) to "
             "(K, R): open a file with load_encoder."
         )
     spec = getattr(encoder, "spec", {})
     if spec.get("spatial_dims", 3) != 3 or spec.get("in_channels", 1) != 1:
         raise ValueError(
-            f"an encoder for {spec['in_channels']} channels in {spec['spatial_dims']} dimensions "
-            "arrived; expected one for volumes: make_encoder(..., in_channels=1, spatial_dims=3)."
+            f"got an encoder for {spec['in_channels']} channels in {spec['spatial_dims']} dimensions,"
+            " expected one for volumes: make_encoder(..., in_channels=1, spatial_dims=3)."
         )
     if out.suffix != ".parquet":
         raise ValueError(
-            f"out={str(out)!r} arrived; expected the name of a file that ends in .parquet."
+            f"got out={str(out)!r}, expected the name of a file that ends in .parquet."
         )
     if out.exists() and not overwrite:
         raise ValueError(
@@ -104,24 +107,24 @@ def _check_run(encoder, store, out, volumes, labels, frame, overwrite):
     if odd := [i for i in volumes if not 0 <= i < len(store)]:
         raise IndexError(f"volume {odd[0]} of {len(store)}")
     if not volumes or len(set(volumes)) < len(volumes):
-        raise ValueError(f"the volumes {volumes} arrived; expected one at least, and each once.")
+        raise ValueError(f"got the volumes {volumes}, expected one at least, and each once.")
     store.position(volumes[0], [[0., 0, 0]], frame)
     rules = (labels,) if isinstance(labels, str) else tuple(labels or ())
     if set(rules) - {"center", "any"}:
         raise ValueError(
-            f"labels={labels!r} arrived; expected None, 'center', 'any', or both of these."
+            f"got labels={labels!r}, expected None, 'center', 'any', or both of these."
         )
     values = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
     if rules and (
         bare := [store.names[i] for i in volumes if "label.npy" not in store.items[i]["sha256"]]
     ):
         raise ValueError(
-            f"labels={labels!r} arrived and {some_names(bare)} have none: leave these out, or "
+            f"got labels={labels!r} and {some_names(bare)} have none: leave these out, or "
             "labels=None."
         )
     if rules and not values:
         raise ValueError(
-            f"labels={labels!r} arrived and no voxel of these volumes is labelled: give "
+            f"got labels={labels!r} and no voxel of these volumes is labelled: give "
             "labels=None."
         )
     return volumes, rules, values
@@ -332,7 +335,7 @@ def read_embeddings(
     damaged, or has no such volume."""
     path, wanted = Path(path), [volumes] if isinstance(volumes, str) else volumes
     if wanted is not None and not len(wanted):
-        raise ValueError("volumes=[] arrived; expected names of volumes, or None for all.")
+        raise ValueError("got volumes=[], expected names of volumes, or None for all.")
     table, facts = _read_parquet(
         path, None if wanted is None else [("volume", "in", [str(v) for v in wanted])]
     )
@@ -436,13 +439,13 @@ def _answers(found, target):
         values = found.facts["values"]
         if not values:
             raise ValueError(
-                f"target={target!r} arrived and the embeddings have no labels: embed again with "
+                f"got target={target!r} and the embeddings have no labels: embed again with "
                 "labels='center' or 'any', or take target='position'."
             )
         known = [str(r) for r in values]
         if target != "labels" and target not in known:
             raise ValueError(
-                f"target={target!r} arrived; expected 'position', 'labels' for all regions, or "
+                f"got target={target!r}, expected 'position', 'labels' for all regions, or "
                 f"one of the regions {some_names(known, 30)}."
             )
         chosen = values if target == "labels" else [int(target)]
@@ -477,7 +480,7 @@ def _probe_labels(found, target, group, split, folds, seed, device):
     n = len(set(groups))
     if n < 3:
         raise ValueError(
-            f"{len(found)} rows of {n} groups arrived ({group}: "
+            f"got {len(found)} rows of {n} groups ({group}: "
             f"{some_names(sorted(set(groups)))}); expected 3 groups at least: one to score on, "
             "and two to choose the penalty on."
         )
@@ -526,7 +529,7 @@ def probe_table(
     "What frozen features know, as a table; `ValueError` when they cannot be asked that."
     found = features if isinstance(features, Embeddings) else read_features(features)
     target = str(target)
-    if folds < 2: raise ValueError(f"folds={folds} arrived; expected 2 or more.")
+    if folds < 2: raise ValueError(f"got folds={folds}, expected 2 or more.")
     if target == "position" and target not in found.table:
         return _probe_position(found, group, seed)
     return _probe_labels(found, target, group, split, folds, seed, device)

@@ -1,7 +1,10 @@
 """Coverage, saliency, sanity check and map of finished encoders, in one call and one page
 
-`explain_run` takes one encoder or several, as files or as the run folders of a study, and a folder of images that they can see; it says which of their activations can be guided, draws Guided-GradCAM maps, tests these maps against random
-weights, and maps how the encoders arrange the images. For encoders of volumes the images are crops of prepared volumes. A page and `results.json` come out, and the coordinates of the maps in `maps.npz`.
+`explain_run` takes one encoder or several, as files or as the run folders of a study, and a folder
+of images that they can see; it says which of their activations can be guided, draws Guided-GradCAM
+maps, tests these maps against random weights, and maps how the encoders arrange the images. For
+encoders of volumes the images are crops of prepared volumes. A page and `results.json` come out,
+and the coordinates of the maps in `maps.npz`.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/explanation.html.md"""
 
@@ -202,7 +205,7 @@ def _target(run, asked, sample, h, rows, reference, size):
     if kind == "similarity":
         if sample.labels is None:
             raise ValueError(
-                "target 'similarity' arrived without labels; expected class folders or a manifest "
+                "got target 'similarity' without labels; expected class folders or a manifest "
                 "with labels, or a reference image (--reference)."
             )
         means = []
@@ -221,14 +224,14 @@ def _target(run, asked, sample, h, rows, reference, size):
         )
     if kind == "dimension" and int(number) >= h.shape[1]:
         raise ValueError(
-            f"dimension {number} arrived; the encoder gives the dimensions 0 to {h.shape[1] - 1}."
+            f"got dimension {number}; the encoder gives the dimensions 0 to {h.shape[1] - 1}."
         )
     if kind == "dimension":
         return run.encoder, Dimension(int(number)), f"dimension {number} of the embedding"
     most = min(h.shape[0] - 1, h.shape[1])
     if not 1 <= int(number) <= most:
         raise ValueError(
-            f"component {number} arrived; {h.shape[0]} images with {h.shape[1]} features have the "
+            f"got component {number}; {h.shape[0]} images with {h.shape[1]} features have the "
             f"components 1 to {most}."
         )
     mean = h.mean(0)
@@ -313,7 +316,7 @@ def explain_run(
     device = choose_device(device)
     if not re.fullmatch(r"auto|class|similarity|(component|dimension):\d+", target):
         raise ValueError(
-            f"target {target!r} arrived; expected auto, class, similarity, component:K or "
+            f"got target {target!r}, expected auto, class, similarity, component:K or "
             "dimension:K with a whole number K."
         )
     if (
@@ -326,8 +329,8 @@ def explain_run(
         and size < 1
     ):
         raise ValueError(
-            f"n={n}, shown={shown}, checked={checked}, batch_size={batch_size}, size={size} "
-            "arrived; expected n of 8 or more, one or more shown, checked 0, or 2 or more, and a "
+            f"got n={n}, shown={shown}, checked={checked}, batch_size={batch_size}, size={size},"
+            " expected n of 8 or more, one or more shown, checked 0, or 2 or more, and a "
             "batch_size and size of 1 or more."
         )
     out, images = Path(out), Path(images)
@@ -337,7 +340,7 @@ def explain_run(
     volumes = runs[0].encoder.spec["spatial_dims"] == 3
     if reference is not None and (volumes or target not in ("auto", "similarity")):
         raise ValueError(
-            f"reference={str(reference)!r} arrived "
+            f"got reference={str(reference)!r} "
             f"{'for an encoder of volumes' if volumes else f'with target {target}'}; expected it "
             "with the target similarity, of images."
         )
@@ -355,13 +358,13 @@ def explain_run(
         )
     if target == "class" and any(r.probe is None for r in runs):
         raise ValueError(
-            f"target 'class' arrived, but beside {next(r.file for r in runs if r.probe is None)} "
+            f"got target 'class', but beside {next(r.file for r in runs if r.probe is None)} "
             "there is no predictions.npz with a probe: give the run folder of a study, or target "
             "similarity, component:K or dimension:K."
         )
     if volumes and target in ("class", "similarity"):
         raise ValueError(
-            f"target {target!r} arrived for encoders of volumes, whose runs hold no probe of "
+            f"got target {target!r} for encoders of volumes, whose runs hold no probe of "
             "classes and whose crops have no class; expected component:K or dimension:K."
         )
     if target == "auto":

@@ -1,8 +1,10 @@
 """The figures of a study: curves, intervals, per-class bars, confusion, pairs
 
-Each function takes plain dictionaries and arrays, keyed by *arm* (one way to get an encoder: `trident`, `supervised`, `mean_rgb`, ...), and returns
-a Matplotlib `Figure`. Arms keep the order in which they are given, and one arm has one colour and one marker in every figure of a study. The
-colours stay apart for colour-blind readers, nothing rests on colour alone, and no text is smaller than 8 points.
+Each function takes plain dictionaries and arrays, keyed by *arm* (one way to get an encoder:
+`trident`, `supervised`, `mean_rgb`, ...), and returns a Matplotlib `Figure`. Arms keep the order in
+which they are given, and one arm has one colour and one marker in every figure of a study. The
+colours stay apart for colour-blind readers, nothing rests on colour alone, and no text is smaller
+than 8 points.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/figures.html.md"""
 
@@ -315,7 +317,7 @@ def pair_gallery(
     "Each image above its privileged image."
     if not len(primary) or len(primary) != len(privileged):
         raise ValueError(
-            f"{len(primary)} primary and {len(privileged)} privileged images arrived; expected as "
+            f"got {len(primary)} primary and {len(privileged)} privileged images, expected as "
             "many of one as of the other, "
             "and at least one."
         )

@@ -1,7 +1,10 @@
 """Pairs, or two unpaired folders, to a generator that was judged on patients it has not seen
 
-`train_generator` is `fit_generator` from folders to a folder: it checks the images, keeps some patients for the test and some for choosing the checkpoint, trains by any of the four objectives, writes a sample sheet at every evaluation, and judges the generator by `pair_quality` on the test patients.
-What it leaves is `generator.safetensors`, which `synthpi tissue` and `synthpi pairs` read, and a report. `synthpi generator` is the same from a terminal:
+`train_generator` is `fit_generator` from folders to a folder: it checks the images, keeps some
+patients for the test and some for choosing the checkpoint, trains by any of the four objectives,
+writes a sample sheet at every evaluation, and judges the generator by `pair_quality` on the test
+patients. What it leaves is `generator.safetensors`, which `synthpi tissue` and `synthpi pairs`
+read, and a report. `synthpi generator` is the same from a terminal:
 
 ```sh
 synthpi generator --pairs pairs --um-per-px 0.5 --objective pix2pix --minutes 15 --out generator
@@ -147,12 +150,12 @@ def train_generator(
     out = Path(out)
     if isinstance(objective, str) and objective not in OBJECTIVES:
         raise ValueError(
-            f"objective {objective!r} arrived; expected one of {', '.join(OBJECTIVES)}."
+            f"got objective {objective!r}, expected one of {', '.join(OBJECTIVES)}."
         )
     choose_device(device)
     if not 0 <= test < 1:
         raise ValueError(
-            f"test={test} arrived; expected a part of the groups, 0 or more and below 1."
+            f"got test={test}, expected a part of the groups, 0 or more and below 1."
         )
     x, y = read_training_images(pairs, privileged, group_column, on_bad)
     if um_per_px is None and "um_per_px" not in x.column_names:
@@ -163,12 +166,12 @@ def train_generator(
         )
     if isinstance(um_per_px, str) and um_per_px != "unknown":
         raise ValueError(
-            f"um_per_px={um_per_px!r} arrived; expected a number of micrometres per pixel, or "
+            f"got um_per_px={um_per_px!r}, expected a number of micrometres per pixel, or "
             "'unknown'."
         )
     if isinstance(um_per_px, (int, float)) and not 0 < um_per_px < float("inf"):
         raise ValueError(
-            f"um_per_px={um_per_px} arrived; expected micrometres per pixel, for example 0.5 at "
+            f"got um_per_px={um_per_px}, expected micrometres per pixel, for example 0.5 at "
             "20x."
         )
     if um_per_px == "unknown":
@@ -196,7 +199,7 @@ def train_generator(
         ]
         if strange := sorted(set(options or {}) - set(able)):
             raise ValueError(
-                f"option {', '.join(strange)} arrived for {objective!r}; expected some of "
+                f"got option {', '.join(strange)} for {objective!r}; expected some of "
                 f"{', '.join(dict.fromkeys(able))}."
             )
         if text := sorted(
@@ -204,7 +207,7 @@ def train_generator(
             for k, v in (options or {}).items()
             if isinstance(v, str) and k not in ("network", "criterion")
         ):
-            raise ValueError(f"option {text[0]}={options[text[0]]!r} arrived; expected a number.")
+            raise ValueError(f"got option {text[0]}={options[text[0]]!r}, expected a number.")
         objective = OBJECTIVES[objective](
             kind or kind_of((x if y is None else y)["privileged"]), width, **(options or {})
         )
@@ -235,7 +238,7 @@ def train_generator(
     elif test and y is None:
         if len(set(x["group"])) < 4:
             raise ValueError(
-                f"pairs of {len(set(x['group']))} groups arrived; expected at least 4, to train "
+                f"got pairs of {len(set(x['group']))} groups, expected at least 4, to train "
                 "on, to choose by and to test on: give test=0 (--test 0) to leave the test out."
             )
         tested = sorted(hold_out(x["group"], test, seed_for(seed, "generator test")))
@@ -247,7 +250,7 @@ def train_generator(
     accelerator = make_accelerator(precision, cpu=device == "cpu")
     if accelerator.num_processes > 1:
         raise ValueError(
-            f"{accelerator.num_processes} processes arrived; expected one: a generator is small, "
+            f"got {accelerator.num_processes} processes, expected one: a generator is small, "
             "and fit_generator is what trains on several devices."
         )
     examples = read_examples(rest, aim, um_per_px, val, seed, y)
@@ -261,7 +264,7 @@ def train_generator(
         aim.target(r["privileged"])
         if min(r["primary"].size) < 32:
             raise ValueError(
-                "images of less than 32 pixels arrived to test on; expected at least 32, which "
+                "got images of less than 32 pixels to test on; expected at least 32, which "
                 "the measures need: give test=0 (--test 0) to leave the test out."
             )
     # what cannot be built is told before anything is written

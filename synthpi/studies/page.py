@@ -1,8 +1,10 @@
 """A run as one page that opens anywhere: text, figures and tables in a single HTML file
 
-A run ends in one file, `report.html`, that can be mailed, archived and opened without a network in ten years: figures, style and the few lines of
-script are inside it, and a policy in its head forbids the browser to fetch anything. `Report` collects sections of text, figures and tables in
-reading order; `save` writes the page and, beside it, every figure as PNG. Whatever arrives as text (class names, file names, captions) is escaped.
+A run ends in one file, `report.html`, that can be mailed, archived and opened without a network in
+ten years: figures, style and the few lines of script are inside it, and a policy in its head
+forbids the browser to fetch anything. `Report` collects sections of text, figures and tables in
+reading order; `save` writes the page and, beside it, every figure as PNG. Whatever arrives as text
+(class names, file names, captions) is escaped.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/page.html.md"""
 
@@ -204,7 +206,7 @@ class Report:
     def _add(self, **block):
         if not self.sections:
             raise ValueError(
-                f"a {block['kind']} arrived before the first section: call .section(title) first."
+                f"got a {block['kind']} before the first section: call .section(title) first."
             )
         self.sections[-1]["blocks"].append(block)
         return self
@@ -238,7 +240,7 @@ class Report:
         "Add a figure."
         if not re.fullmatch(r"[\w-]+", name, re.ASCII):
             raise ValueError(
-                f"figure name {name!r} arrived; expected letters, digits, '-' and '_' only: it "
+                f"got figure name {name!r}, expected letters, digits, '-' and '_' only: it "
                 "becomes a file name."
             )
         if name in self.pngs:
@@ -276,7 +278,7 @@ class Report:
         if frame.index.name: frame = frame.reset_index()
         if frame.empty:
             raise ValueError(
-                f"a table of shape {frame.shape} arrived; expected at least one row and one column."
+                f"got a table of shape {frame.shape}, expected at least one row and one column."
             )
         columns = [
             [_cell(value, digits) for value in frame.iloc[:, i]] for i in range(frame.shape[1])

@@ -1,7 +1,9 @@
 """A folder of tiles, perhaps with caches of synthetic images, to an encoder
 
-`pretrain` is the training step of the study on its own: your tiles, your budget, any of the objectives, on one processor or on many GPUs. It needs no labels. Its run folder holds the
-encoder, the history, the checkpoints, and a record of everything that decided the result. `synthpi pretrain` is the same from a terminal:
+`pretrain` is the training step of the study on its own: your tiles, your budget, any of the
+objectives, on one processor or on many GPUs. It needs no labels. Its run folder holds the encoder,
+the history, the checkpoints, and a record of everything that decided the result. `synthpi pretrain`
+is the same from a terminal:
 
 ```sh
 synthpi pretrain --tiles tiles --pairs-cache out/cache --method trident --out run
@@ -69,10 +71,10 @@ def layout_of(
 )->tuple[tuple[int, ...], tuple[str, ...]]: # Encoder of each branch, and column that it sees
     "The branches of a method: Siamese on one image, Siamese with the privileged images, TriDeNT."
     if method not in ("siamese", "trident"):
-        raise ValueError(f"method {method!r} arrived; expected 'siamese' or 'trident'.")
+        raise ValueError(f"got method {method!r}, expected 'siamese' or 'trident'.")
     if method == "trident" and not sources:
         raise ValueError(
-            "method 'trident' arrived without a cache of pairs; it compares two views of a tile "
+            "got method 'trident' without a cache of pairs; it compares two views of a tile "
             "with a privileged image: give --pairs-cache, or use 'siamese'."
         )
     extra = tuple(map(_column, range(1, sources + 1)))
@@ -171,31 +173,31 @@ def pretrain(
         ("augment_on", augment_on, ("auto", "workers", "device")),
     ):
         if value not in known:
-            raise ValueError(f"{name} {value!r} arrived; expected one of {', '.join(known)}.")
+            raise ValueError(f"got {name} {value!r}, expected one of {', '.join(known)}.")
     choose_device(device)
     if resume and overwrite:
         raise ValueError(
-            "both resume and overwrite arrived; give resume to go on with what is in the folder, "
+            "got both resume and overwrite; give resume to go on with what is in the folder, "
             "or overwrite to replace it."
         )
     if steps is not None and epochs is not None:
-        raise ValueError(f"steps={steps} and epochs={epochs} arrived; give one of them.")
+        raise ValueError(f"got steps={steps} and epochs={epochs}; give one of them.")
     if steps is None and epochs is None and minutes is None: epochs = 100
     if batch_size < 2:
         raise ValueError(
-            f"batch_size={batch_size} arrived; expected two tiles or more: they are compared with "
+            f"got batch_size={batch_size}, expected two tiles or more: they are compared with "
             "each other."
         )
     if micro_batch == 1 and norm == "batch":
         raise ValueError(
-            "micro_batch=1 arrived with BatchNorm, which has no statistics of one row: use 2 or "
+            "got micro_batch=1 with BatchNorm, which has no statistics of one row: use 2 or "
             "more."
         )
     step = large_batch_step(micro_batch) if micro_batch is not None else paired_step
     ds, content = tiles_to_train(tiles, pairs_cache, on_bad)
     if batch_size > len(ds):
         raise ValueError(
-            f"batch_size={batch_size} arrived for {len(ds)} tiles: a batch would hold a tile "
+            f"got batch_size={batch_size} for {len(ds)} tiles: a batch would hold a tile "
             f"twice. Use {len(ds)} or less."
         )
     epoch = len(ds)/batch_size
@@ -207,7 +209,7 @@ def pretrain(
     )
     if track and not accelerator.log_with:
         raise ValueError(
-            f"tracker {track!r} arrived, and its package is not installed here: pip install "
+            f"got tracker {track!r}, and its package is not installed here: pip install "
             f"{track}."
         )
     here, processes = accelerator.device.type, accelerator.num_processes

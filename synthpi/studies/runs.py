@@ -110,7 +110,7 @@ def open_runs(
             )
         )
         if runs[-1].probe is not None: runs[-1].probe.to(device)
-    if not runs: raise ValueError("0 encoders arrived; expected an encoder file or a run folder.")
+    if not runs: raise ValueError("got 0 encoders, expected an encoder file or a run folder.")
     if len({r.name for r in runs}) < len(runs):
         for r in runs:
             r.name = r.file.parent.name if r.file.name == "encoder.safetensors" else r.file.stem
@@ -119,13 +119,13 @@ def open_runs(
     dims = {r.encoder.spec["spatial_dims"] for r in runs}
     if len(dims) > 1:
         raise ValueError(
-            "encoders of images and of volumes arrived together; expected one kind: explain them "
+            "got encoders of images and of volumes together; expected one kind: explain them "
             "in two calls."
         )
     channels, needed = {r.encoder.spec["in_channels"] for r in runs}, 3 if dims == {2} else 1
     if channels != {needed}:
         raise ValueError(
-            f"encoders of {', '.join(map(str, sorted(channels)))} channels arrived; this command "
+            f"got encoders of {', '.join(map(str, sorted(channels)))} channels; this command "
             f"gives {'RGB tiles, 3 channels' if needed == 3 else 'gray volumes, 1 channel'}: call "
             "guided_gradcam with images of your own."
         )

@@ -1,13 +1,16 @@
 """A folder of tiles and a generator to a cache of pairs, with a look at the first ones before the rest is made
 
-`synthesise` is the step before `pretrain`: your tiles, a generator, and a folder of synthetic second images that `pretrain` reads. It needs no labels. `synthpi pairs` is the same from a terminal:
+`synthesise` is the step before `pretrain`: your tiles, a generator, and a folder of synthetic
+second images that `pretrain` reads. It needs no labels. `synthpi pairs` is the same from a
+terminal:
 
 ```sh
 synthpi pairs --tiles tiles --generator generator.safetensors --um-per-px 0.5 --out pairs
 synthpi pretrain --tiles tiles --pairs-cache pairs --method trident --out run
 ```
 
-**Synthetic images are training aids, not findings.** A generator draws what its training set makes likely, also where the tissue says otherwise, so look at `preview.png` first.
+**Synthetic images are training aids, not findings.** A generator draws what its training set makes
+likely, also where the tissue says otherwise, so look at `preview.png` first.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/synthesise.html.md"""
 
@@ -65,19 +68,19 @@ def choose_generator(
     if device == "cuda" and Processes().n > 1: device = str(PartialState().device)
     if strange := sorted(set(options or {}) - set(inspect.signature(load_generator).parameters)):
         raise ValueError(
-            f"{', '.join(strange)} arrived for the generator; expected arguments of "
+            f"got {', '.join(strange)} for the generator; expected arguments of "
             "load_generator: range, entry, norm, padding, multiple, name."
         )
     if isinstance(generator, str) and generator in STAINS and (um_per_px or licence or options):
         raise ValueError(
-            f"a scale, licence or options arrived for {generator!r}; expected none: stain "
+            f"got a scale, licence or options for {generator!r}; expected none: stain "
             "separation has none of these."
         )
     if isinstance(generator, str) and generator in STAINS: return STAINS[generator]()
     if hasattr(generator, "translate") and hasattr(generator, "key"):
         if um_per_px is not None and um_per_px != generator.um_per_px:
             raise ValueError(
-                f"um_per_px={um_per_px} arrived for the generator {generator.name!r}, which has "
+                f"got um_per_px={um_per_px} for the generator {generator.name!r}, which has "
                 f"{generator.um_per_px}: set it where it is made."
             )
         return generator.to(device) if hasattr(generator, "to") else generator
@@ -151,7 +154,7 @@ def synthesise(
         generator, device, generator_um_per_px, generator_licence, generator_options
     )
     check_generator(ds, chosen, um_per_px)
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size} arrived; expected at least 1.")
+    if batch_size < 1: raise ValueError(f"got batch_size={batch_size}, expected at least 1.")
     with Processes() as processes:
         first = processes.rank == 0
         identity = {"pairs": chosen.key, "um_per_px": um_per_px}

@@ -1,7 +1,8 @@
 """The statistics of the whole batch, whichever process holds its rows
 
-With one process for each device every BatchNorm sees a part of the batch, so that the embeddings, and the variances and covariances that a loss computes from
-them, depend on how many devices there were. `synchronise_batchnorm` gives every layer the statistics of all rows together:
+With one process for each device every BatchNorm sees a part of the batch, so that the embeddings,
+and the variances and covariances that a loss computes from them, depend on how many devices there
+were. `synchronise_batchnorm` gives every layer the statistics of all rows together:
 
 Docs: https://synthpi.github.io/synthpi/nbs/train/batchnorm.html.md"""
 
@@ -35,7 +36,7 @@ class JoinedBatchNorm(_BatchNorm):
     def _check_input_dim(self, x):
         if x.ndim < 2:
             raise ValueError(
-                f"an input of shape {tuple(x.shape)} arrived; expected (B, C) or (B, C, *spatial)."
+                f"got an input of shape {tuple(x.shape)}, expected (B, C) or (B, C, *spatial)."
             )
 
     def forward(self, x:Tensor)->Tensor:
@@ -50,7 +51,7 @@ class JoinedBatchNorm(_BatchNorm):
         n = sums[-1].detach()
         if n < 2:
             raise ValueError(
-                f"{int(n)} values per channel arrived in all processes together, here in an input "
+                f"got {int(n)} values per channel in all processes together, here in an input "
                 f"of shape {tuple(x.shape)}; expected two or more."
             )
         mean = sums[:-1]/n

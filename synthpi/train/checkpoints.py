@@ -1,7 +1,8 @@
 """Files that a run can be taken up from, or that are not there at all
 
-A checkpoint is written beside its final name, brought to the disk, and renamed, so that no moment of a crash leaves half a file under a good name. Its name
-holds the hash of its content: what was damaged later is recognised when it is read, and the one before it is used. The last two are kept.
+A checkpoint is written beside its final name, brought to the disk, and renamed, so that no moment
+of a crash leaves half a file under a good name. Its name holds the hash of its content: what was
+damaged later is recognised when it is read, and the one before it is used. The last two are kept.
 
 Docs: https://synthpi.github.io/synthpi/nbs/train/checkpoints.html.md"""
 
@@ -34,7 +35,7 @@ class Checkpoints:
         folder:str|Path, # Made when the first checkpoint is written
         keep:int=2, # How many are kept
     ):
-        if keep < 1: raise ValueError(f"keep={keep} arrived; expected at least 1.")
+        if keep < 1: raise ValueError(f"got keep={keep}, expected at least 1.")
         self.folder, self.keep = Path(folder), keep
 
     def paths(self)->list[Path]: # Newest first

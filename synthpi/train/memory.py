@@ -1,8 +1,10 @@
 """What a training step will hold, before there is a device to hold it
 
-A step of training holds the parameters, their gradients, the optimiser's state, and whatever the forward pass keeps for the backward pass. The first three follow
-from the number of parameters. The last one, usually the largest, is measured here by a forward pass whose tensors have a shape, a type and a device but no
-numbers, so that ResNet-50 at a batch of 256 is measured in a fraction of a second on a laptop:
+A step of training holds the parameters, their gradients, the optimiser's state, and whatever the
+forward pass keeps for the backward pass. The first three follow from the number of parameters. The
+last one, usually the largest, is measured here by a forward pass whose tensors have a shape, a type
+and a device but no numbers, so that ResNet-50 at a batch of 256 is measured in a fraction of a
+second on a laptop:
 
 Docs: https://synthpi.github.io/synthpi/nbs/train/memory.html.md"""
 
@@ -62,12 +64,12 @@ def memory_estimate(
     """Memory of a training step in the mode that the model is in, with the autocast rules of its
     device; nothing is computed and the model is left as it was."""
     if precision not in _TYPES:
-        raise ValueError(f"precision {precision!r} arrived; expected one of {', '.join(_TYPES)}.")
+        raise ValueError(f"got precision {precision!r}, expected one of {', '.join(_TYPES)}.")
     if optimizer not in _STATES:
-        raise ValueError(f"optimizer {optimizer!r} arrived; expected one of {', '.join(_STATES)}.")
+        raise ValueError(f"got optimizer {optimizer!r}, expected one of {', '.join(_STATES)}.")
     if not view_shapes or not all(isinstance(s, Sequence) for s in view_shapes):
         raise ValueError(
-            f"view_shapes {view_shapes!r} arrived; expected one shape for each view, batch size "
+            f"got view_shapes {view_shapes!r}, expected one shape for each view, batch size "
             "first, for example [(64, 3, 224, 224)]*3."
         )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

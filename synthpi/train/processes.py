@@ -80,14 +80,14 @@ def make_accelerator(
     """An `Accelerator`, also a second one of another precision in the same notebook. `ValueError`
     when this process already works on another kind of device."""
     if precision not in (None, "fp32", "bf16", "fp16"):
-        raise ValueError(f"precision {precision!r} arrived; expected 'fp32', 'bf16' or 'fp16'.")
+        raise ValueError(f"got precision {precision!r}, expected 'fp32', 'bf16' or 'fp16'.")
     mixed = {None: os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "fp32": "no"}.get(
         precision, precision
     )
     there = PartialState(cpu=cpu)
     if mixed == "fp16" and there.device.type == "cpu":
         raise ValueError(
-            "precision 'fp16' arrived and there is no GPU: use 'bf16' or 'fp32' on a processor."
+            "got precision 'fp16' and there is no GPU: use 'bf16' or 'fp32' on a processor."
         )
     # accelerate keeps one precision for the process; a Trainer keeps its own, see `fit`
     if AcceleratorState._shared_state: AcceleratorState._shared_state["_mixed_precision"] = mixed

@@ -1,8 +1,9 @@
 """What one training step does, and a large batch on a small GPU
 
-A *step* is a plain function `step(model, loss, batch) -> (scalar, terms)`. `paired_step` is the step of every joint-embedding objective. `large_batch_step`
-gives its exact loss and gradient while only a micro-batch of activations is in memory, for any loss and any number of branches. `distance_step` is the step of the losses
-that know where a crop was cut:
+A *step* is a plain function `step(model, loss, batch) -> (scalar, terms)`. `paired_step` is the
+step of every joint-embedding objective. `large_batch_step` gives its exact loss and gradient while
+only a micro-batch of activations is in memory, for any loss and any number of branches.
+`distance_step` is the step of the losses that know where a crop was cut:
 
 Docs: https://synthpi.github.io/synthpi/nbs/train/steps.html.md"""
 
@@ -49,7 +50,7 @@ def distance_step(
         ("crop" in batch) == ("views" in batch)
     ):
         raise ValueError(
-            f"a batch with {', '.join(map(str, batch))} arrived; expected one of crop and views, "
+            f"got a batch with {', '.join(map(str, batch))}, expected one of crop and views, "
             f"and center_mm: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not as "
             "it should be."
         )
@@ -102,12 +103,12 @@ def large_batch_step(
     """The exact step of a batch that does not fit: embeddings first, then micro-batches backward
     (Gao et al., 2021)."""
     if micro_batch < 1:
-        raise ValueError(f"micro_batch={micro_batch} arrived; expected at least one row.")
+        raise ValueError(f"got micro_batch={micro_batch}, expected at least one row.")
     def step(model, loss, batch):
         views = batch["views"]
         if any(len(v) != len(views[0]) for v in views):
             raise ValueError(
-                f"views of {[len(v) for v in views]} rows arrived; expected as many in each: they "
+                f"got views of {[len(v) for v in views]} rows, expected as many in each: they "
                 "are compared row by row."
             )
         if any(p.requires_grad for p in getattr(loss, "parameters", list)()):

@@ -1,8 +1,10 @@
 """One small loop: resumable, watched, with a history to plot
 
-A `Trainer` runs `step(model, loss, batch) -> (scalar, terms)` until a budget of steps, epochs or minutes is spent, on whatever devices and at whatever precision accelerate offers. It keeps a
-`history` with one row per step and, given a run folder, checkpoints from which another process goes on as if nothing had happened. The step is a plain
-function, so the same loop trains a Siamese network, TriDeNT, a supervised baseline and an image-to-image generator.
+A `Trainer` runs `step(model, loss, batch) -> (scalar, terms)` until a budget of steps, epochs or
+minutes is spent, on whatever devices and at whatever precision accelerate offers. It keeps a
+`history` with one row per step and, given a run folder, checkpoints from which another process goes
+on as if nothing had happened. The step is a plain function, so the same loop trains a Siamese
+network, TriDeNT, a supervised baseline and an image-to-image generator.
 
 Docs: https://synthpi.github.io/synthpi/nbs/train/trainer.html.md"""
 
@@ -100,20 +102,20 @@ class Trainer:
         )
         if accumulate < 1:
             raise ValueError(
-                f"accumulate={accumulate} arrived; expected at least 1 batch for a step."
+                f"got accumulate={accumulate}, expected at least 1 batch for a step."
             )
         if clip is not None and not clip > 0:
-            raise ValueError(f"clip={clip} arrived; expected a norm above 0, or None not to clip.")
+            raise ValueError(f"got clip={clip}, expected a norm above 0, or None not to clip.")
         self.accelerator = a = accelerator or make_accelerator(precision)
         if accelerator and precision and a.mixed_precision != precision.replace("fp32", "no"):
             raise ValueError(
-                f"precision {precision!r} arrived beside an accelerator of precision "
+                f"got precision {precision!r} beside an accelerator of precision "
                 f"{a.mixed_precision!r}: give one of them."
             )
         if a.gradient_accumulation_steps != 1:
             raise ValueError(
-                f"an accelerator with gradient_accumulation_steps={a.gradient_accumulation_steps} "
-                "arrived: give accumulate to the Trainer in its place."
+                f"got an accelerator with gradient_accumulation_steps={a.gradient_accumulation_steps}"
+                ": give accumulate to the Trainer in its place."
             )
         if isinstance(loss, nn.Module):
             loss.to(a.device)
@@ -566,18 +568,18 @@ class Trainer:
 
 def _budget(steps, epochs, epoch_steps, minutes):
     if steps is not None and epochs is not None:
-        raise ValueError(f"steps={steps} and epochs={epochs} arrived; give one of them.")
+        raise ValueError(f"got steps={steps} and epochs={epochs}; give one of them.")
     if epochs is not None and not epoch_steps:
         raise ValueError(
-            f"epochs={epochs} arrived without epoch_steps, the steps of one pass over the data: "
+            f"got epochs={epochs} without epoch_steps, the steps of one pass over the data: "
             "give it, or the budget in steps."
         )
     if epochs is not None: steps = max(1, math.ceil(epochs*epoch_steps - 1e-9))
     if steps is None and minutes is None:
-        raise ValueError("no budget arrived; give steps, epochs with epoch_steps, or minutes.")
+        raise ValueError("got no budget; give steps, epochs with epoch_steps, or minutes.")
     for name, x in (("steps", steps), ("minutes", minutes), ("epoch_steps", epoch_steps)):
         if x is not None and not x > 0:
-            raise ValueError(f"{name}={x} arrived; expected more than 0.")
+            raise ValueError(f"got {name}={x}, expected more than 0.")
     return steps
 
 _COLUMNS = {"step", "loss", "lr", "grad_norm", "std", "spread", "rankme"}

@@ -1,6 +1,7 @@
 """What a run looks like while it learns: collapse, and the history
 
-A loss that falls does not mean that something is learnt: a joint-embedding network can give every image the same embedding, and be content. `embedding_health` looks at the embeddings themselves, as
+A loss that falls does not mean that something is learnt: a joint-embedding network can give every
+image the same embedding, and be content. `embedding_health` looks at the embeddings themselves, as
 the Trainer does now and then; `plot_history` shows all that a run has written down.
 
 Docs: https://synthpi.github.io/synthpi/nbs/train/watch.html.md"""

@@ -1,8 +1,10 @@
 """Simulated trunks with a dozen organs, as MRI or CT shows them: volumes in which every voxel's place and organ are known
 
-`body_phantoms` draws the trunks of several subjects, each with its own size, proportions, posture and place in the field of view, in an MRI-like or a CT-like contrast, with the organ of every voxel.
-`write_bodies` puts them into the folder that `prepare_volumes` reads. Several organs share an intensity, so a crop's place is in its shapes. A number measured here says that the
-pipeline works. **It says nothing about real scans.**
+`body_phantoms` draws the trunks of several subjects, each with its own size, proportions, posture
+and place in the field of view, in an MRI-like or a CT-like contrast, with the organ of every voxel.
+`write_bodies` puts them into the folder that `prepare_volumes` reads. Several organs share an
+intensity, so a crop's place is in its shapes. A number measured here says that the pipeline works.
+**It says nothing about real scans.**
 
 Docs: https://synthpi.github.io/synthpi/nbs/volumes/bodies.html.md"""
 
@@ -151,10 +153,10 @@ def body_phantoms(
 )->list[Body]:
     "Simulated trunks, the same for the same seed."
     if contrast not in ("mri", "ct"):
-        raise ValueError(f"contrast={contrast!r} arrived; expected 'mri' or 'ct'.")
+        raise ValueError(f"got contrast={contrast!r}, expected 'mri' or 'ct'.")
     if n_subjects < 1 or len(shape) != 3 or min(shape) < 8 or not spacing_mm > 0:
         raise ValueError(
-            f"n_subjects={n_subjects}, shape={shape}, spacing_mm={spacing_mm} arrived; expected "
+            f"got n_subjects={n_subjects}, shape={shape}, spacing_mm={spacing_mm}, expected "
             "at least 1, three sides of 8 or more, and mm above 0."
         )
     return [_body(k, tuple(shape), spacing_mm, contrast, seed) for k in range(n_subjects)]

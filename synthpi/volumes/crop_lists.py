@@ -1,7 +1,9 @@
 """The crops on which every encoder is scored: drawn once from a seed, written by the volumes' names
 
-When each evaluation draws its own crops, two encoders are compared on different ones, and part of their difference is luck. A `CropList` is drawn once: some crops of each volume, a share of
-them on labelled voxels, the rest anywhere in the tissue. It is a small JSON file without paths, and it knows the arrays that it was made for. Crops, positions and labels come from it in one order:
+When each evaluation draws its own crops, two encoders are compared on different ones, and part of
+their difference is luck. A `CropList` is drawn once: some crops of each volume, a share of them on
+labelled voxels, the rest anywhere in the tissue. It is a small JSON file without paths, and it
+knows the arrays that it was made for. Crops, positions and labels come from it in one order:
 
 ```python
 crops = make_crop_list(store, store.indices("test"), n_crops=64, size=32, positive_share=.4)
@@ -121,7 +123,7 @@ class CropList:
         frame:str="world_mm", # What `center_mm` is counted in
     )->Iterator[dict]: # Batches as of `sample_crops`: `crop`, `center_mm`, `volume_id`
         "The crops in their order."
-        if batch < 1: raise ValueError(f"batch={batch} arrived; expected 1 crop at a time or more.")
+        if batch < 1: raise ValueError(f"got batch={batch}, expected 1 crop at a time or more.")
         volumes, owner, starts = (
             self._volumes(store),
             self._each(range(len(self.names))),
@@ -144,7 +146,7 @@ class CropList:
     )->tuple[list[int], np.ndarray]: # Values of the regions (T) that occur in the list's volumes, without 0; and the labels (N, T) bool
         "Labels of the crops from the voxels; `ValueError` when there are none."
         if rule not in ("center", "any"):
-            raise ValueError(f"rule={rule!r} arrived; expected 'center' or 'any'.")
+            raise ValueError(f"got rule={rule!r}, expected 'center' or 'any'.")
         volumes, sides, found = self._volumes(store), np.array(self.size), []
         values = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
         if not values:
@@ -207,21 +209,21 @@ def make_crop_list(
     sides, volumes = crop_sides(size), [int(i) for i in volumes]
     if not volumes or n_crops < 1:
         raise ValueError(
-            f"{len(volumes)} volumes and n_crops={n_crops} arrived; expected at least 1 of each."
+            f"got {len(volumes)} volumes and n_crops={n_crops}, expected at least 1 of each."
         )
     if odd := [i for i in volumes if not 0 <= i < len(store)]:
         raise IndexError(f"volume {odd[0]} of {len(store)}")
     if len(set(volumes)) < len(volumes):
-        raise ValueError(f"the volumes {volumes} arrived; expected each of them once.")
+        raise ValueError(f"got the volumes {volumes}, expected each of them once.")
     if not 0 <= positive_share <= 1:
-        raise ValueError(f"positive_share={positive_share} arrived; expected a share from 0 to 1.")
+        raise ValueError(f"got positive_share={positive_share}, expected a share from 0 to 1.")
     wanted = []
     if positive_share > 0:
         known = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
         wanted = known if positive_labels is None else sorted({int(r) for r in positive_labels})
         if positive_labels is not None and not wanted:
             raise ValueError(
-                "positive_labels=[] arrived; expected the labels to lay crops around, or None for "
+                "got positive_labels=[], expected the labels to lay crops around, or None for "
                 "all."
             )
         if lost := sorted(set(wanted) - set(known)) if known else ["any label"]:

@@ -1,7 +1,10 @@
 """A crop seen twice, at different brightness and with holes
 
-Objectives that compare views need each crop twice. `CropViews` makes the views of a batch of crops where the network is: gain, gamma and noise change as they do between scanners, and boxes are cut out so that
-no single detail carries the match. Nothing is turned, flipped or moved, because a crop's place is what the network is to learn. Each view is a function of (seed, epoch, volume, crop, branch) alone.
+Objectives that compare views need each crop twice. `CropViews` makes the views of a batch of crops
+where the network is: gain, gamma and noise change as they do between scanners, and boxes are cut
+out so that no single detail carries the match. Nothing is turned, flipped or moved, because a
+crop's place is what the network is to learn. Each view is a function of (seed, epoch, volume, crop,
+branch) alone.
 
 ```python
 views = CropViews(2, CROP_RECIPES["scanner"], seed=0)(sample_crops(store, [0, 1], n_crops=8, size=32))["views"]
@@ -61,11 +64,11 @@ class CropViews:
         recipe:CropRecipe|str="scanner", # Or a name in `CROP_RECIPES`
         seed:int=0, # First part of the key
     ):
-        if n_views < 1: raise ValueError(f"n_views={n_views} arrived; expected 1 or more.")
+        if n_views < 1: raise ValueError(f"got n_views={n_views}, expected 1 or more.")
         if isinstance(recipe, str):
             if recipe not in CROP_RECIPES:
                 raise ValueError(
-                    f"recipe {recipe!r} arrived; expected a CropRecipe, or one of "
+                    f"got recipe {recipe!r}, expected a CropRecipe, or one of "
                     f"{', '.join(CROP_RECIPES)}."
                 )
             recipe = CROP_RECIPES[recipe]
@@ -75,7 +78,7 @@ class CropViews:
         )
         if low < 0 or high > 1:
             raise ValueError(
-                f"{recipe} arrived; expected numbers of 0 or more, and shares and the probability "
+                f"got {recipe}, expected numbers of 0 or more, and shares and the probability "
                 "of at most 1."
             )
         self.n_views, self.recipe, self.seed = n_views, recipe, seed
@@ -107,7 +110,7 @@ class CropViews:
     def __call__(self, batch:dict)->dict:
         if missing := {"crop", "volume_id", "epoch", "index"} - set(batch):
             raise ValueError(
-                f"a batch with {sorted(batch)} arrived, without {sorted(missing)}; expected one "
+                f"got a batch with {sorted(batch)}, without {sorted(missing)}; expected one "
                 "of sample_crops or crop_batches."
             )
         keys = list(

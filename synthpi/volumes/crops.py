@@ -1,7 +1,9 @@
 """Random crops for training and grids of crops for inference, each with its centre in millimetres
 
-A step of ISImed sees some crops of each of some volumes and where they were taken. `sample_crops` cuts them from a `VolumeStore`, `crop_batches` serves a training run from any step on, `grid_crops` covers a
-volume for inference, and `crops_at` cuts where it is told. All give `crop` (K, 1, X, Y, Z) in [0, 1], `center_mm` (K, 3) and `volume_id` (K,). Crops are cut in the main process: an array on
+A step of ISImed sees some crops of each of some volumes and where they were taken. `sample_crops`
+cuts them from a `VolumeStore`, `crop_batches` serves a training run from any step on, `grid_crops`
+covers a volume for inference, and `crops_at` cuts where it is told. All give `crop` (K, 1, X, Y, Z)
+in [0, 1], `center_mm` (K, 3) and `volume_id` (K,). Crops are cut in the main process: an array on
 disk is read faster than a worker process can send it.
 
 ```python
@@ -32,7 +34,7 @@ def crop_sides(size):
     )
     if sides is None or sides.dtype.kind not in "iu" or sides.min() < 1:
         raise ValueError(
-            f"size={size!r} arrived; expected voxels, one whole number above 0 or three."
+            f"got size={size!r}, expected voxels, one whole number above 0 or three."
         )
     return sides.astype(int)
 
@@ -89,7 +91,7 @@ def crops_at(
     "Crops around given points of the world."
     sides, points = crop_sides(size), np.asarray(center_mm, float)
     if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
-        raise ValueError(f"points of shape {points.shape} arrived; expected finite (K, 3), in mm.")
+        raise ValueError(f"got points of shape {points.shape}, expected finite (K, 3), in mm.")
     return _batch(
         store,
         [(volume, np.rint(store.voxel(volume, points) - (sides - 1) / 2).astype(int))],
@@ -132,7 +134,7 @@ def sample_crops(
     epochs = [epoch]*len(volumes) if np.ndim(epoch) == 0 else list(epoch)
     if not len(volumes) or n_crops < 1 or len(epochs) != len(volumes):
         raise ValueError(
-            f"{len(volumes)} volumes, {len(epochs)} epochs and n_crops={n_crops} arrived; "
+            f"got {len(volumes)} volumes, {len(epochs)} epochs and n_crops={n_crops}, "
             "expected 1 or more, and an epoch for each volume."
         )
     cuts = []
@@ -174,13 +176,13 @@ class CropBatches:
         self.volumes = list(range(len(store))) if volumes is None else [int(v) for v in volumes]
         if min(len(self.volumes), n_volumes, n_crops, steps) < 1 or not 0 <= start <= steps:
             raise ValueError(
-                f"{len(self.volumes)} volumes, n_volumes={n_volumes}, n_crops={n_crops}, "
-                f"steps={steps}, start={start} arrived; expected at least 1 each, and 0 <= start "
+                f"got {len(self.volumes)} volumes, n_volumes={n_volumes}, n_crops={n_crops}, "
+                f"steps={steps}, start={start}, expected at least 1 each, and 0 <= start "
                 "<= steps."
             )
         if not 0 <= rank < world or n_volumes < world:
             raise ValueError(
-                f"rank {rank} of {world} processes and {n_volumes} volumes a step arrived; "
+                f"got rank {rank} of {world} processes and {n_volumes} volumes a step, "
                 "expected 0 <= rank < world, and a volume for each at least."
             )
         crop_sides(size)
@@ -248,7 +250,7 @@ def grid_crops(
 )->Iterator[dict]: # Batches as of `sample_crops`, with `tissue` (K,), the share of foreground
     "Crops that cover a volume's foreground box."
     sides, steps = crop_sides(size), crop_sides(size if stride is None else stride)
-    if batch < 1: raise ValueError(f"batch={batch} arrived; expected 1 crop at a time or more.")
+    if batch < 1: raise ValueError(f"got batch={batch}, expected 1 crop at a time or more.")
     if not 0 <= volume < len(store): raise IndexError(f"volume {volume} of {len(store)}")
     lo, hi = store.items[volume]["box"]
     counts = [1 + max(0, math.ceil((b - a - s)/t)) for a, b, s, t in zip(lo, hi, sides, steps)]

@@ -1,7 +1,9 @@
 """Scans are decoded, oriented, resampled and normalised once; afterwards they are arrays on disk that know where in the body they lie
 
-Reading a scan costs a second, cutting a crop out of an array on disk some microseconds. So `prepare_volumes` does the reading once and gives a `VolumeStore`: for each volume an image in [0, 1], a
-foreground mask, perhaps labels, and the affine that turns a voxel into millimetres. The foreground box is an *offset* in these arrays; positions in different patients stay comparable.
+Reading a scan costs a second, cutting a crop out of an array on disk some microseconds. So
+`prepare_volumes` does the reading once and gives a `VolumeStore`: for each volume an image in [0,
+1], a foreground mask, perhaps labels, and the affine that turns a voxel into millimetres. The
+foreground box is an *offset* in these arrays; positions in different patients stay comparable.
 
 ```python
 store = prepare_volumes("scans", "prepared", spacing_mm=2)
@@ -61,7 +63,7 @@ def _reader(path):
                 )
             return reader(**options)
     raise ValueError(
-        f"{path} arrived; expected a file ending in "
+        f"got {path}, expected a file ending in "
         f"{', '.join(e for es in _READERS for e in es)}, or a folder of .dcm files."
     )
 
@@ -311,24 +313,24 @@ def prepare_volumes(
     if isinstance(window, str):
         if window not in WINDOWS:
             raise ValueError(
-                f"window={window!r} arrived; expected two numbers in HU, or one of "
+                f"got window={window!r}, expected two numbers in HU, or one of "
                 f"{', '.join(WINDOWS)}."
             )
         window = WINDOWS[window]
     spacing = None if spacing_mm is None else [float(x) for x in np.broadcast_to(spacing_mm, 3)]
     if spacing and not (np.isfinite(spacing).all() and min(spacing) > 0):
         raise ValueError(
-            f"spacing_mm={spacing_mm} arrived; expected millimetres above 0, one number or three."
+            f"got spacing_mm={spacing_mm}, expected millimetres above 0, one number or three."
         )
     if window is not None and not (len(window) == 2 and window[0] < window[1]):
-        raise ValueError(f"window={window} arrived; expected a lower and a higher number in HU.")
+        raise ValueError(f"got window={window}, expected a lower and a higher number in HU.")
     if not 0 <= percentiles[0] < percentiles[1] <= 100:
         raise ValueError(
-            f"percentiles={percentiles} arrived; expected two in order, from 0 to 100."
+            f"got percentiles={percentiles}, expected two in order, from 0 to 100."
         )
     if dtype not in _TOP or margin < 0:
         raise ValueError(
-            f"dtype={dtype!r}, margin={margin} arrived; expected one of {', '.join(_TOP)}, and 0 "
+            f"got dtype={dtype!r}, margin={margin}, expected one of {', '.join(_TOP)}, and 0 "
             "or more."
         )
     settings = {

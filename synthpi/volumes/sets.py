@@ -1,8 +1,10 @@
 """Folders of volumes in their published layouts become records; subjects are split once, in a file that moves with the data
 
-A *record* names one volume: `name`, `image` and perhaps `label` (paths relative to the set's folder), `subject`, perhaps `split`, and perhaps `channel` of a 4D file. `find_volumes` makes records
-of a folder: plain NIfTI, NRRD, MetaImage or DICOM series, or the layouts of the Medical Segmentation Decathlon and nnU-Net, of BraTS and of autoPET. `split_subjects` divides them by subject, and
-`write_splits` keeps the division as JSON with relative names.
+A *record* names one volume: `name`, `image` and perhaps `label` (paths relative to the set's
+folder), `subject`, perhaps `split`, and perhaps `channel` of a 4D file. `find_volumes` makes
+records of a folder: plain NIfTI, NRRD, MetaImage or DICOM series, or the layouts of the Medical
+Segmentation Decathlon and nnU-Net, of BraTS and of autoPET. `split_subjects` divides them by
+subject, and `write_splits` keeps the division as JSON with relative names.
 
 Docs: https://synthpi.github.io/synthpi/nbs/volumes/sets.html.md"""
 
@@ -38,7 +40,7 @@ def check_records(
     """Complete records; `ValueError` when a name is not relative or comes twice, or a subject is in
     two splits."""
     if not len(records):
-        raise ValueError("0 volumes arrived; expected at least one record with name and image.")
+        raise ValueError("got 0 volumes, expected at least one record with name and image.")
     done = []
     for k, r in enumerate(records):
         if extra := sorted(set(r) - set(_KEYS)):
@@ -56,7 +58,7 @@ def check_records(
             or name[0] in ". "
         ):
             raise ValueError(
-                f"the name {name!r} arrived; expected a relative one of letters, digits and "
+                f"got the name {name!r}, expected a relative one of letters, digits and "
                 "._+-/, such as 'patient_1/study_2'."
             )
         done.append(
@@ -161,7 +163,7 @@ def _choose(sequence, names, where):
         for k, n in enumerate(names)
         if str(sequence).lower() == n.lower() or str(sequence) == str(k)
     ]
-    if len(hits) != 1: raise ValueError(f"sequence={sequence!r} arrived; {where} has {known}.")
+    if len(hits) != 1: raise ValueError(f"got sequence={sequence!r}; {where} has {known}.")
     return hits[0]
 
 def _msd(folder, sequence):
@@ -318,14 +320,14 @@ def find_volumes(
         elif any(folder.rglob("*[_-]t1.nii*")) or any(folder.rglob("*[_-]t1n.nii*")): preset = "brats"
         else: preset = "plain"
     if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} arrived; expected one of {', '.join(PRESETS)}.")
+        raise ValueError(f"got preset={preset!r}, expected one of {', '.join(PRESETS)}.")
     if preset == "msd" and not (folder / "dataset.json").is_file():
         raise FileNotFoundError(
             f"no dataset.json in {folder}; expected the layout of the Medical Segmentation "
             "Decathlon."
         )
     if preset == "plain" and sequence is not None:
-        raise ValueError(f"sequence={sequence!r} arrived; a plain folder has one volume per name.")
+        raise ValueError(f"got sequence={sequence!r}; a plain folder has one volume per name.")
     records = (
         _plain(folder)
         if preset == "plain"
@@ -354,7 +356,7 @@ def read_manifest(
             )
     elif path.suffix.lower() == ".csv":
         with open(path, newline="", encoding="utf-8-sig") as f: records = list(csv.DictReader(f))
-    else: raise ValueError(f"{path} arrived; expected a folder of volumes, or a table ending in "
+    else: raise ValueError(f"got {path}, expected a folder of volumes, or a table ending in "
                            ".csv or .json.")
     return check_records(records)
 
@@ -400,14 +402,14 @@ def split_subjects(
         shares or {"train": 0.6, "val": 0.2, "test": 0.2},
     )
     if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) <= 0:
-        raise ValueError(f"the shares {shares} arrived; expected positive ones that add to 1.")
+        raise ValueError(f"got the shares {shares}, expected positive ones that add to 1.")
     subjects = sorted(
         {r["subject"] for r in records}, key=lambda s: (seed_for(seed, "split", s), s)
     )
     cuts = np.round(np.cumsum([0, *shares.values()])*len(subjects)).astype(int)
     if (np.diff(cuts) < 1).any():
         raise ValueError(
-            f"{len(subjects)} subjects arrived for the shares {shares}; expected enough for one "
+            f"got {len(subjects)} subjects for the shares {shares}; expected enough for one "
             "in each split."
         )
     split = {s: name for name, a, b in zip(shares, cuts, cuts[1:]) for s in subjects[a:b]}

@@ -142,7 +142,7 @@ class VolumeStore:
         if frame == "box": return (p - item["box"][0] + .5)/(item["box"][1] - item["box"][0])
         if frame == "voxel_local": return p - item["box"][0]
         if frame == "mm_local": return (p - item["box"][0])*self.spacing_mm(i)
-        raise ValueError(f"frame={frame!r} arrived; expected one of {', '.join(FRAMES)}.")
+        raise ValueError(f"got frame={frame!r}, expected one of {', '.join(FRAMES)}.")
 
     def voxel(self,
         i:int, # Number of the volume

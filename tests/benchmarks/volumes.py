@@ -90,7 +90,7 @@ def rate(loader, first, steps, size):
     for batch in loader(first, steps):
         if batch.shape != (V * C, 1, size, size, size):
             raise RuntimeError(
-                f"a batch of shape {tuple(batch.shape)} arrived; both sides have to do the same."
+                f"a batch of shape {tuple(batch.shape)}; both sides have to do the same."
             )
     return steps*V*C/(time.process_time() - start)
 

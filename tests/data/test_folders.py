@@ -260,7 +260,7 @@ def test_pairs_table_says_split_label_and_scale(pairs):
         and "group from column patient, 3 groups; label from column class" in ds.info.description
     )
     with pytest.raises(
-        ValueError, match="um_per_px=0.2 arrived, but the table in .* says 0.1, 0.3"
+        ValueError, match="um_per_px=0.2, but the table in .* says 0.1, 0.3"
     ):
         pair_folders(pairs, um_per_px=0.2)
     for wrong, message in (
@@ -287,7 +287,7 @@ def test_a_manifest_may_say_the_scale(tiles):
         == set(image_folder(tiles, um_per_px=0.25)["um_per_px"])
         == {0.25}
     )
-    with pytest.raises(ValueError, match="um_per_px=0.5 arrived, but the table in .* says 0.25"):
+    with pytest.raises(ValueError, match="um_per_px=0.5, but the table in .* says 0.25"):
         image_folder(tiles, um_per_px=0.5)
 
 # ---- every image, once

@@ -486,7 +486,7 @@ def rewrite(array, name="P0_t1.tif", side="IF"):
     )
 
 @pytest.mark.parametrize("damage, options, message", [
-    (None, {}, "has 5 channels; say which"), (None, dict(channels=(5,)), r"channels=\[5\] arrived; expected one to three from 0 to 4"), (None, dict(channels=(0, 1, 2, 3)), "one to three"), (None, dict(channels=()), "one to three"),
+    (None, {}, "has 5 channels; say which"), (None, dict(channels=(5,)), r"channels=\[5\], expected one to three from 0 to 4"), (None, dict(channels=(0, 1, 2, 3)), "one to three"), (None, dict(channels=()), "one to three"),
     (None, dict(channels=(0,), window=[(0, 1), (0, 1)]), "for each of 1 channels"), (None, dict(channels=(0,), window=[(5, 5)]), "window"), (None, dict(channels=(0,), window=[(0, 5)], per_image=True), "expected one of them"),
     (None, dict(channels=(0,), percentiles=(99, 1)), "two that rise"), (None, dict(channels=(0,), percentiles=(50, 50.1)), "channels 0 are constant between the percentiles"), (None, dict(channels=(0,), group_pattern=r"^(Q\d)"), "is not in 3 of 3 names"),
     (rewrite(np.zeros((5, 24, 41), np.uint16)), dict(channels=(0,)), "41x24 pixels and .* has 40x24"), (rewrite(np.zeros((4, 24, 40), np.uint16)), dict(channels=(0,)), "has 4 channels and .* has 5"),

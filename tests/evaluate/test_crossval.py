@@ -289,7 +289,7 @@ def test_folds_are_stratified_and_follow_the_seed():
     assert (group_folds(groups, 4, y, seed=0) != group_folds(groups, 4, y, seed=1)).any()
 
 def test_too_few_groups_are_refused():
-    with pytest.raises(ValueError, match="3 groups arrived for 4 folds: give k=3 or less"):
+    with pytest.raises(ValueError, match="3 groups for 4 folds: give k=3 or less"):
         group_folds(["a", "b", "c", "a"], 4)
     with pytest.raises(ValueError, match="k is 1"): group_folds([1, 2], 1)
     with pytest.raises(ValueError, match="3 labels and 2 groups"): group_folds([1, 2], 2, [0, 1, 1])
@@ -442,7 +442,7 @@ def test_a_fold_with_one_class_is_nan_and_counted():
 @pytest.mark.parametrize("change, message", [
     (dict(folds=lambda g: np.arange(len(g)) % 4), "12 groups are in more than one fold: 0, 1, 2, "
                                                   "3, 4, and 7 more"), (dict(folds=lambda g: np.where(np.arange(len(g)) == 7, 1 - g % 2, g % 2)), "1 groups are in more than one fold: "),
-    (dict(folds=13), "12 groups arrived for 13 folds"), (dict(folds=lambda g: g[:5]), r"folds of shape \(5,\)"), (dict(folds=lambda g: 0*g), "every row is in fold"), (dict(metric="f1"), "metric is 'f1'"),
+    (dict(folds=13), "12 groups for 13 folds"), (dict(folds=lambda g: g[:5]), r"folds of shape \(5,\)"), (dict(folds=lambda g: 0*g), "every row is in fold"), (dict(metric="f1"), "metric is 'f1'"),
     (dict(metric="auc", y=lambda y: np.arange(len(y)) % 3), "does not fit labels of shape .* with 3 classes"), (dict(metric="accuracy", y=lambda y: y[:, None] == [0, 1]), "does not fit labels"),
     (dict(inner=1), "inner is 1"), (dict(groups=lambda g: g[:-1]), "groups of shape"), (dict(y=lambda y: y[:-1]), "240 rows of features and 239 labels"),
     (dict(metric="accuracy", folds=lambda g: g % 4, y=lambda y: np.where(np.arange(len(y)) == 0, "z", "ab")), None)])

@@ -371,7 +371,7 @@ def test_nothing_is_stored_of_a_run_that_fails(tmp_path):
 
 def test_what_cannot_be_cached_is_refused(tmp_path):
     batches = torch.rand(4, 3, 16, 16).split(2)
-    with pytest.raises(ValueError, match="a generator of batches arrived with a cache"):
+    with pytest.raises(ValueError, match="a generator of batches with a cache"):
         extract_features(encoder(), (b for b in batches), cache=tmp_path)
     (tmp_path/"file").write_text("")
     with pytest.raises(ValueError, match="is a file; expected a folder"):

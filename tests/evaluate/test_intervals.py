@@ -422,7 +422,7 @@ def test_one_group_has_no_interval():
     with pytest.warns(UserWarning, match="all images are of one group"):
         result = interval([1, 0, 1], ["patient"] * 3)
     assert np.isnan(result["ci"]).all() and result["mean"] == pytest.approx(2/3)
-    with pytest.raises(ValueError, match="2 groups arrived for 3 images"):
+    with pytest.raises(ValueError, match="2 groups for 3 images"):
         interval([1, 0, 1], ["a", "b"])
 
 # error reduction
@@ -470,7 +470,7 @@ def test_no_errors_is_at_least():
     none = error_reduction(np.stack([base]*3), np.ones((3, 50)))["ratio"]
     assert error_reduction(base, one)["ratio"] < none
 
-@pytest.mark.parametrize("bad, message", [([], "answers of shape \\(0,\\) arrived"), (np.ones((3, 0)), "at least one image"), ([1, np.nan, 0, np.inf], "2 of 4 answers are not finite, the first nan for image 1"), ([[1, 0], [1, None]], "1 of 4 answers are not finite"), (np.ones((2, 2, 2)), "expected \\(N,\\)")])
+@pytest.mark.parametrize("bad, message", [([], "answers of shape \\(0,\\)"), (np.ones((3, 0)), "at least one image"), ([1, np.nan, 0, np.inf], "2 of 4 answers are not finite, the first nan for image 1"), ([[1, 0], [1, None]], "1 of 4 answers are not finite"), (np.ones((2, 2, 2)), "expected \\(N,\\)")])
 def test_answers_that_are_none_are_refused(bad, message):
     for call in (
         lambda: interval(bad),
@@ -542,7 +542,7 @@ def test_restain():
     )
     # a group's stain does not depend on the others
     assert np.array_equal(shared[2:], restain(flat[2:], groups=["b", "b"]))
-    with pytest.raises(ValueError, match="1 groups arrived for 4 images"):
+    with pytest.raises(ValueError, match="1 groups for 4 images"):
         restain(flat, groups=["a"])
 
 def test_restain_moves_only_the_two_stains():

@@ -73,7 +73,7 @@ def test_features_without_an_answer_are_refused(protocol):
             (x[None], r"\(1, 5, 12\)"),
         ):
             with pytest.raises(
-                ValueError, match=rf"features of shape {shape} arrived; expected \(N, 12\)"
+                ValueError, match=rf"features of shape {shape}, expected \(N, 12\)"
             ):
                 answer(bad)
     assert len(probe.predict(x[:0])) == 0
@@ -326,7 +326,7 @@ def test_warnings_of_few_rows_come_where_they_should():
     with pytest.warns(UserWarning, match="31 rows for 8 dimensions"): rankme(np.ones((31, 8)))
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: lidar(np.ones((4, 3))), r"shape \(4, 3\) arrived; expected \(n, q, D\)"), (lambda: lidar(np.ones((4, 1, 3))), "4 objects with 1 views"), (lambda: lidar(np.ones((1, 4, 3))), "1 objects with 4 views"),
+    (lambda: lidar(np.ones((4, 3))), r"shape \(4, 3\), expected \(n, q, D\)"), (lambda: lidar(np.ones((4, 1, 3))), "4 objects with 1 views"), (lambda: lidar(np.ones((1, 4, 3))), "1 objects with 4 views"),
     (lambda: lidar(np.where(np.arange(24).reshape(4, 2, 3) == 7, np.nan, 1.)), "1 of 8 rows of embeddings are not finite: rows 2"), (lambda: alpha_req(np.full((9, 4), np.inf)), "9 of 9 rows"),
     (lambda: alpha_req(np.eye(9, 4), (0, 4)), r"ranks \(0, 4\)"), (lambda: alpha_req(np.eye(9, 4), (4, 9)), "two ranks or more, from 1 to 4"), (lambda: alpha_req(np.zeros(4)), r"expected \(N, D\)")])
 def test_bad_input_of_ranks(call, message):

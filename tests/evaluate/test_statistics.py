@@ -312,7 +312,7 @@ def test_fold_sizes_may_stand_with_one_arm():
 @pytest.mark.parametrize("arms, options, message", [
     (dict(a={}), dict(base="b"), "base is 'b'; expected one of the arms: a"), (dict(a={}, b=dict(correct=[1, 0])), dict(base="a"), "no arm shares"),
     (dict(a=dict(correct=[1, 0]), b=dict(correct=[1, 0, 1])), dict(base="a"), "expected the same images"), (dict(a=dict(correct=np.ones((2, 4))), b=dict(correct=np.ones((3, 4)))), dict(base="a"), "as many seeds or one"),
-    (dict(a=dict(correct=[1, 0]), b=dict(correct=[1, 0])), dict(base="a", groups=[1]), "1 groups arrived for 2 images"),
+    (dict(a=dict(correct=[1, 0]), b=dict(correct=[1, 0])), dict(base="a", groups=[1]), "1 groups for 2 images"),
     (dict(a=dict(per_fold=[.1, .2, .4]), b=dict(per_fold=[.2, .2, .5])), dict(base="a"), "'b' and 'a' hold per_fold but no n_train"), (dict(a=dict(per_fold=[.1, .2, .4], n_train=9), b=dict(per_fold=[.2, .2, .5])), dict(base="a"), "hold per_fold but no n_test"),
     (dict(a=dict(per_fold=[.1, .2, .4], n_train=9, n_test=3), b=dict(per_fold=[.2, .2, .5], n_train=9, n_test=4)), dict(base="a"), "n_test is 4 in 'b' but 3 in 'a'"),
     (dict(a=dict(per_fold=[.1, .2, .4], n_train=9, n_test=3), b=dict(per_fold=[.2, .2, .5], n_train=90, n_test=3)), dict(base="a"), "n_train is 90 in 'b' but 9 in 'a'")])
@@ -389,7 +389,7 @@ def test_latex_is_escaped():
         and text in whole
         and whole.endswith("\\end{table}\n")
     )
-    with pytest.raises(ValueError, match="label 'x' arrived without a caption"):
+    with pytest.raises(ValueError, match="label 'x' without a caption"):
         to_latex(ODD, label="x")
 
 def test_tables_of_several_levels():

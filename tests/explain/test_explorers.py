@@ -263,7 +263,7 @@ def test_cross_frame_and_letters(odd, monkeypatch):
         )
     for bad in ((-1, 0, 0), odd.items[0]["shape"], (0, 0)):
         with pytest.raises(ValueError, match="expected one of the array"): render_slice(odd, 0, bad)
-    with pytest.raises(ValueError, match="plane='oblique' arrived; expected one of axial"):
+    with pytest.raises(ValueError, match="plane='oblique', expected one of axial"):
         render_slice(odd, 0, voxel, "oblique")
 
 
@@ -418,7 +418,7 @@ def test_only_volumes_with_crops_are_offered(bodies):
     assert [i for _, i in e.volume.options] == [1, 2, 3] and e.volume.value == 1
     with pytest.raises(
         ValueError,
-        match=r"volume=0 arrived, of which there is no crop; expected one of \[1, 2, 3\]",
+        match=r"volume=0, of which there is no crop; expected one of \[1, 2, 3\]",
     ):
         explore_volume(bodies, z[keep], c[keep], v[keep], volume=0)
 
@@ -740,8 +740,8 @@ def test_a_saliency_is_computed_once_for_points_that_are_chosen():
 
 
 @pytest.mark.parametrize("change,words", [
-    ({"coords": COORDS[:, :1]}, r"shape \(40, 1\)"), ({"coords": np.full((40, 2), np.nan)}, "finite"), ({"coords": COORDS[:1]}, "2 points or more"), ({"labels": LABEL + 1}, "up to 3 arrived with 3 classes"), ({"labels": LABEL/2}, "float64"),
-    ({"images": IMAGES[1:]}, "39 images arrived for 40"), ({"synthetic": IMAGES[1:], "groups": GROUPS[:3]}, "39 synthetic, 3 groups"), ({"features": COORDS[1:]}, "39 features"), ({"saliency": IMAGES[1:]}, "39 saliency"), ({"labels": LABEL[1:]}, "39 labels")])
+    ({"coords": COORDS[:, :1]}, r"shape \(40, 1\)"), ({"coords": np.full((40, 2), np.nan)}, "finite"), ({"coords": COORDS[:1]}, "2 points or more"), ({"labels": LABEL + 1}, "up to 3 with 3 classes"), ({"labels": LABEL/2}, "float64"),
+    ({"images": IMAGES[1:]}, "39 images for 40"), ({"synthetic": IMAGES[1:], "groups": GROUPS[:3]}, "39 synthetic, 3 groups"), ({"features": COORDS[1:]}, "39 features"), ({"saliency": IMAGES[1:]}, "39 saliency"), ({"labels": LABEL[1:]}, "39 labels")])
 def test_what_does_not_fit_on_a_map_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         explore_map(
@@ -783,7 +783,7 @@ def test_pairs_are_ranked_as_by_hand():
     assert rank_pairs(SCORES, "l1", False, group="a").pair.tolist() == [1, 5]
     assert rank_pairs(SCORES, "said", False).said.tolist() == list("hgfedcba")
     with pytest.raises(
-        ValueError, match="by='psnr' arrived; expected one of the columns pair, group, ssim"
+        ValueError, match="by='psnr', expected one of the columns pair, group, ssim"
     ):
         rank_pairs(SCORES, "psnr")
     t = score_table(SCORES, 5, BETTER)
@@ -955,7 +955,7 @@ def test_exploring_pairs_without_scores_and_of_a_dataset(tmp_path):
 
 @pytest.mark.parametrize("change,words", [
     ({"pairs": []}, "0 pairs"), ({"quality": SCORES.drop(columns="pair")}, "expected `pair`"), ({"quality": SCORES.assign(pair=1)}, "once at most"), ({"quality": SCORES.assign(pair=range(2, 10))}, "from 0 to 8"), ({"quality": SCORES[:0]}, "expected `pair`"),
-    ({"true": "mask"}, "the pairs have no mask but primary"), ({"pairs": [{"primary": 0}]*9}, "have no privileged but primary"), ({"true": [None]*3}, "3 true images arrived for 9 pairs"), ({"sort": "psnr"}, "sort='psnr' arrived; expected 'pair' or one of ssim, l1, nuclei"),
+    ({"true": "mask"}, "the pairs have no mask but primary"), ({"pairs": [{"primary": 0}]*9}, "have no privileged but primary"), ({"true": [None]*3}, "3 true images for 9 pairs"), ({"sort": "psnr"}, "sort='psnr', expected 'pair' or one of ssim, l1, nuclei"),
     ({"quality": None, "better": {}, "sort": "ssim"}, "no measure: give quality="), ({"better": {"ssim": "up"}}, r"better=\{'ssim': 'up'\}")])
 def test_pairs_that_do_not_fit_are_refused(change, words):
     with pytest.raises(ValueError, match=words):

@@ -270,7 +270,7 @@ def test_class_indices_beside_missing_ones_are_indices():
     assert shown(
         plot_map(coords, np.array([10, 2, None, 2], object), [f"c{i}" for i in range(11)])
     ) == {"unlabelled": [2], "c10": [0], "c2": [1, 3]}
-    with pytest.raises(ValueError, match="labels such as 'b' arrived together with classes"):
+    with pytest.raises(ValueError, match="labels such as 'b' together with classes"):
         plot_map(coords, np.array(["b", "a", "a", "b"]), ["b", "a"])
     assert agreement(np.arange(4.)[:, None], np.array([0, 0, -1, None], object), k=1) == (1, 1)
 

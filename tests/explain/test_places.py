@@ -85,7 +85,7 @@ def test_all_arms_are_judged_on_the_same_pairs_and_bins():
     ]
     assert found["a"].edges[-1] >= max(errors) - 1e-3
     assert {a.scale for a in distance_errors({"a": Z}, MM, scale=40.).values()} == {40.}
-    with pytest.raises(ValueError, match="shuffle='c' arrived with the arms a, b"):
+    with pytest.raises(ValueError, match="shuffle='c' with the arms a, b"):
         distance_errors({"a": Z, "b": other}, MM, shuffle="c")
     with pytest.raises(ValueError, match="none that is named 'shuffled'"):
         distance_errors({"shuffled": Z}, MM)
@@ -261,7 +261,7 @@ def test_maps_are_made_of_the_crops_that_are_drawn(monkeypatch):
 def test_positions_that_do_not_fit():
     for bad, words in (
         (MM[:, 0], r"shape \(60,\)"),
-        (np.c_[MM, MM], r"shape \(60, 6\) arrived with names for 3 axes"),
+        (np.c_[MM, MM], r"shape \(60, 6\) with names for 3 axes"),
         (np.where(np.arange(60)[:, None] == 0, np.inf, MM), "finite"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -291,10 +291,10 @@ def test_what_can_be_explained(images):
 def test_targets_that_do_not_fit_are_refused(images):
     net, _ = networks()["in-place"]
     for target, said in (
-        (Dimension(4), "dimension 4 arrived"),
+        (Dimension(4), "dimension 4"),
         (Dimension(-1), "dimension -1"),
-        (Similarity(torch.ones(3)), r"\(3,\) arrived"),
-        (Similarity(torch.ones(4, 4)), r"\(4, 4\) arrived"),
+        (Similarity(torch.ones(3)), r"\(3,\)"),
+        (Similarity(torch.ones(4, 4)), r"\(4, 4\)"),
         (0.5, "float32"),
         (torch.ones(5), "float32"),
         ([0, 1], r"shape \(2,\)"),

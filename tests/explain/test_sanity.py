@@ -264,7 +264,7 @@ def test_figure_and_refusals(images):
         == check.table[check.table.method == "guided_gradcam"].spearman.tolist()
         and [t.get_text() for t in fig.subfigs[1].legends[0].get_texts()][0] == "Guided-GradCAM"
     )
-    with pytest.raises(ValueError, match="image 2 arrived; 2 were kept"): plot_sanity(check, 2)
+    with pytest.raises(ValueError, match="image 2; 2 were kept"): plot_sanity(check, 2)
     with pytest.raises(ValueError, match="1 images"): sanity_check(small(), images[:1])
     with pytest.raises(ValueError, match="stages=1"): sanity_check(small(), images, stages=1)
     with pytest.raises(ValueError, match="1 layers"):

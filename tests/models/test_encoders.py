@@ -284,8 +284,8 @@ def test_volumes_and_channels_reach_the_encoders():
 
 @pytest.mark.parametrize("args, error, message", [
     (dict(layout=(0, 2)), ValueError, "layout that uses each of them"), (dict(layout=()), ValueError, "layout that uses each of them"),
-    (dict(in_channels=(3, 1, 1)), ValueError, "3 values of in_channels arrived for the 2 encoders"),
-    (dict(encoder=small()), TypeError, "a Sequential arrived as encoder"), (dict(encoder=[3, 4]), TypeError, "a int arrived as encoder"),
+    (dict(in_channels=(3, 1, 1)), ValueError, "3 values of in_channels for the 2 encoders"),
+    (dict(encoder=small()), TypeError, "a Sequential as encoder"), (dict(encoder=[3, 4]), TypeError, "a int as encoder"),
     (dict(encoder=["resnet18"]), ValueError, "1 values of encoder"), (dict(encoder=lambda net=small(): net), ValueError, "the same module twice"),
     (dict(widths=()), ValueError, "one positive width"), (dict(widths=(8, 0)), ValueError, "one positive width"),
     (dict(projector_norm="group"), ValueError, "expected one of batch, layer, none")])
@@ -294,7 +294,7 @@ def test_make_branches_says_what_it_expects(args, error, message):
         make_branches(**{"encoder": small, "widths": (4, 2), **args})
 
 def test_views_are_counted():
-    with pytest.raises(ValueError, match="2 views arrived for the 3 branches"):
+    with pytest.raises(ValueError, match="2 views for the 3 branches"):
         trident(small, (4, 2))(*torch.rand(2, 2, 3, 8, 8))
 
 @pytest.mark.parametrize("norm, kind, bias", [("batch", nn.BatchNorm1d, False), ("layer", nn.LayerNorm, False), ("none", None, True)])
@@ -394,7 +394,7 @@ def test_other_files_are_refused_with_the_reason(saved, tmp_path):
         write_safetensors(bad, weights, "synthpi-encoder-1", encoder=encoder.spec, about={})
         refused(f"do not fit the ResNet.*{match}")
     write_safetensors(bad, state, "synthpi-encoder-1", encoder={"name": "resnet19"}, about={})
-    refused("encoder 'resnet19' arrived")
+    refused("encoder 'resnet19'")
 
 def test_a_module_of_ones_own(tmp_path):
     net, path = small(), tmp_path/"e.safetensors"
@@ -497,7 +497,7 @@ def test_estimates_need_a_shape_for_each_view():
     for shapes in ((2, 3, 8, 8), [], None):
         with pytest.raises(ValueError, match="one shape for each view"):
             memory_estimate(model, shapes)
-    with pytest.raises(ValueError, match="2 views arrived for the 3 branches"):
+    with pytest.raises(ValueError, match="2 views for the 3 branches"):
         memory_estimate(model, [(2, 3, 8, 8)] * 2)
     with pytest.raises(ValueError, match="expected one of fp32, bf16, fp16"):
         memory_estimate(model, [(2, 3, 8, 8)] * 3, "int8")

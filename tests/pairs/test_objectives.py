@@ -267,7 +267,7 @@ def test_what_cannot_work_is_refused():
         (lambda: Pix2Pix("stain"), "'mask' or 'image'"),
         (lambda: CycleGAN(network="vit"), "unet, resnet"),
         (lambda: Regression(width=0), "at least 1"),
-        (lambda: Pix2Pix(blocks=3), "blocks arrived"),
+        (lambda: Pix2Pix(blocks=3), "blocks"),
     ):
         with pytest.raises(ValueError, match=words):
             make()

@@ -235,7 +235,7 @@ def test_what_cannot_be_judged_is_refused(tissue, synthetic):
         ([{"primary": tissue.image[0]}] * 2, {}, "have no 'privileged'"),
         (rows, {"true": "missing"}, "have no 'missing'"),
         ([rows[0], {**rows[1], "privileged": synthetic[1][:40]}], {}, "pair 1 have sizes"),
-        (rows, {"groups": [1]}, "1 groups arrived"),
+        (rows, {"groups": [1]}, "1 groups"),
         (rows, {"kind": "he"}, "expected 'image', 'mask'"),
         (rows, {"um_per_px": 0}, "expected micrometres per pixel"),
         (

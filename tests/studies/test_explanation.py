@@ -430,7 +430,7 @@ def test_refusals(folder, volumes, tmp_path):
         ((lone, tiles, "--target", "component:0"), "components 1 to"),
         ((lone, tiles, "--target", "component:99"), "components 1 to 15"),
         ((lone, tiles, "--target", "dimension:128"), "dimensions 0 to 127"),
-        ((lone, tiles, "--target", "attention"), "'attention' arrived"),
+        ((lone, tiles, "--target", "attention"), "'attention'"),
         ((lone, tiles, "--split", "val"), "in the split 'val'"),
         ((lone, few), "3 images were found"),
         ((runs(folder)[0], other), "cat, dog, the probe knows stroma, tumour"),
@@ -445,7 +445,7 @@ def test_refusals(folder, volumes, tmp_path):
         ((lone, single), "only image of its class"),
         ((lone, few, "--target", "similarity", "--n", 9), "3 images"),
         ((volumes / "run", tiles), "no folder of prepared volumes"),
-        ((lone, tiles, "--device", "tpu"), "'tpu' arrived"),
+        ((lone, tiles, "--device", "tpu"), "'tpu'"),
         ((lone, tiles, "--checked", 1), "checked=1"),
     ):
         encoder, images, *rest = args

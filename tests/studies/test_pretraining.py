@@ -253,7 +253,7 @@ def test_resume_with_nothing_there_begins_and_overwrite_replaces(folder, tmp_pat
     assert len(other.history) == 3 and other.history.loss[0] != first.history.loss[0]
 
 @pytest.mark.parametrize("flags, message", [
-    (["--method", "trident"], "without a cache of pairs"), (["--method", "tripod"], "method 'tripod'"), (["--loss", "hinge"], "expected one of vicreg, barlow"), (["--batch-size", "99"], "99 arrived for 24 tiles"),
+    (["--method", "trident"], "without a cache of pairs"), (["--method", "tripod"], "method 'tripod'"), (["--loss", "hinge"], "expected one of vicreg, barlow"), (["--batch-size", "99"], "99 for 24 tiles"),
     (["--encoder", "resnet99"], "resnet99"), (["--augmentation", "none"], "augmentation 'none'"), (["--widths", "a,b"], "whole numbers"), (["--device", "tpu"], "device 'tpu'"), (["--precision", "fp8"], "fp8"),
     (["--resume", "--overwrite"], "give resume"), (["--lr", "-1"], "learning rate"), (["--epochs", "2"], "give one of them"), (["--micro-batch", "1"], "BatchNorm"), (["--track", "nothing"], "nothing"),
     (["--widths", "0"], "width"), (["--pairs-cache", "nowhere"], "manifest.csv"), (["--norm", "spectral"], "spectral")])

@@ -334,10 +334,10 @@ def test_volumes_without_splits_are_divided_by_subject(data, tmp_path):
         study_records(data)
 
 @pytest.mark.parametrize("how,message", [
-    (lambda d, f: f.append("--frame"), None), (lambda d, f: f.extend(["--frame", "nowhere"]), "frame 'nowhere' arrived"), (lambda d, f: f.extend(["--frame", "mm_local"]), "pairs='within'"),
-    (lambda d, f: f.extend(["--arms", "isimed,mystery"]), "arm 'mystery' arrived"), (lambda d, f: f.extend(["--arms", "isimed,isimed"]), "expected one or more different ones"), (lambda d, f: f.extend(["--encoder", "vgg"]), "encoder 'vgg' arrived"),
-    (lambda d, f: f.extend(["--rule", "most"]), "rule='most'"), (lambda d, f: f.extend(["--recipe", "wild", "--arms", "isimed"]), "recipe 'wild' arrived"), (lambda d, f: f.extend(["--pairs", "some", "--arms", "isimed"]), "pairs='some'"),
-    (lambda d, f: f.extend(["--window", "1,x"]), "--window 1,x arrived"), (lambda d, f: f.extend(["--device", "tpu"]), "device 'tpu'"),
+    (lambda d, f: f.append("--frame"), None), (lambda d, f: f.extend(["--frame", "nowhere"]), "frame 'nowhere'"), (lambda d, f: f.extend(["--frame", "mm_local"]), "pairs='within'"),
+    (lambda d, f: f.extend(["--arms", "isimed,mystery"]), "arm 'mystery'"), (lambda d, f: f.extend(["--arms", "isimed,isimed"]), "expected one or more different ones"), (lambda d, f: f.extend(["--encoder", "vgg"]), "encoder 'vgg'"),
+    (lambda d, f: f.extend(["--rule", "most"]), "rule='most'"), (lambda d, f: f.extend(["--recipe", "wild", "--arms", "isimed"]), "recipe 'wild'"), (lambda d, f: f.extend(["--pairs", "some", "--arms", "isimed"]), "pairs='some'"),
+    (lambda d, f: f.extend(["--window", "1,x"]), "--window 1,x"), (lambda d, f: f.extend(["--device", "tpu"]), "device 'tpu'"),
     (lambda d, f: (d/"body_003.nii.gz").write_bytes(b"no volume"), "body_003"), (lambda d, f: (d/"body_002_label.nii.gz").unlink() or f.append("--labels"), "1 of 9 volumes have no labels"),
     (lambda d, f: (d/"subjects.csv").write_text((d/"subjects.csv").read_text().replace("body_001,body_001", "body_001,body_008")), "more than one split"),
     (lambda d, f: (d/"subjects.csv").write_text((d/"subjects.csv").read_text().replace(",test", ",val")), "without test"), (lambda d, f: shutil.rmtree(d), "no such file or folder")])
@@ -453,7 +453,7 @@ def test_new_crops_do_not_meet_old_features(source, tmp_path):
         tmp_path / "out" / "runs" / "intensity_histogram-seed0" / "result.json"
     ).stat().st_mtime_ns > before
 
-@pytest.mark.parametrize("flags,message", [(["--weight", "-1"], "weight=-1"), (["--encoder", "densenet121", "--size", "16"], "too small for densenet121"), (["--recipe", "none"], "recipe 'none' arrived with arms that compare two views"),
+@pytest.mark.parametrize("flags,message", [(["--weight", "-1"], "weight=-1"), (["--encoder", "densenet121", "--size", "16"], "too small for densenet121"), (["--recipe", "none"], "recipe 'none' with arms that compare two views"),
                                            (["--pairs", "within", "--n-crops", "1"], "two crops of a volume for 'within'"), (["--temperature", "0"], "temperature")])
 def test_what_an_arm_would_refuse_is_refused_before_anything_is_written(
     source, tmp_path, flags, message

@@ -143,7 +143,7 @@ def test_positions_are_those_of_the_formula(store):
     assert np.allclose(store.position(0, box[0] - 0.5, "box"), 0) and np.allclose(
         store.position(0, box[1] - 0.5, "box"), 1
     )
-    with pytest.raises(ValueError, match="frame='mm' arrived"): store.position(0, [[0, 0, 0]], "mm")
+    with pytest.raises(ValueError, match="frame='mm'"): store.position(0, [[0, 0, 0]], "mm")
 
 @pytest.mark.parametrize("flip", [(1, 1, 1), (-1, -1, 1), (1, -1, -1)])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
@@ -221,7 +221,7 @@ def test_intensities(tmp_path):
         -1000,
         1000,
     ]
-    with pytest.raises(ValueError, match="window='bone' arrived"):
+    with pytest.raises(ValueError, match="window='bone'"):
         prepare_volumes(tmp_path / "in", tmp_path / "ct3", window="bone")
 
 def test_the_foreground_is_the_body_with_its_lungs_and_without_the_table():
@@ -433,7 +433,7 @@ def test_msd_and_nnunet(tmp_path):
         json.dumps({"modality": {"0": "FLAIR", "1": "T1w"}, "training": training, "test": []})
     )
     with pytest.raises(ValueError, match="2 sequences .0 FLAIR, 1 T1w.: choose"): find_volumes(msd)
-    with pytest.raises(ValueError, match="sequence='T2w' arrived"):
+    with pytest.raises(ValueError, match="sequence='T2w'"):
         find_volumes(msd, sequence="T2w")
     records = find_volumes(msd, sequence="t1w")
     assert [(r["name"], r["channel"], r["image"], r["label"]) for r in records][0] == (

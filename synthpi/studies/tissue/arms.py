@@ -1,8 +1,9 @@
 """What a study compares: one name for one way of getting features
 
-An *arm* of the study is a way of getting features for a tile: colour statistics, an untrained network, a network trained with labels, and networks trained by
-self-supervision on one image or on a pair. Every trained arm gets the same encoder, the same number of steps, the same batch size and the same optimiser; they differ in what the
-branches see. `train_arm` trains one of them.
+An *arm* of the study is a way of getting features for a tile: colour statistics, an untrained
+network, a network trained with labels, and networks trained by self-supervision on one image or on
+a pair. Every trained arm gets the same encoder, the same number of steps, the same batch size and
+the same optimiser; they differ in what the branches see. `train_arm` trains one of them.
 
 **Synthetic images are training aids, not findings.**
 
@@ -95,7 +96,7 @@ def add_controls(
     seed:int=0, # Decides the shuffling
 )->"_Columns": # The same records with the further columns `shuffled` and `blank`, worked out when they are read
     "The control columns: another tile's privileged image, and a white one."
-    if len(ds) < 2: raise ValueError(f"{len(ds)} tile arrived; expected at least 2 to shuffle.")
+    if len(ds) < 2: raise ValueError(f"got {len(ds)} tile, expected at least 2 to shuffle.")
     order = np.random.default_rng(seed_for(seed, "shuffled")).permutation(len(ds))
     other = np.empty(len(ds), int)
     # one cycle through all tiles: none keeps its own
@@ -160,7 +161,7 @@ def train_arm(
         )
     if not callable(SETTINGS.get(setting, setting)):
         raise ValueError(
-            f"setting {setting!r} arrived; expected {' or '.join(SETTINGS)}, or a recipe such as "
+            f"got setting {setting!r}, expected {' or '.join(SETTINGS)}, or a recipe such as "
             "synthpi.data.recipes.histology."
         )
     set_seed(seed_for(seed, "weights"))

@@ -1,8 +1,9 @@
 """What a study found, as one page that a person likes to read
 
-`write_report` turns the results of `tissue_study` into `report.html`: what was done, what the pairs look like, the table of arms with intervals, when the second image
-helped, where the arms err, what the encoders looked at, how they arrange the tiles, and what none of this shows. Every sentence with a number in it is written
-from the results.
+`write_report` turns the results of `tissue_study` into `report.html`: what was done, what the pairs
+look like, the table of arms with intervals, when the second image helped, where the arms err, what
+the encoders looked at, how they arrange the tiles, and what none of this shows. Every sentence with
+a number in it is written from the results.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/tissue/report.html.md"""
 

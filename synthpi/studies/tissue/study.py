@@ -1,8 +1,10 @@
 """Does a synthetic second image help? Every arm, on your tiles, in one call
 
-`tissue_study` is the main job: tiles and a small set of pairs go in; a generator is trained on the pairs, gives every training tile its synthetic second image, the arms of
-`synthpi.studies.tissue.arms` are trained, each is probed on patients that nobody has seen, and tables, figures and encoders come out. It keeps what it has done: a study that is
-interrupted goes on where it stopped when it is called again with the same arguments.
+`tissue_study` is the main job: tiles and a small set of pairs go in; a generator is trained on the
+pairs, gives every training tile its synthetic second image, the arms of
+`synthpi.studies.tissue.arms` are trained, each is probed on patients that nobody has seen, and
+tables, figures and encoders come out. It keeps what it has done: a study that is interrupted goes
+on where it stopped when it is called again with the same arguments.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/tissue/study.html.md"""
 
@@ -92,27 +94,27 @@ def tissue_study(
     what is done: the same call continues."""
     if pairs and generator:
         raise ValueError(
-            "both pairs and a generator arrived; give the pairs to train a generator on them, or "
+            "got both pairs and a generator; give the pairs to train a generator on them, or "
             "the generator file."
         )
     names = _choose_arms(arms, controls, bool(pairs), bool(pairs or generator))
     if encoder not in ENCODERS:
-        raise ValueError(f"encoder {encoder!r} arrived; expected one of {', '.join(ENCODERS)}.")
+        raise ValueError(f"got encoder {encoder!r}, expected one of {', '.join(ENCODERS)}.")
     choose_device(device)
     if pairs and (generator_crop % 16 or generator_crop < 32):
         raise ValueError(
-            f"generator_crop={generator_crop} arrived; expected a multiple of 16 of at least 32 "
+            f"got generator_crop={generator_crop}, expected a multiple of 16 of at least 32 "
             "(--generator-crop)."
         )
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds {list(seeds)} arrived; expected one or more different ones.")
+        raise ValueError(f"got seeds {list(seeds)}, expected one or more different ones.")
     out = Path(out)
     for p in (tiles, pairs, generator):
         if p and not Path(p).exists():
             raise FileNotFoundError(f"no such file or folder: {p}. Check the path.")
     if generator_um_per_px and not generator:
         raise ValueError(
-            f"generator_um_per_px={generator_um_per_px} arrived without a generator; expected it "
+            f"got generator_um_per_px={generator_um_per_px} without a generator; expected it "
             "with a file that does not say its own."
         )
     given = load_generator(generator, um_per_px=generator_um_per_px) if generator else None
@@ -355,7 +357,7 @@ def _in_order(names): return sorted(names, key=lambda n: (_trained(n), n != "sia
 def _choose_arms(arms, controls, pairs, privileged):
     for n in arms or ():
         if n not in ARMS:
-            raise ValueError(f"arm {n!r} arrived; expected names from {', '.join(ARMS)}.")
+            raise ValueError(f"got arm {n!r}, expected names from {', '.join(ARMS)}.")
         needs_pairs = ARMS[n].source == "pairs"
         if (
             needs_pairs
@@ -364,8 +366,8 @@ def _choose_arms(arms, controls, pairs, privileged):
             and not privileged
         ):
             raise ValueError(
-                f"arm {n!r} needs {'pairs' if needs_pairs else 'pairs or a generator'}, and none "
-                "arrived: give them, or leave the arm out."
+                f"got arm {n!r} needs {'pairs' if needs_pairs else 'pairs or a generator'}, and none"
+                ": give them, or leave the arm out."
             )
     if arms: return list(dict.fromkeys(arms))
     def able(a):
@@ -391,13 +393,13 @@ def _scales(arm, um, tiles, pairs, same, given):
         f"{flag} {x}" for flag, x in asked.items() if x is not None and not 0 < x < float("inf")
     ]:
         raise ValueError(
-            f"{', '.join(bad)} arrived; expected micrometres per pixel, for example 0.5 at 20x."
+            f"got {', '.join(bad)}, expected micrometres per pixel, for example 0.5 at 20x."
         )
     known = [x for x in asked.values() if x]
     if same:
         if len(known) == 2 and abs(known[0]/known[1] - 1) > .02:
             raise ValueError(
-                "--same-scale arrived, but "
+                "got --same-scale, but "
                 f"{' and '.join(f'{flag} is {x:g}' for flag, x in asked.items())}; expected one "
                 "or the other."
             )

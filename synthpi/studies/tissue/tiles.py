@@ -1,7 +1,9 @@
 """The tiles of a study: read, split, guarded, and scored by one probe
 
-`load_tiles` makes of a folder or a manifest what a study works on: splits that no group crosses, images at one size, and the test tiles a second time in other stains. `score_run` is the one way in which every
-arm of a study is judged: a linear probe on frozen features, fitted on train, chosen on val, scored once on test.
+`load_tiles` makes of a folder or a manifest what a study works on: splits that no group crosses,
+images at one size, and the test tiles a second time in other stains. `score_run` is the one way in
+which every arm of a study is judged: a linear probe on frozen features, fitted on train, chosen on
+val, scored once on test.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/tissue/tiles.html.md"""
 
@@ -161,7 +163,7 @@ def choose_hard_pair(
         able = [c for c, e in zip(data.classes, enough) if e]
         if len(set(asked)) != 2 or not set(asked) <= set(able):
             raise ValueError(
-                f"hard pair {list(asked)} arrived; expected two of the classes that have tiles in "
+                f"got hard pair {list(asked)}, expected two of the classes that have tiles in "
                 f"every split: {', '.join(able)}."
             )
         return tuple(data.classes.index(c) for c in asked)

@@ -1,7 +1,11 @@
 """What a study of volumes compares: one name for one way of getting features of a crop
 
-An *arm* is a way of getting features for a crop of a volume: its place alone, its intensities, an untrained network, and networks trained by self-supervision with or without being told where the crop was cut.
-Every trained arm gets the same encoder, the same volumes and crops, the same number of steps and the same optimiser; they differ in loss and head, and in views: some compare two changed views of a crop, which costs two forward passes, the others see the crop once and as it is. `train_volume_arm` trains one of them.
+An *arm* is a way of getting features for a crop of a volume: its place alone, its intensities, an
+untrained network, and networks trained by self-supervision with or without being told where the
+crop was cut. Every trained arm gets the same encoder, the same volumes and crops, the same number
+of steps and the same optimiser; they differ in loss and head, and in views: some compare two
+changed views of a crop, which costs two forward passes, the others see the crop once and as it is.
+`train_volume_arm` trains one of them.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/volumes/arms.html.md"""
 
@@ -120,7 +124,7 @@ def train_volume_arm(
     "Train one arm on random crops of some volumes."
     if frame == "voxel_local":
         raise ValueError(
-            "frame='voxel_local' arrived; distances are in mm: choose world_mm, mm_centered, "
+            "got frame='voxel_local'; distances are in mm: choose world_mm, mm_centered, "
             "mm_local or box."
         )
     set_seed(seed_for(seed, "weights"))

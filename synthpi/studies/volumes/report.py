@@ -1,7 +1,9 @@
 """What a study of volumes found, as one page that a person likes to read
 
-`write_volume_report` turns the results of `volume_study` into `report.html`: what was done, where the crops lie, how well their place can be read from each arm's features, whether distances between embeddings follow those in the body, what the
-features say about regions beyond the place, and what none of this shows. Every sentence with a number in it is written from the results.
+`write_volume_report` turns the results of `volume_study` into `report.html`: what was done, where
+the crops lie, how well their place can be read from each arm's features, whether distances between
+embeddings follow those in the body, what the features say about regions beyond the place, and what
+none of this shows. Every sentence with a number in it is written from the results.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/volumes/report.html.md"""
 

@@ -1,7 +1,9 @@
 """From the features of all arms to the numbers of the study, each with its interval
 
-`summarise_volumes` reads what the runs of a study left behind, features of fixed crops, and judges all arms alike: a ridge probe for the place, distances between embeddings, cross-validated probes for regions, intervals over
-test subjects, and comparisons between arms on the same folds and the same resampled subjects.
+`summarise_volumes` reads what the runs of a study left behind, features of fixed crops, and judges
+all arms alike: a ridge probe for the place, distances between embeddings, cross-validated probes
+for regions, intervals over test subjects, and comparisons between arms on the same folds and the
+same resampled subjects.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/volumes/scores.html.md"""
 

@@ -1,8 +1,11 @@
 """Does it help to tell an encoder where in the body a crop is? Every arm, on your volumes, in one call
 
-`volume_study` is the main job of the second method: volumes go in; they are prepared once, the arms of `synthpi.studies.volumes.arms` are trained on the training subjects, and each is judged on subjects that nobody has seen. How well can a
-crop's place be read from its features, do distances between embeddings follow those in the body, and, where voxels are labelled, what do the features say about a crop's region that its place alone does not? It keeps
-what it has done: a study that is interrupted goes on where it stopped when it is called again with the same arguments.
+`volume_study` is the main job of the second method: volumes go in; they are prepared once, the arms
+of `synthpi.studies.volumes.arms` are trained on the training subjects, and each is judged on
+subjects that nobody has seen. How well can a crop's place be read from its features, do distances
+between embeddings follow those in the body, and, where voxels are labelled, what do the features
+say about a crop's region that its place alone does not? It keeps what it has done: a study that is
+interrupted goes on where it stopped when it is called again with the same arguments.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/volumes/study.html.md"""
 
@@ -67,7 +70,7 @@ def study_records(
     if not labels: records = [{**r, "label": ""} for r in records]
     splits = {r["split"] for r in records}
     if splits == {""}: records = split_subjects(records, {"train": .75, "test": .25}, seed)
-    elif missing := {"train", "test"} - splits: raise ValueError(f"the splits {', '.join(map(repr, sorted(splits)))} arrived, without {' and '.join(sorted(missing))}; expected volumes in train and in test, or no splits at all.")
+    elif missing := {"train", "test"} - splits: raise ValueError(f"got the splits {', '.join(map(repr, sorted(splits)))}, without {' and '.join(sorted(missing))}; expected volumes in train and in test, or no splits at all.")
     if len({r["subject"] for r in records if r["split"] == "train"}) < 2:
         raise ValueError(
             "1 subject is in train; expected two or more: the penalty of the place probe is "
@@ -201,22 +204,22 @@ def volume_study(
     records, root, labels = study_records(volumes, labels, preset, sequence)
     names = _arms_asked(arms, labels)
     if encoder not in ENCODERS:
-        raise ValueError(f"encoder {encoder!r} arrived; expected one of {', '.join(ENCODERS)}.")
+        raise ValueError(f"got encoder {encoder!r}, expected one of {', '.join(ENCODERS)}.")
     choose_device(device)
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds {list(seeds)} arrived; expected one or more different ones.")
+        raise ValueError(f"got seeds {list(seeds)}, expected one or more different ones.")
     if frame not in ("auto", "world_mm", "mm_centered", "mm_local"):
         raise ValueError(
-            f"frame {frame!r} arrived; expected auto, world_mm, mm_centered or mm_local: a study "
+            f"got frame {frame!r}, expected auto, world_mm, mm_centered or mm_local: a study "
             "compares millimetres."
         )
     if frame == "mm_local" and pairs != "within":
         raise ValueError(
-            "frame 'mm_local' arrived; equal numbers mean different places in different subjects "
+            "got frame 'mm_local'; equal numbers mean different places in different subjects "
             "there, so only pairs='within' fits it (--pairs within)."
         )
     if recipe not in CROP_RECIPES:
-        raise ValueError(f"recipe {recipe!r} arrived; expected one of {', '.join(CROP_RECIPES)}.")
+        raise ValueError(f"got recipe {recipe!r}, expected one of {', '.join(CROP_RECIPES)}.")
     if (
         rule not in ("center", "any")
         or folds < 2
@@ -224,9 +227,9 @@ def volume_study(
         or n_volumes * n_crops < 2
     ):
         raise ValueError(
-            f"rule={rule!r}, folds={folds}, place_crops={place_crops}, "
+            f"got rule={rule!r}, folds={folds}, place_crops={place_crops}, "
             f"region_crops={region_crops}, steps={steps}, n_volumes={n_volumes}, "
-            f"n_crops={n_crops} arrived; expected 'center' or 'any', 2 folds or more, and 1 or "
+            f"n_crops={n_crops}, expected 'center' or 'any', 2 folds or more, and 1 or "
             "more of the others, two crops a step."
         )
     sides, n_volumes = (
@@ -235,12 +238,12 @@ def volume_study(
     )
     if recipe == "none" and any(VOLUME_ARMS[n].views > 1 for n in names):
         raise ValueError(
-            "recipe 'none' arrived with arms that compare two views, which would be the same: "
+            "got recipe 'none' with arms that compare two views, which would be the same: "
             "choose scanner or boxes, or the arms isimed and regression alone."
         )
     if min(sides) < 8:
         raise ValueError(
-            f"size {size} arrived; expected crops of 8 voxels or more along each axis."
+            f"got size {size}, expected crops of 8 voxels or more along each axis."
         )
     identity = {
         "synthpi": synthpi.__version__,
@@ -276,7 +279,7 @@ def volume_study(
         make_encoder(encoder, 1, 3).eval()(torch.zeros(1, 1, *sides))
     except RuntimeError as error:
         raise ValueError(
-            f"size {sides} arrived; such crops are too small for {encoder} ({str(error)[:100]}): "
+            f"got size {sides}; such crops are too small for {encoder} ({str(error)[:100]}): "
             "give a larger one (--size), 32 or more for densenet121."
         ) from error
     for n in names:
@@ -295,14 +298,14 @@ def volume_study(
             )
     if pairs == "within" and n_crops < 2 or pairs == "cross" and n_volumes < 2:
         raise ValueError(
-            f"pairs={pairs!r}, n_volumes={n_volumes}, n_crops={n_crops} arrived; expected two "
+            f"got pairs={pairs!r}, n_volumes={n_volumes}, n_crops={n_crops}, expected two "
             "crops of a volume for 'within', two volumes for 'cross'."
         )
     known = label_names(volumes) if labels else {}
     accelerator = make_accelerator(precision, cpu=device == "cpu")
     if accelerator.num_processes > 1:
         raise ValueError(
-            f"{accelerator.num_processes} processes arrived; expected one: start the study "
+            f"got {accelerator.num_processes} processes, expected one: start the study "
             "without accelerate launch or torchrun."
         )
     # nothing was computed that could be lost
@@ -427,14 +430,14 @@ def _arms_asked(arms, labels):
     allowed = [n for n in VOLUME_ARMS if labels or n != "position_atlas"]
     if arms is None: return allowed
     if unknown := [a for a in arms if a not in VOLUME_ARMS]:
-        raise ValueError(f"arm {unknown[0]!r} arrived; expected some of {', '.join(VOLUME_ARMS)}.")
+        raise ValueError(f"got arm {unknown[0]!r}, expected some of {', '.join(VOLUME_ARMS)}.")
     if not labels and "position_atlas" in arms:
         raise ValueError(
-            "the arm 'position_atlas' arrived and there are no labels; it predicts regions from "
+            "got the arm 'position_atlas' and there are no labels; it predicts regions from "
             "places: give labels, or leave it out."
         )
     if not arms or len(set(arms)) < len(arms):
-        raise ValueError(f"arms {list(arms)} arrived; expected one or more different ones.")
+        raise ValueError(f"got arms {list(arms)}, expected one or more different ones.")
     return [n for n in VOLUME_ARMS if n in arms]
 
 def _content(records, root):
