@@ -10,6 +10,7 @@ Modules:
 - `synthpi.cli.explain`: `synthpi explain` from a terminal
 - `synthpi.cli.tissue`: The study from a terminal: on simulated tiles, and on your own
 - `synthpi.cli.volumes`: Where in the body is this crop? The study of volumes from a terminal
+- `synthpi.core.checks`: Data from outside is checked where it comes in; settings are said once
 - `synthpi.core.runs`: Seeds, pictures and files: the small things that every other notebook uses
 - `synthpi.data.conversion`: Arrays and outlines become, once, a plain folder of images that every command reads
 - `synthpi.data.device_views`: The same recipes on a whole batch, where the network is

@@ -10,20 +10,26 @@ Docs: https://synthpi.github.io/synthpi/nbs/cli/app.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Out', 'Seeds', 'Overwrite', 'Device', 'Workers', 'first', 'told', 'start_the_others', 'leave_group',
-           'share_cores', 'names', 'command_line']
+           'share_cores', 'names', 'command_line', 'flags']
 
 # %% ../../nbs/cli/app.ipynb #982b627c
 import contextlib
+import functools
 import gc
 import os
 import re
 import shlex
 import sys
 import warnings
+from dataclasses import MISSING, fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from fastcore.docments import docments
+
+from ..core.checks import Settings
 
 # %% ../../nbs/cli/app.ipynb #d911de75
 app = typer.Typer(
@@ -167,3 +173,33 @@ def names(
 def command_line():
     "The command as it was typed, for the record."
     return shlex.join(["synthpi", *sys.argv[1:]])
+
+# %% ../../nbs/cli/app.ipynb #2e37cfbf
+def _flag(f, help_text):
+    "The keyword of a command that stands for one field of a `Settings` class."
+    kind = f.metadata.get("shown") or f.type
+    default = Parameter.empty if f.default is MISSING else f.default
+    if isinstance(kind, tuple): kind, default = kind
+    spelled = [f"--{f.name.replace('_', '-')}"] if kind is bool else []
+    option = typer.Option(*spelled, min=f.metadata.get("least"), help=help_text)
+    return Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+def flags(
+    settings:type[Settings], # Each field that is a flag has a comment, which is its help text
+): # A decorator
+    "Turn `f(settings, out, ...)` into a command with a flag for each field of `settings`."
+    helps = docments(settings)
+    shown = [f for f in fields(settings) if f.metadata.get("cli", True)]
+    def decorate(f):
+        @functools.wraps(f)
+        def command(**given):
+            with told():
+                values = {x.name: given.pop(x.name) for x in shown}
+                read = {x.name: x.metadata.get("read") or (lambda value: value) for x in shown}
+                return f(settings(**{n: read[n](v) for n, v in values.items()}), **given)
+        own = list(signature(f, eval_str=True).parameters.values())[1:]
+        keywords = [_flag(x, " ".join((helps[x.name] or "").split())) for x in shown]
+        command.__signature__ = Signature([*keywords, *(p.replace(kind=p.KEYWORD_ONLY) for p in own)])
+        del command.__wrapped__, command.__annotations__
+        return command
+    return decorate
