@@ -39,9 +39,10 @@ Modules:
 - `synthpi.explain.saliency`: Where in the image an encoder looks, and how it arranges a data set
 - `synthpi.explain.sanity`: Does a map tell of what the network has learnt, or only of the image?
 - `synthpi.explain.volume_explorer`: A volume to slide through and to click on, with the crops that an encoder finds most alike in other subjects
-- `synthpi.losses.distance`: Position as privileged information: embeddings as far apart as the crops they came from
+- `synthpi.losses.distance`: Position as privileged information: embeddings as far apart as their crops
 - `synthpi.losses.geometry`: Distances between crops: which pairs, how far, and how well embeddings follow
-- `synthpi.losses.paired`: VICReg, Barlow Twins and SimCLR for two or more branches, on one device or on many
+- `synthpi.losses.paired`: VICReg, Barlow Twins and SimCLR for two or more branches, on one or many devices
+- `synthpi.losses.position`: Reading a place from a crop: the regression head and its loss
 - `synthpi.models.branches`: Encoders, projectors, branch layouts, and encoder files
 - `synthpi.models.cards`: What an encoder is, what it was trained on and how to load it: one page beside its file
 - `synthpi.pairs.cache`: Files named by what they were made from, each with its own checksum, and a table that says where they come from
