@@ -100,17 +100,43 @@ def as_found(
         _restore_buffers(buffers)
 
 # %% ../../nbs/core/runs.ipynb #2e5c34c5
-_WRITES = (
-    "study.json",
-    "results.json",
-    "report.html",
-    "runs",
-    "figures",
-    "generator.safetensors",
-    "generator",
-)
 # good for any study: synthetic images named by their content, and the demo's tiles
 _KEEPS = ("cache", "data")
+
+def _refuse_place(out, inputs):
+    "`ValueError` for a file, and for a folder inside an input folder."
+    for folder in inputs:
+        if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
+            raise ValueError(
+                f"the output folder {out} lies in the input folder {folder}: "
+                "its figures would be taken for tiles. Choose a folder outside."
+            )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"the output folder {out} is a file: choose another name.")
+
+def _identity_in(out):
+    "What a folder says about its study; None for an empty one, `ValueError` for foreign files."
+    if (out/"study.json").is_file():
+        try: return json.loads((out/"study.json").read_text(encoding="utf-8"))
+        except ValueError: return {"study.json": "unreadable"}
+    names = [p.name for p in out.iterdir()] if out.is_dir() else []
+    there = sorted(name for name in names if not name.startswith(".") and name not in _KEEPS)
+    if not there: return None
+    raise ValueError(
+        f"the folder {out} holds {len(there)} files or folders "
+        f"({', '.join(there[:3])}) and no study: choose an empty or new one."
+    )
+
+# %% ../../nbs/core/runs.ipynb #d46734e3
+_WRITES = ("study.json", "results.json", "report.html", "runs", "figures", "generator.safetensors", "generator")
+
+def _refuse_other(out, old, identity):
+    differs = sorted(k for k in {*old, *identity} if old.get(k) != identity.get(k))
+    raise ValueError(
+        f"the folder {out} holds another study; these differ: "
+        + "; ".join(f"{k} was {old.get(k)!r}, is {identity.get(k)!r}" for k in differs[:6])
+        + ". Choose another folder, or give overwrite (--overwrite) to replace that study."
+    )
 
 def claim_folder(
     out:str|Path, # Output folder
@@ -123,36 +149,10 @@ def claim_folder(
 )->bool: # Whether the folder held this very study already
     "Take a folder for a study, or say why not (`ValueError`)."
     out, identity = Path(out), json.loads(json.dumps(identity))
-    for folder in inputs:
-        if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
-            raise ValueError(
-                f"the output folder {out} lies in the input folder {folder}: "
-                "its figures would be taken for tiles. Choose a folder outside."
-            )
-    there = (
-        [p.name for p in out.iterdir() if not p.name.startswith(".") and p.name not in _KEEPS]
-        if out.is_dir()
-        else []
-    )
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"the output folder {out} is a file: choose another name.")
-    old = None
-    if (out/"study.json").is_file():
-        try: old = json.loads((out/"study.json").read_text(encoding="utf-8"))
-        except ValueError: old = {"study.json": "unreadable"}
+    _refuse_place(out, inputs)
+    old = _identity_in(out)
     if old == identity: return True
-    if there and old is None:
-        raise ValueError(
-            f"the folder {out} holds {len(there)} files or folders "
-            f"({', '.join(sorted(there)[:3])}) and no study: choose an empty or new one."
-        )
-    if old is not None and not overwrite:
-        differs = sorted(k for k in {*old, *identity} if old.get(k) != identity.get(k))
-        raise ValueError(
-            f"the folder {out} holds another study; these differ: "
-            + "; ".join(f"{k} was {old.get(k)!r}, is {identity.get(k)!r}" for k in differs[:6])
-            + ". Choose another folder, or give overwrite (--overwrite) to replace that study."
-        )
+    if old is not None and not overwrite: _refuse_other(out, old, identity)
     if dry: return False
     for name in writes:
         target = out/name
@@ -162,21 +162,21 @@ def claim_folder(
     return False
 
 # %% ../../nbs/core/runs.ipynb #875b3d94
+_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed} so far, about {remaining} to go"
+
 class Progress:
     "One bar over a whole study, in units of work, so that its estimate is for the whole."
-    def __init__(
-        self,
-        total: float,  # Units of work
-        show: bool = True,  # False: nothing is written but what `say` says
+    def __init__(self,
+        total:float, # Units of work
+        show:bool=True, # False: nothing is written but what `say` says
     ):
         self.bar = tqdm(
             total=max(1, round(total)),
             disable=not show,
-            smoothing=0.05,
+            smoothing=.05,
             mininterval=1 if sys.stderr.isatty() else 15,
             file=sys.stderr,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} so far, about {remaining} to "
-                       "go",
+            bar_format=_BAR,
         )
 
     def stage(self,
@@ -203,29 +203,31 @@ class Progress:
         self.bar.close()
 
 # %% ../../nbs/core/runs.ipynb #dc5237f6
+_PACKAGES = (
+    "synthpi", "torch", "monai", "accelerate", "albumentations", "datasets", "numpy",
+    "scikit-learn", "scikit-image", "captum", "umap-learn",
+)
+
+def _version(name):
+    try: return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError: return None
+
+def _cpu():
+    "The model where Linux says it, otherwise what Python knows."
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"): return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
 def environment(
-)->dict: # JSON-ready: versions, processor, devices, threads
-    "What has to be known about this machine to make a number again."
-    packages = "synthpi torch monai accelerate albumentations datasets numpy scikit-learn scikit-image captum umap-learn".split()
-    def version(name):
-        try: return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: return None
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        cpu = next(
-            (
-                l.split(":", 1)[1].strip()
-                for l in open("/proc/cpuinfo", encoding="utf-8")
-                if l.startswith("model name")
-            ),
-            cpu,
-        )
+)->dict: # JSON-ready: versions, CPU, devices, threads
+    "What has to be known about this machine to reproduce a number."
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
