@@ -1,9 +1,10 @@
 """Arrays and outlines become, once, a plain folder of images that every command reads
 
 Some published sets are not folders of images. PanNuke comes as NumPy arrays, MoNuSeg with outlines
-in XML; see `stacks` for immunofluorescence. Each is written once as lossless PNG, `image/NAME.png`,
-`privileged/NAME.png` and `pairs.csv`, with the scale in the table and `provenance.json` beside it.
-A run that was killed goes on where it stopped; nothing is in memory but the items being written:
+in XML, immunofluorescence in stacks of 16 bits. Each is written once as lossless PNG,
+`image/NAME.png`, `privileged/NAME.png` and `pairs.csv`, with the scale in the table and
+`provenance.json` beside it. An interrupted conversion continues where it stopped, and only the
+items being written are in memory.
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/conversion.html.md"""
 
@@ -42,11 +43,10 @@ class PublishedSet:
     layout:str # Where the files are, in one line
     groups:str # What may be kept together in a split
 
+# %% ../../nbs/data/conversion.ipynb #9e58e3ed
 SETS = {
     "pannuke": PublishedSet(
-        "PanNuke",
-        "pairs",
-        0.25,
+        "PanNuke", "pairs", 0.25,
         "CC BY-NC-SA 4.0 (non-commercial)",
         "Gamper et al., arXiv:2003.10778 (2020)",
         "Fold 1/images/fold1/{images,types}.npy, Fold 1/masks/fold1/masks.npy, and so on for "
@@ -54,45 +54,21 @@ SETS = {
         "the folds are the authors'; patients are not published",
     ),
     "monuseg": PublishedSet(
-        "MoNuSeg 2018",
-        "pairs",
-        0.25,
+        "MoNuSeg 2018", "pairs", 0.25,
         "CC BY-NC-SA 4.0 (non-commercial)",
         "Kumar et al., IEEE TMI 36(7), 2017; IEEE TMI 39(5), 2020",
         "Tissue Images/NAME.tif and Annotations/NAME.xml; in the test set both in one folder",
         "TCGA patient, the first 12 characters of the name",
     ),
     "bci": PublishedSet(
-        "BCI",
-        "pairs",
-        0.46,
+        "BCI", "pairs", 0.46,
         "non-commercial (terms of the authors)",
         "Liu et al., CVPR Workshops 2022, arXiv:2204.11425",
         "HE/{train,test}/NUMBER_{train,test}_HER2.png and IHC/{train,test}/ with the same names",
         "patients are not published; a slide may be in both splits",
     ),
-    "nct_crc": PublishedSet(
-        "NCT-CRC-HE-100K and CRC-VAL-HE-7K",
-        "tiles",
-        0.5,
-        "CC BY 4.0",
-        "Kather, Halama, Marx, Zenodo 1214456 (2018); Kather et al., PLoS Med. 16(1), 2019",
-        "NCT-CRC-HE-100K/CLASS/*.tif and CRC-VAL-HE-7K/CLASS/*.tif, nine classes",
-        "patients of the 100K are not published; the 7K are of other patients",
-    ),
-    "pcam": PublishedSet(
-        "PatchCamelyon",
-        "tiles",
-        0.972,
-        "CC0 1.0",
-        "Veeling et al., MICCAI 2018, arXiv:1806.03962; Bejnordi et al., JAMA 318(22), 2017",
-        "camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 (or .h5.gz) and _meta.csv",
-        "slide, from the _meta.csv files",
-    ),
     "tiff_pairs": PublishedSet(
-        "pairs in TIFF stacks (as SHIFT)",
-        "pairs",
-        None,
+        "pairs in TIFF stacks (as SHIFT)", "pairs", None,
         "that of the set",
         "for SHIFT: Burlingame et al., Sci. Rep. 10:17507 (2020)",
         "two folders with the same names; the privileged side of any number of channels, 8 or 16 "
@@ -100,9 +76,7 @@ SETS = {
         "a pattern in the names, if given",
     ),
     "paired": PublishedSet(
-        "paired folders",
-        "pairs",
-        None,
+        "paired folders", "pairs", None,
         "that of the set",
         "that of the set",
         "two folders with the same names, or names that differ in a suffix",
@@ -110,39 +84,82 @@ SETS = {
     ),
 }
 
-# %% ../../nbs/data/conversion.ipynb #6e8c8488
-_FACTS = "provenance.json"
-_FORMAT = 1      # raised when the same source and options would give other files
+# %% ../../nbs/data/conversion.ipynb #cd873dc9
+SETS |= {
+    "nct_crc": PublishedSet(
+        "NCT-CRC-HE-100K and CRC-VAL-HE-7K", "tiles", 0.5,
+        "CC BY 4.0",
+        "Kather, Halama, Marx, Zenodo 1214456 (2018); Kather et al., PLoS Med. 16(1), 2019",
+        "NCT-CRC-HE-100K/CLASS/*.tif and CRC-VAL-HE-7K/CLASS/*.tif, nine classes",
+        "patients of the 100K are not published; the 7K are of other patients",
+    ),
+    "pcam": PublishedSet(
+        "PatchCamelyon", "tiles", 0.972,
+        "CC0 1.0",
+        "Veeling et al., MICCAI 2018, arXiv:1806.03962; Bejnordi et al., JAMA 318(22), 2017",
+        "camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5 (or .h5.gz) and _meta.csv",
+        "slide, from the _meta.csv files",
+    ),
+}
 
+# %% ../../nbs/data/conversion.ipynb #6e8c8488
 def source_fingerprint(
     folder:str|Path, # Folder that the names are counted from
     files:Sequence[str|Path], # Files of the set
 )->dict: # `files`, `bytes`, `sha256` of names, sizes and both ends of every file
-    "Tell two copies of a large set apart without reading all of it."
+    "What tells two copies of a large set apart, without reading all of it."
     sha, total = sha256(), 0
     for file in sorted(map(Path, files)):
         size = file.stat().st_size
         with open(file, "rb") as f:
-            ends = f.read(65536)
+            first = f.read(65536)
             f.seek(max(0, size - 65536))
-            sha.update(
-                json.dumps([Path(os.path.relpath(file, folder)).as_posix(), size]).encode()
-                + ends
-                + f.read()
-            )
+            last = f.read()
+        name = Path(os.path.relpath(file, folder)).as_posix()
+        sha.update(json.dumps([name, size]).encode() + first + last)
         total += size
     return {"files": len(files), "bytes": total, "sha256": sha.hexdigest()}
 
-def _claim(name, out, folder, files, options):
-    """Take `out` for a conversion of these files, or go on with the same one; `ValueError` says why
-    not."""
-    out, folder, known = Path(out).expanduser(), Path(folder).expanduser(), SETS[name]
+# %% ../../nbs/data/conversion.ipynb #436eccae
+_FACTS = "provenance.json"
+_FORMAT = 1      # raised when the same source and options would give other files
+
+def _refuse_place(out, folder):
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(
             f"the output folder {out} lies in the source {folder}: choose a folder outside."
         )
     if out.exists() and not out.is_dir():
         raise ValueError(f"the output folder {out} is a file: choose another name.")
+
+def _refuse_content(out, facts):
+    "`ValueError` when `out` holds something else than an unfinished or finished conversion."
+    names = [p.name for p in out.iterdir()] if out.is_dir() else []
+    there = sorted(name for name in names if not name.startswith("."))
+    if there and _FACTS not in there:
+        raise ValueError(
+            f"the output folder {out} holds {len(there)} files or folders "
+            f"({some_names(there, 3)}) and no {_FACTS}: choose an empty or new one."
+        )
+    if not set(there) - {_FACTS}: return
+    try: old = json.loads((out/_FACTS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{out / _FACTS} cannot be read ({error}): choose an empty or new output folder."
+        ) from error
+    differ = [f"{k} was {old.get(k)}, is {facts[k]}" for k in facts if old.get(k) != facts[k]]
+    if differ:
+        raise ValueError(
+            f"the output folder {out} holds another conversion: {'; '.join(differ)}. Choose "
+            "another folder, or remove that one."
+        )
+
+# %% ../../nbs/data/conversion.ipynb #8a257e90
+def _claim(name, out, folder, files, options):
+    """Take `out` for a conversion of these files, or continue the same one; `ValueError` says why
+    not."""
+    out, folder, known = Path(out).expanduser(), Path(folder).expanduser(), SETS[name]
+    _refuse_place(out, folder)
     facts = {
         "format": _FORMAT,
         "set": known.title,
@@ -153,53 +170,37 @@ def _claim(name, out, folder, files, options):
         "source": source_fingerprint(folder, files),
     }
     facts = json.loads(json.dumps(facts))
-    there = (
-        sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) if out.is_dir() else []
-    )
-    if there and _FACTS not in there:
-        raise ValueError(
-            f"the output folder {out} holds {len(there)} files or folders "
-            f"({some_names(there, 3)}) and no {_FACTS}: choose an empty or new one."
-        )
-    if set(there) - {_FACTS}:
-        try:
-            old = json.loads((out / _FACTS).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{out / _FACTS} cannot be read ({error}): choose an empty or new output folder."
-            ) from error
-        differ = [f"{k} was {old.get(k)}, is {facts[k]}" for k in facts if old.get(k) != facts[k]]
-        if differ:
-            raise ValueError(
-                f"the output folder {out} holds another conversion: {'; '.join(differ)}. Choose "
-                "another folder, or remove that one."
-            )
+    _refuse_content(out, facts)
     for left in out.rglob(".*.png"): left.unlink()       # of a run that was killed while it wrote
     write_json(out/_FACTS, facts | {"finished": False})
     return out, facts
 
-def _convert(out, facts, rows, items, make):
-    """Write the table `rows`, then what is missing of `items`, pairs of relative paths and a key
-    for which `make` gives their arrays or bytes; the data set."""
-    def one(item):
-        if all((out/p).exists() for p in item[0]): return      # files appear whole or not at all
-        for path, content in zip(item[0], make(item[1])):
-            if (out/path).exists(): continue
-            with atomic_path(out/path) as tmp:
-                if isinstance(content, bytes): tmp.write_bytes(content)
-                else: PILImage.fromarray(content).save(tmp)
-    if not rows:
-        raise ValueError(f"the source of {facts['set']} holds no images; expected one at least.")
-    csv, names = (
-        ("pairs.csv", [r["name"] for r in rows])
-        if "name" in rows[0]
-        else ("tiles.csv", [r["path"] for r in rows])
-    )
+# %% ../../nbs/data/conversion.ipynb #aeac3559
+def _refuse_repeated(names, title):
+    if not names:
+        raise ValueError(f"the source of {title} holds no images; expected one at least.")
     if twice := sorted({n for n, m in zip(sorted(names), sorted(names)[1:]) if n == m}):
         raise ValueError(
             f"the names {some_names(twice)} occur more than once in the source; expected each "
-            f"once: rename or remove the others."
+            "once: rename or remove the others."
         )
+
+def _write(path, content):
+    "Bytes as they are, arrays as PNG; a file that is there is complete and stays."
+    if path.exists(): return
+    with atomic_path(path) as tmp:
+        if isinstance(content, bytes): tmp.write_bytes(content)
+        else: PILImage.fromarray(content).save(tmp)
+
+def _convert(out, facts, rows, items, make):
+    """Write the table `rows`, then what is missing of `items`, pairs of relative paths and a key
+    for which `make` gives their arrays or bytes; the data set."""
+    pairs = bool(rows) and "name" in rows[0]
+    _refuse_repeated([r["name" if pairs else "path"] for r in rows], facts["set"])
+    csv = "pairs.csv" if pairs else "tiles.csv"
+    def one(item):
+        if all((out/p).exists() for p in item[0]): return
+        for path, content in zip(item[0], make(item[1])): _write(out/path, content)
     with atomic_path(out/csv) as tmp: pd.DataFrame(rows).to_csv(tmp, index=False)
     with (
         ThreadPoolExecutor() as pool,
@@ -209,19 +210,18 @@ def _convert(out, facts, rows, items, make):
         for i in range(0, len(items), 256):
             bar.update(len(list(pool.map(one, items[i : i + 256]))))
     write_json(out/_FACTS, facts | {"finished": True})
-    return pair_folders(out) if csv == "pairs.csv" else image_folder(out)
+    return pair_folders(out) if pairs else image_folder(out)
 
+# %% ../../nbs/data/conversion.ipynb #92c5223d
 def _rgb8(path):
     "An 8-bit picture as RGB."
     try:
         with PILImage.open(path) as image:
-            # PIL would halve 16 bits of RGB and say nothing
             if image.mode in ("I", "F") or ";16" in str(image.tile):
                 raise ValueError(f"mode {image.mode} with more than 8 bits")
             return to_rgb(image)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read as an 8-bit picture ({error}); expected RGB with 8 bits: "
-            "convert it, or read it as the privileged "
-            f"side."
+            "convert it, or read it as the privileged side."
         ) from error

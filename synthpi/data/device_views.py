@@ -1,10 +1,10 @@
 """The same recipes on a whole batch, where the network is
 
-Augmenting costs a processor core as much as decoding or more, and a fast device waits for it.
-`BatchViews` lets the workers decode only: as a data set it serves images, and called on a batch
-that has arrived on the device it makes the views there, from the same recipes, with randomness
-keyed by the same `(seed, epoch, sample, branch)`. The two back ends draw different numbers from the
-same distributions.
+Augmenting costs a CPU core as much as decoding or more, and a fast device waits for it.
+`BatchViews` lets the workers decode only. As a data set it serves images; called on a batch that is
+on the device it makes the views there, from the same recipes, with randomness keyed by the same
+`(seed, epoch, sample, branch)`. The two back ends draw different numbers from the same
+distributions.
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/device_views.html.md"""
 
@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from kornia.enhance import (
     adjust_brightness, adjust_brightness_accumulative, adjust_contrast,
     adjust_contrast_with_mean_subtraction, adjust_hue, adjust_saturation_with_gray_subtraction,
@@ -42,40 +43,35 @@ class Op(NamedTuple):
     n:int # Uniform numbers that a sample needs
     draw:Callable # `(transform, u (B, n), size)` to a dict of parameters, arrays with B rows
     # Pixel: `(transform, parameters, images)` to images; geometric: `(transform, parameters, x, y,
-    # inside, hard)` to `x, y, inside`,
+    # inside, hard)` to `x, y, inside`, where `x, y` (B, H, W) are coordinates in pixels, `inside`
+    # the share of a pixel within the image, and `hard` asks for nearest neighbours
     apply:Callable
-                   # where `x, y` (B, H, W) are coordinates in pixels, `inside` the share of a pixel
-                   # within the image, and `hard` asks for nearest neighbours
 
 def _between(u, bounds): return bounds[0] + u*(bounds[1] - bounds[0])
-def _on(values, like):
-    return (
-        torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32)
-        .to(like.device, non_blocking=True)
-        .view(-1, *[1] * (like.ndim - 1))
-    )
 
+def _choice(u, n): return np.minimum((u*n).astype(int), n - 1)
+
+def _on(values, like):
+    "Numbers, one per sample, on the device and in the shape to multiply a batch with."
+    values = torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32)
+    return values.to(like.device, non_blocking=True).view(-1, *[1]*(like.ndim - 1))
+
+# %% ../../nbs/data/device_views.ipynb #05c54d4b
 def _draw_resized_crop(t, u, size):
     w, h = np.full((2, len(u)), -1)
     # the first of ten tries that fits, as albumentations has it
     for k in range(10):
-        area, ratio = (
-            _between(u[:, 2 * k], t.scale) * size**2,
-            np.exp(_between(u[:, 2 * k + 1], np.log(t.ratio))),
-        )
-        w_k, h_k = (
-            np.rint(np.sqrt(area * ratio)).astype(int),
-            np.rint(np.sqrt(area / ratio)).astype(int),
-        )
+        area = _between(u[:, 2*k], t.scale)*size**2
+        ratio = np.exp(_between(u[:, 2*k + 1], np.log(t.ratio)))
+        w_k = np.rint(np.sqrt(area*ratio)).astype(int)
+        h_k = np.rint(np.sqrt(area/ratio)).astype(int)
         fits = (w < 0) & (w_k > 0) & (w_k <= size) & (h_k > 0) & (h_k <= size)
         w, h = np.where(fits, w_k, w), np.where(fits, h_k, h)
     # then the largest central crop of an allowed ratio
     none, (lo, hi) = w < 0, t.ratio
     w, h = np.where(none, round(size*min(1, hi)), w), np.where(none, round(size/max(1, lo)), h)
-    y, x = (
-        np.where(none, (size - s) // 2, np.floor((size - s + 1) * u[:, 20 + k])).astype(int)
-        for k, s in enumerate((h, w))
-    )
+    def start(s, u): return np.where(none, (size - s)//2, np.floor((size - s + 1)*u)).astype(int)
+    y, x = start(h, u[:, 20]), start(w, u[:, 21])
     return {"crop_coords": np.stack([x, y, x + w, y + h], 1)}
 
 def _draw_side_crop(t, u, size):
@@ -83,6 +79,7 @@ def _draw_side_crop(t, u, size):
     y, x = (np.floor(u[:, 2+k]*(size - s + 1)).astype(int) for k, s in enumerate((h, w)))
     return {"crop_coords": np.stack([x, y, x + w, y + h], 1)}
 
+# %% ../../nbs/data/device_views.ipynb #7e8f6eae
 def _crop(t, p, x, y, inside, hard):
     x0, y0, x1, y1 = (_on(c, x) for c in p["crop_coords"].T)
     def back(a, a0, a1):
@@ -97,40 +94,33 @@ def _rotate(t, p, x, y, inside, hard):
     size = x.shape[-1]
     x, y = _turn(np.deg2rad(p["angle"]), x, y, size)
     for a in (x, y):
-        inside = inside * (
-            (a >= -0.5) & (a < size - 0.5) if hard else torch.minimum(a + 1, size - a).clamp(0, 1)
-        )
+        if hard: inside = inside*((a >= -.5) & (a < size - .5))
+        else: inside = inside*torch.minimum(a + 1, size - a).clamp(0, 1)
     return x, y, inside
 
-def _choice(u, n): return np.minimum((u*n).astype(int), n - 1)
+def _flip_x(t, p, x, y, inside, hard): return x.shape[-1] - 1 - x, y, inside
+
+def _flip_y(t, p, x, y, inside, hard): return x, x.shape[-1] - 1 - y, inside
+
+def _quarter_turns(t, p, x, y, inside, hard):
+    return *_turn(p["factor"]*np.pi/2, x, y, x.shape[-1]), inside
+
+def _draw_nothing(t, u, size): return {}
 
 GEOMETRY = {
     A.RandomResizedCrop: Op(22, _draw_resized_crop, _crop),
     SideCrop: Op(4, _draw_side_crop, _crop),
-    A.HorizontalFlip: Op(
-        0, lambda t, u, size: {}, lambda t, p, x, y, inside, hard: (x.shape[-1] - 1 - x, y, inside)
-    ),
-    A.VerticalFlip: Op(
-        0, lambda t, u, size: {}, lambda t, p, x, y, inside, hard: (x, x.shape[-1] - 1 - y, inside)
-    ),
-    A.RandomRotate90: Op(
-        1,
-        lambda t, u, size: {"factor": _choice(u[:, 0], 4)},
-        lambda t, p, x, y, inside, hard: (
-            *_turn(p["factor"] * np.pi / 2, x, y, x.shape[-1]),
-            inside,
-        ),
-    ),
+    A.HorizontalFlip: Op(0, _draw_nothing, _flip_x),
+    A.VerticalFlip: Op(0, _draw_nothing, _flip_y),
+    A.RandomRotate90: Op(1, lambda t, u, size: {"factor": _choice(u[:, 0], 4)}, _quarter_turns),
     A.Rotate: Op(1, lambda t, u, size: {"angle": _between(u[:, 0], t.limit)}, _rotate),
 }
 
-# %% ../../nbs/data/device_views.ipynb #05c54d4b
+# %% ../../nbs/data/device_views.ipynb #09452132
 def _draw_color_jitter(t, u, size):
     names = "brightness contrast saturation hue".split()
-    return {
-        **{name: _between(u[:, k], getattr(t, name)) for k, name in enumerate(names)},
-        "order": np.argsort(u[:, 4:8], axis=1),
-    }
+    drawn = {name: _between(u[:, k], getattr(t, name)) for k, name in enumerate(names)}
+    return drawn | {"order": np.argsort(u[:, 4:8], axis=1)}
 
 _COLOR = [
     ("brightness", 1, adjust_brightness_accumulative),
@@ -149,6 +139,7 @@ def _color_jitter(t, p, x):
             x[where] = adjust(x[where], _on(p[name][rows], x).flatten())
     return x
 
+# %% ../../nbs/data/device_views.ipynb #27da23a2
 def _hed(t, p, x):
     matrix, offset = (
         torch.as_tensor(v, dtype=torch.float32).to(x.device, non_blocking=True)
@@ -159,44 +150,39 @@ def _hed(t, p, x):
     return ((256*10**-changed - 1)/255).clamp(0, 1)
 
 def _background(t, p, x):
-    noise = pixel_noise(
-        torch.as_tensor(p["key"]).to(x.device, non_blocking=True), tuple(x.shape[1:])
-    )
+    key = torch.as_tensor(p["key"]).to(x.device, non_blocking=True)
+    noise = pixel_noise(key, tuple(x.shape[1:]))
     return torch.where((x == 0).all(1, keepdim=True), noise*256/255, x)
 
 def _blur(t, p, x):
     reach = min(int(t.sigma_limit[1]*3.5), x.shape[-1] - 1)
     return gaussian_blur2d(x, (2*reach + 1,)*2, _on(p["sigma"], x).reshape(-1, 1).expand(-1, 2))
 
+def _draw_hed(t, u, size):
+    factor = 1 + _between(u[:, :3], (-t.factor, t.factor))
+    return {"factor": factor, "shift": _between(u[:, 3:], (-t.shift, t.shift))}
+
+def _draw_light(t, u, size):
+    alpha = 1 + _between(u[:, 0], t.contrast_limit)
+    return {"alpha": alpha, "beta": _between(u[:, 1], t.brightness_limit)}
+
+def _light(t, p, x):
+    x = adjust_contrast(x, _on(p["alpha"], x).flatten(), clip_output=False)
+    return adjust_brightness(x, _on(p["beta"], x).flatten())
+
+def _solarize(t, p, x): return solarize(x, _on(p["threshold"], x).flatten())
+
+# %% ../../nbs/data/device_views.ipynb #1e7c9b20
 PIXELS = {
     A.ColorJitter: Op(8, _draw_color_jitter, _color_jitter),
-    A.RandomBrightnessContrast: Op(
-        2,
-        lambda t, u, size: {
-            "alpha": 1 + _between(u[:, 0], t.contrast_limit),
-            "beta": _between(u[:, 1], t.brightness_limit),
-        },
-        lambda t, p, x: adjust_brightness(
-            adjust_contrast(x, _on(p["alpha"], x).flatten(), clip_output=False),
-            _on(p["beta"], x).flatten(),
-        ),
-    ),
+    A.RandomBrightnessContrast: Op(2, _draw_light, _light),
     A.GaussianBlur: Op(1, lambda t, u, size: {"sigma": _between(u[:, 0], t.sigma_limit)}, _blur),
     A.Solarize: Op(
-        1,
-        lambda t, u, size: {"threshold": _between(u[:, 0], t.threshold_range)},
-        lambda t, p, x: solarize(x, _on(p["threshold"], x).flatten()),
+        1, lambda t, u, size: {"threshold": _between(u[:, 0], t.threshold_range)}, _solarize
     ),
-    HEDJitter: Op(
-        6,
-        lambda t, u, size: {
-            "factor": 1 + _between(u[:, :3], (-t.factor, t.factor)),
-            "shift": _between(u[:, 3:], (-t.shift, t.shift)),
-        },
-        _hed,
-    ),
+    HEDJitter: Op(6, _draw_hed, _hed),
     BackgroundNoise: Op(
-        1, lambda t, u, size: {"key": (u[:, 0] * 2**32).astype(np.int64)}, _background
+        1, lambda t, u, size: {"key": (u[:, 0]*2**32).astype(np.int64)}, _background
     ),
 }
 
@@ -213,7 +199,63 @@ _LIMITS = {
     A.GaussianBlur: lambda t, size: tuple(t.blur_limit) == (0, 0) and t.sigma_limit[0] > 0,
 }
 
+def _refuse_transforms(transforms, known, size, branch):
+    for t in transforms:
+        if type(t) not in known:
+            raise ValueError(
+                f"branch {branch}: the recipe holds {type(t).__name__}, which has no "
+                f"counterpart on the device; expected "
+                f"{', '.join(sorted(c.__name__ for c in known))}. Augment in the "
+                "workers with Views, or add an Op for it."
+            )
+        if type(t) in _LIMITS and not _LIMITS[type(t)](t, size):
+            raise ValueError(
+                f"branch {branch}: {t} has settings that the device does not follow; "
+                "augment in the workers with Views."
+            )
+
 # %% ../../nbs/data/device_views.ipynb #8842a278
+def _resample(
+    x:torch.Tensor, # `(B, C, H, W)`
+    size:int, # Side of the view, pixels
+    steps:list, # Geometric transforms with their parameters, in the order of the recipe
+    hard:bool=False, # Nearest neighbours, for labels
+)->torch.Tensor: # `(B, C, size, size)`
+    "One resampling for all geometry; zero outside the image."
+    side = torch.arange(size, device=x.device, dtype=torch.float32)
+    ys, xs = (a.expand(len(x), -1, -1) for a in torch.meshgrid(side, side, indexing="ij"))
+    inside = torch.ones_like(xs)
+    for t, p in reversed(steps):
+        on = _on(p["on"], xs).bool()
+        new = GEOMETRY[type(t)].apply(t, p, xs, ys, inside, hard)
+        xs, ys, inside = (torch.where(on, a, b) for a, b in zip(new, (xs, ys, inside)))
+    mode = "nearest" if hard else "bilinear"
+    where = xs.contiguous(), ys.contiguous()
+    return remap(x, *where, mode=mode, padding_mode="border", align_corners=True)*inside[:, None]
+
+def _apply_pixels(x, steps, of):
+    "Pixel transforms with their parameters, on the rows that drew them; `of` names the branch."
+    for t, p in steps:
+        colour = isinstance(t, (A.ColorJitter, HEDJitter))
+        if colour and x.shape[1] != 3 and not (x.shape[1] == 1 and isinstance(t, A.ColorJitter)):
+            raise ValueError(
+                f"{of}: {type(t).__name__} cannot take "
+                f"an image of {x.shape[1]} channels. Use a recipe of geometry alone, "
+                "for example weak, or choose three channels."
+            )
+        rows = np.flatnonzero(p["on"])
+        if len(rows) == len(x): x = PIXELS[type(t)].apply(t, p, x)
+        elif len(rows):
+            where = torch.as_tensor(rows).to(x.device, non_blocking=True)
+            mine = {name: v[rows] for name, v in p.items()}
+            x[where] = PIXELS[type(t)].apply(t, mine, x[where])
+    return x
+
+# %% ../../nbs/data/device_views.ipynb #5ff61093
+def _floats(x, classes):
+    "16 bits as floats in [0, 1], labels as floats; anything else as it is."
+    return x.astype(np.float32)/np.float32(1 if classes else 65535) if x.dtype == np.uint16 else x
+
 class BatchViews(Views):
     """As a data set, decoded images; called on a batch of them, the batch with its `views`, a tuple
     of `(B, C, size, size)` floats. Arguments as for `Views`."""
@@ -224,20 +266,8 @@ class BatchViews(Views):
         for k, recipe in enumerate(self.recipes):
             geometry, pixels = split_geometry(recipe)
             if self._sources[k][1] == "mask": pixels = []
-            for known, transforms in ((GEOMETRY, geometry), (PIXELS, pixels)):
-                for t in transforms:
-                    if type(t) not in known:
-                        raise ValueError(
-                            f"branch {k}: the recipe holds {type(t).__name__}, which has no "
-                            "counterpart on the device; expected "
-                            f"{', '.join(sorted(c.__name__ for c in known))}. Augment in the "
-                            "workers with Views, or add an Op for it."
-                        )
-                    if not _LIMITS.get(type(t), lambda t, size: True)(t, self.size):
-                        raise ValueError(
-                            f"branch {k}: {t} has settings that the device does not follow; "
-                            "augment in the workers with Views."
-                        )
+            _refuse_transforms(geometry, GEOMETRY, self.size, k)
+            _refuse_transforms(pixels, PIXELS, self.size, k)
             if recipe.p != 1:
                 raise ValueError(
                     f"branch {k}: got a recipe of probability {recipe.p}, expected 1, with a "
@@ -248,109 +278,56 @@ class BatchViews(Views):
     def __getitem__(self, key:int|tuple[int, int])->dict:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         arrays = [images[i] for images in self.images.values()]
-        def floats(x, classes):
-            return (
-                x.astype(np.float32) / np.float32(1 if classes else 65535)
-                if x.dtype == np.uint16
-                else x
-            )
-        images = tuple(
-            torch.from_numpy(floats(x, classes)) for (_, _, classes), x in zip(self.images, arrays)
-        )
-        return {
-            "images": images,
-            "epoch": epoch,
-            "index": i,
-            **({"label": int(self.labels[i])} if self.labels is not None else {}),
-        }
+        kinds = [classes for _, _, classes in self.images]
+        images = tuple(torch.from_numpy(_floats(x, c)) for x, c in zip(arrays, kinds))
+        label = {} if self.labels is None else {"label": int(self.labels[i])}
+        return {"images": images, "epoch": epoch, "index": i} | label
 
-    def draw(self,
-        branch:int, # Number of the branch
-        epoch:list[int], # Of each sample
-        index:list[int], # Of each sample
-    )->list[dict]: # One per transform of the recipe, geometry first: `on` (B,) and the parameters by their names in albumentations
-        "The random parameters of one branch, each row a function of its key alone."
-        transforms = sum(self.steps[branch], [])
-        ops = [(GEOMETRY | PIXELS)[type(t)] for t in transforms]
-        u, drawn = (
-            uniform_for(
-                [(self.seed, e, i, branch) for e, i in zip(epoch, index, strict=True)],
-                sum(op.n + 1 for op in ops),
-            ),
-            [],
-        )
-        for t, op in zip(transforms, ops):
-            drawn.append({"on": u[:, 0] < t.p, **op.draw(t, u[:, 1:op.n+1], self.size)})
-            u = u[:, op.n+1:]
-        return drawn
+# %% ../../nbs/data/device_views.ipynb #e5b9210a
+@patch
+def draw(self:BatchViews,
+    branch:int, # Number of the branch
+    epoch:list[int], # Of each sample
+    index:list[int], # Of each sample
+)->list[dict]: # One per transform, geometry first: `on` (B,) and the parameters by their names
+    "The random parameters of one branch, each row a function of its key alone."
+    transforms = sum(self.steps[branch], [])
+    ops = [(GEOMETRY | PIXELS)[type(t)] for t in transforms]
+    keys = [(self.seed, e, i, branch) for e, i in zip(epoch, index, strict=True)]
+    u, drawn = uniform_for(keys, sum(op.n + 1 for op in ops)), []
+    for t, op in zip(transforms, ops):
+        drawn.append({"on": u[:, 0] < t.p, **op.draw(t, u[:, 1:op.n + 1], self.size)})
+        u = u[:, op.n + 1:]
+    return drawn
 
-    def _view(self, k, x, drawn):
-        root, (_, kind, classes), hard = (
-            self._root[k],
-            self._sources[k],
-            self._sources[k][1] == "mask",
-        )
-        geometry, top = self.steps[root][0], 255 if x.dtype == torch.uint8 and not classes else 1
-        x = (x[..., None] if x.ndim == 3 else x).permute(0, 3, 1, 2).float()/top
-        side = torch.arange(self.size, device=x.device, dtype=torch.float32)
-        ys, xs = (a.expand(len(x), -1, -1) for a in torch.meshgrid(side, side, indexing="ij"))
-        inside = torch.ones_like(xs)
-        for t, p in reversed(list(zip(geometry, drawn[root]))):
-            on = _on(p["on"], xs).bool()
-            new = GEOMETRY[type(t)].apply(t, p, xs, ys, inside, hard)
-            xs, ys, inside = (torch.where(on, a, b) for a, b in zip(new, (xs, ys, inside)))
-        x = (
-            remap(
-                x,
-                xs.contiguous(),
-                ys.contiguous(),
-                mode="nearest" if hard else "bilinear",
-                padding_mode="border",
-                align_corners=True,
-            )
-            * inside[:, None]
-        )
-        if hard:
-            return (
-                F.one_hot(x[:, 0].round().long(), classes).permute(0, 3, 1, 2).float()
-                if classes
-                else x.expand(-1, 3, -1, -1)
-            )
-        for t, p in zip(self.steps[k][1], drawn[k][len(self.steps[k][0]):]):
-            if (
-                isinstance(t, (A.ColorJitter, HEDJitter))
-                and x.shape[1] != 3
-                and not (x.shape[1] == 1 and isinstance(t, A.ColorJitter))
-            ):
-                raise ValueError(
-                    f"branch {k}, column {self._sources[k][0]!r}: {type(t).__name__} cannot take "
-                    f"an image of {x.shape[1]} channels. Use a recipe of geometry alone, "
-                    "for example weak, or choose three channels."
-                )
-            rows = np.flatnonzero(p["on"])
-            if len(rows) == len(x): x = PIXELS[type(t)].apply(t, p, x)
-            elif len(rows):
-                where = torch.as_tensor(rows).to(x.device, non_blocking=True)
-                x[where] = PIXELS[type(t)].apply(
-                    t, {name: v[rows] for name, v in p.items()}, x[where]
-                )
-        return x
+@patch
+def _view(self:BatchViews, k, x, drawn):
+    "The view of branch `k`, with the geometry of the branch that it shares."
+    root, (column, kind, classes) = self._root[k], self._sources[k]
+    top = 255 if x.dtype == torch.uint8 and not classes else 1
+    x = (x[..., None] if x.ndim == 3 else x).permute(0, 3, 1, 2).float()/top
+    geometry, pixels = self.steps[root][0], self.steps[k][1]
+    x = _resample(x, self.size, list(zip(geometry, drawn[root])), kind == "mask")
+    if kind != "mask":
+        own = drawn[k][len(self.steps[k][0]):]
+        return _apply_pixels(x, zip(pixels, own), f"branch {k}, column {column!r}")
+    if not classes: return x.expand(-1, 3, -1, -1)
+    return F.one_hot(x[:, 0].round().long(), classes).permute(0, 3, 1, 2).float()
 
-    @torch.no_grad()
-    def __call__(self, batch:dict)->dict:
-        if missing := {"images", "epoch", "index"} - set(batch):
-            raise ValueError(
-                f"got a batch with {sorted(batch)}, without {sorted(missing)}; expected the "
-                "batches that batches(batch_views, ...) serves."
-            )
-        images = dict(zip(self.images, batch["images"], strict=True))
-        epoch, index = (torch.as_tensor(batch[name]).tolist() for name in ("epoch", "index"))
-        with torch.autocast(batch["images"][0].device.type, enabled=False):
-            drawn = [self.draw(k, epoch, index) for k in range(len(self.recipes))]
-            views = tuple(
-                self._view(k, images[source], drawn) for k, source in enumerate(self._sources)
-            )
-        return {
-            "views": views,
-            **{name: value for name, value in batch.items() if name != "images"},
-        }
+# %% ../../nbs/data/device_views.ipynb #54778476
+@patch
+@torch.no_grad()
+def __call__(self:BatchViews, batch:dict)->dict:
+    "The batch with its `views` in place of its images."
+    if missing := {"images", "epoch", "index"} - set(batch):
+        raise ValueError(
+            f"got a batch with {sorted(batch)}, without {sorted(missing)}; expected the "
+            "batches that batches(batch_views, ...) serves."
+        )
+    images = dict(zip(self.images, batch["images"], strict=True))
+    epoch, index = (torch.as_tensor(batch[name]).tolist() for name in ("epoch", "index"))
+    with torch.autocast(batch["images"][0].device.type, enabled=False):
+        drawn = [self.draw(k, epoch, index) for k in range(len(self.recipes))]
+        views = (self._view(k, images[source], drawn) for k, source in enumerate(self._sources))
+        views = tuple(views)
+    return {"views": views, **{name: v for name, v in batch.items() if name != "images"}}

@@ -1,10 +1,9 @@
-"""Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
+"""Folders and manifests to a `Dataset`, with the patient of every image
 
 A folder of tiles becomes a `datasets.Dataset` whose rows hold `primary` (the image, decoded when it
-is asked for), `path`, `split`, `group` and, if there are classes, `label`; a folder of pairs has
-`privileged` beside `primary`. Nothing is copied and nothing is cached on disk. Before anything is
-trained, each image is decoded once, splits are made by whole groups, and no group and no file may
-be in two of them:
+is read), `path`, `split`, `group` and, if there are classes, `label`; a folder of pairs has
+`privileged` beside `primary`. Nothing is copied and nothing is cached on disk. What is not
+understood is refused with the names of the files.
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/folders.html.md"""
 
@@ -25,7 +24,7 @@ from PIL import Image as PILImage
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, Value
 from tqdm.auto import tqdm
 
-from ..core.checks import some_names
+from ..core.checks import positive, some_names
 
 # %% ../../nbs/data/folders.ipynb #653b0f9f
 # Names that are read as a split, in any case
@@ -74,52 +73,40 @@ def _as_splits(names, where):
     if unknown := sorted({n for n in names if n.lower() not in SPLITS}):
         raise ValueError(
             f"{where} has the split names {some_names(unknown)}; expected train, val (or valid, "
-            "validation) and test: "
-            "rename them, or leave all empty to split by group."
+            "validation) and test: rename them, or leave all empty to split by group."
         )
-    renamed = [
-        f"split '{n}' is read as '{SPLITS[n.lower()]}'"
-        for n in sorted(set(names))
-        if SPLITS[n.lower()] != n
-    ]
+    ours = {n: SPLITS[n.lower()] for n in sorted(set(names))}
+    renamed = [f"split '{n}' is read as '{s}'" for n, s in ours.items() if s != n]
     if renamed: warnings.warn(f"{where}: {', '.join(renamed)}", stacklevel=4)
-    return [SPLITS[n.lower()] for n in names]
+    return [ours[n] for n in names]
 
+
+
+# %% ../../nbs/data/folders.ipynb #7b816b8e
 def _to_dataset(folder, table, note, um_per_px=None, **images):
     """A `Dataset` of the lists in `table`, with an `Image` column for each list of relative paths
     in `images`."""
-    if um_per_px is not None:
-        if not um_per_px > 0:
-            raise ValueError(
-                f"got um_per_px={um_per_px}, expected micrometres per pixel, for example 0.5 "
-                "at 20x."
-            )
+    if positive(um_per_px, "um_per_px") is not None:
         if odd := set(table.get("um_per_px", ())) - {um_per_px}:
             raise ValueError(
                 f"got um_per_px={um_per_px}, but the table in {folder} says "
                 f"{some_names(sorted(odd))}: give none, or correct it."
             )
         table["um_per_px"] = [um_per_px]*len(table["path"])
-    table = {
-        name: [os.path.abspath(folder / p) for p in paths] for name, paths in images.items()
-    } | table
+    def absolute(paths): return [os.path.abspath(folder/p) for p in paths]
+    table = {name: absolute(paths) for name, paths in images.items()} | table
     if "group" not in table:
         table["group"], note = table["path"], note + "; each image its own group"
         warnings.warn(
             f"{folder}: no group is known, so each image is its own group, and a patient may be "
-            "in two splits. Give a column "
-            f"{', '.join(GROUPS)} in a manifest to exclude that.",
+            f"in two splits. Give a column {', '.join(GROUPS)} in a manifest to exclude that.",
             stacklevel=3,
         )
     features = {name: Value("string") for name in table} | {name: Image() for name in images}
     if "label" in table: features["label"] = ClassLabel(names=sorted(set(table["label"])))
     if "um_per_px" in table: features["um_per_px"] = Value("float64")
-    return Dataset.from_dict(
-        table,
-        info=DatasetInfo(
-            description=f"{len(table['path'])} images: {note}", features=Features(features)
-        ),
-    )
+    said = f"{len(table['path'])} images: {note}"
+    return Dataset.from_dict(table, info=DatasetInfo(description=said, features=Features(features)))
 
 # %% ../../nbs/data/folders.ipynb #c4f6eb2f
 def _read_folders(folder, paths):
@@ -132,32 +119,25 @@ def _read_folders(folder, paths):
             "read it with pair_folders."
         )
     has_splits = any(t.lower() in SPLITS for t in tops)
-    strangers = [
-        p
-        for p, q in zip(paths, parts)
-        if has_splits and (len(q) == 1 or q[0].lower() not in SPLITS)
-    ]
-    if strangers:
+    in_split = [len(q) > 1 and q[0].lower() in SPLITS for q in parts]
+    if has_splits and not all(in_split):
+        strangers = [p for p, inside in zip(paths, in_split) if not inside]
         raise ValueError(
             f"{folder} has split folders and, beside them, {some_names(strangers, 3)}; expected "
-            "every image below train, val or test: "
-            "move them there, or list them in a manifest tiles.csv."
+            "every image below train, val or test: move them there, or list them in a manifest "
+            "tiles.csv."
         )
     depth = int(has_splits)     # of the class folder
-    labelled, loose = (
-        [p for p, q in zip(paths, parts) if len(q) > depth + 1],
-        [p for p, q in zip(paths, parts) if len(q) == depth + 1],
-    )
+    labelled = [p for p, q in zip(paths, parts) if len(q) > depth + 1]
+    loose = [p for p, q in zip(paths, parts) if len(q) == depth + 1]
     if labelled and loose:
         raise ValueError(
             f"{folder} has {len(labelled)} images in class folders ({some_names(labelled, 2)}) "
             f"and {len(loose)} outside ({some_names(loose, 2)}); "
             "expected all or none: give each image a class folder, or none."
         )
-    table = {
-        "path": paths,
-        "split": _as_splits([q[0] for q in parts], folder) if has_splits else [""] * len(paths),
-    }
+    splits = _as_splits([q[0] for q in parts], folder) if has_splits else [""]*len(paths)
+    table = {"path": paths, "split": splits}
     if labelled: table["label"] = [q[depth] for q in parts]
     return table, "layout " + "<split>/"*has_splits + "<class>/"*bool(labelled) + "*"
 
@@ -184,8 +164,11 @@ def _read_csv(csv, required):
         raise ValueError(f"{csv} has a first line and no rows; expected one row per image.")
     return table
 
+
+
+# %% ../../nbs/data/folders.ipynb #3ad27b61
 def _choose(table, asked, known, what, csv):
-    "The column that was asked for, or the first known one, or None; without empty cells."
+    "The column that was requested, or the first known one, or None; without empty cells."
     if asked and asked.lower() not in table:
         raise ValueError(
             f"{csv} has no column '{asked}' for the {what}; it has "
@@ -195,8 +178,7 @@ def _choose(table, asked, known, what, csv):
     if name and (empty := table[name] == "").any():
         raise ValueError(
             f"{csv}: {empty.sum()} of {len(table)} rows have an empty '{name}', first in line "
-            f"{empty.argmax() + 2}; "
-            f"expected a {what} in every row: fill it in, drop the rows, or drop the column."
+            f"{empty.argmax() + 2}; expected a {what} in every row: fill it in, drop the rows, or drop the column."
         )
     return name
 
@@ -207,10 +189,8 @@ def _columns(rows, csv, group_column=None, label_column=None):
         _choose(rows, "split", (), "split", csv)
         table["split"] = _as_splits(rows["split"], csv)
     if group := _choose(rows, group_column, GROUPS, "group", csv):
-        table["group"], note = (
-            list(rows[group]),
-            f"; group from column {group}, {rows[group].nunique()} groups",
-        )
+        table["group"] = list(rows[group])
+        note = f"; group from column {group}, {rows[group].nunique()} groups"
     if label := _choose(rows, label_column, ("label", "class"), "label", csv):
         table["label"], note = list(rows[label]), f"{note}; label from column {label}"
     if scale := _choose(rows, None, ("um_per_px",), "scale", csv):
@@ -257,6 +237,29 @@ def _read_manifest(csv, group_column, label_column):
     return table | said, note + more
 
 # %% ../../nbs/data/folders.ipynb #27dbf1bc
+def _manifest_in(path):
+    "The folder, and the manifest that `path` is or holds, or None."
+    if path.suffix.lower() == ".csv" and path.is_file(): return path.parent, path
+    folder = _existing_folder(path, "a folder of tiles, or a manifest .csv")
+    there = [p for p in (folder/"tiles.csv", folder/"manifest.csv") if p.exists()]
+    if len(there) > 1:
+        raise ValueError(
+            f"{folder} has both tiles.csv and manifest.csv; expected one: pass the path of the "
+            "one that is meant."
+        )
+    return folder, there[0] if there else None
+
+def _images_below(folder):
+    "Paths as in `_find_images`; `ValueError` says what is there if none is an image."
+    if paths := _find_images(folder): return paths
+    others = Counter(p.suffix for p in folder.rglob("*") if p.is_file())
+    found = ", ".join(f"{n} {suffix}" for suffix, n in others.items())
+    raise ValueError(
+        f"{folder} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}, or a "
+        f"manifest tiles.csv. Found: {found or 'nothing'}."
+    )
+
+# %% ../../nbs/data/folders.ipynb #3aa86cb6
 def image_folder(
     path:str|Path, # Folder of tiles, or a manifest `.csv`
     um_per_px:float|None=None, # Micrometres per pixel, kept as a column if given
@@ -264,40 +267,16 @@ def image_folder(
     group_column:str|None=None,
     # Manifest column that names the class; None takes `label`, else `class`
     label_column:str|None=None,
-)->Dataset: # Columns `primary`, `path`, `split` (`""` if not assigned), `group`, and `label` if there are classes
+)->Dataset: # Columns `primary`, `path`, `split` (`""`: not assigned), `group`, and `label` if known
     "Tiles in folders or in a manifest, as a `Dataset`; nothing is decoded yet."
-    path = Path(path).expanduser()
-    is_table = path.suffix.lower() == ".csv" and path.is_file()
-    folder = (
-        path.parent if is_table else _existing_folder(path, "a folder of tiles, or a manifest .csv")
-    )
-    manifests = (
-        [path]
-        if is_table
-        else [p for p in (folder / "tiles.csv", folder / "manifest.csv") if p.exists()]
-    )
-    if len(manifests) > 1:
+    folder, manifest = _manifest_in(Path(path).expanduser())
+    if manifest: table, note = _read_manifest(manifest, group_column, label_column)
+    elif group_column or label_column:
         raise ValueError(
-            f"{folder} has both tiles.csv and manifest.csv; expected one: pass the path of the "
-            "one that is meant."
+            f"got group_column={group_column!r} and label_column={label_column!r}, "
+            f"expected a manifest to find them in: write {folder/'tiles.csv'}."
         )
-    if manifests: table, note = _read_manifest(manifests[0], group_column, label_column)
-    else:
-        if group_column or label_column:
-            raise ValueError(
-                f"got group_column={group_column!r} and label_column={label_column!r}, "
-                "expected a manifest to find them in: "
-                f"write {folder / 'tiles.csv'}."
-            )
-        paths = _find_images(folder)
-        if not paths:
-            others = Counter(p.suffix for p in folder.rglob("*") if p.is_file())
-            raise ValueError(
-                f"{folder} holds no image; expected files ending in "
-                f"{', '.join(sorted(SUFFIXES))}, or a manifest tiles.csv. "
-                f"Found: {', '.join(f'{n} {suffix}' for suffix, n in others.items()) or 'nothing'}."
-            )
-        table, note = _read_folders(folder, paths)
+    else: table, note = _read_folders(folder, _images_below(folder))
     return _to_dataset(folder, table, note, um_per_px, primary=table["path"])
 
 # %% ../../nbs/data/folders.ipynb #1f372015
@@ -313,6 +292,7 @@ def _by_stem(folder):
         )
     return dict(zip(stems, paths))
 
+# %% ../../nbs/data/folders.ipynb #2924c0c7
 def _header_size(path):
     """Width and height from the header alone; None where it cannot be read, which `check_images`
     will report."""
@@ -322,21 +302,20 @@ def _header_size(path):
 
 def _pair_up(folder, sides, compare=True):
     """Names, and for either side the paths below `folder` in that order; `sides` are two `{name:
-    path}`. Sizes are compared unless told not to."""
+    path}`. Sizes are compared if `compare`."""
     lonely = [p for a, b in (sides, sides[::-1]) for n, p in a.items() if n not in b]
     if lonely:
         raise ValueError(
             f"{folder}: {len(lonely)} of {len(sides[0])} + {len(sides[1])} files have no partner: "
-            f"{some_names(lonely)}; expected each name on both sides: "
-            "add the missing ones, or remove these."
+            f"{some_names(lonely)}; expected each name on both sides: add the missing ones, or "
+            "remove these."
         )
     if not (names := sorted(sides[0])):
         raise ValueError(f"{folder} holds no pairs; expected images on both sides.")
     paths = [[side[n] for n in names] for side in sides]
-    sizes = [
-        _each(lambda p: _header_size(folder / p), files, "Comparing sizes") if compare else []
-        for files in paths
-    ]
+    if not compare: return names, paths
+    def size(p): return _header_size(folder/p)
+    sizes = [_each(size, files, "Comparing sizes") for files in paths]
     differ = [
         f"{n} ({a[0]}x{a[1]} and {b[0]}x{b[1]})"
         for n, a, b in zip(names, *sizes)
@@ -349,41 +328,37 @@ def _pair_up(folder, sides, compare=True):
         )
     return names, paths
 
-# %% ../../nbs/data/folders.ipynb #c9356335
+# %% ../../nbs/data/folders.ipynb #05099626
+def _read_pairs_csv(csv, names, group_column):
+    "What `pairs.csv` says, in the order of `names`; and a note of that."
+    rows = _read_csv(csv, "name")
+    twice = set(rows["name"][rows["name"].duplicated()])
+    if odd := sorted(set(rows["name"]) ^ set(names)) + sorted(twice):
+        raise ValueError(
+            f"{csv} and the files do not match: {some_names(odd)}; expected one row for each name, "
+            "without suffix."
+        )
+    said, note = _columns(rows, csv, group_column)
+    return {k: pd.Series(v, index=rows["name"])[names].to_list() for k, v in said.items()}, note
+
 def pair_folders(
     path:str|Path, # Folder with `image/` and `privileged/`
     # Column of `pairs.csv` that names the group; None takes the first of `GROUPS`
     group_column:str|None=None,
     um_per_px:float|None=None, # Micrometres per pixel, kept as a column if given
-)->Dataset: # Columns `primary`, `privileged`, `path` (of the primary image), `group`; `split`, `label`, `um_per_px` if `pairs.csv` has them
+)->Dataset: # Columns `primary`, `privileged`, `path` (of primary), `group`, and those of `pairs.csv`
     "Pairs of images as a `Dataset`; headers are compared, nothing is decoded yet."
     folder = _existing_folder(path, "a folder with image/ and privileged/")
-    sides = [
-        {
-            n: f"{side}/{p}"
-            for n, p in _by_stem(
-                _existing_folder(folder / side, f"{side}/NAME.* in a folder of pairs")
-            ).items()
-        }
-        for side in ("image", "privileged")
-    ]
-    names, (primary, privileged) = _pair_up(folder, sides)
-    table, note = {"path": primary}, "pairs"
-    if (folder/"pairs.csv").exists():
-        rows = _read_csv(folder/"pairs.csv", "name")
-        odd = sorted(set(rows["name"]) ^ set(names)) + sorted(
-            set(rows["name"][rows["name"].duplicated()])
+    def side(name):
+        below = _existing_folder(folder/name, f"{name}/NAME.* in a folder of pairs")
+        return {n: f"{name}/{p}" for n, p in _by_stem(below).items()}
+    names, (primary, privileged) = _pair_up(folder, [side("image"), side("privileged")])
+    table, note, csv = {"path": primary}, "pairs", folder/"pairs.csv"
+    if csv.exists():
+        said, more = _read_pairs_csv(csv, names, group_column)
+        table, note = table | said, note + more
+    elif group_column:
+        raise ValueError(
+            f"got group_column={group_column!r}, expected a table to find it in: write {csv}."
         )
-        if odd:
-            raise ValueError(
-                f"{folder}/pairs.csv and the files do not match: {some_names(odd)}; expected one "
-                "row for each name, without suffix."
-            )
-        said, more = _columns(rows, folder/"pairs.csv", group_column)
-        table, note = (
-            table | {k: pd.Series(v, index=rows["name"])[names].to_list() for k, v in said.items()},
-            note + more,
-        )
-    elif group_column: raise ValueError(f"got group_column={group_column!r}, expected a table "
-                                        f"to find it in: write {folder/'pairs.csv'}.")
     return _to_dataset(folder, table, note, um_per_px, primary=primary, privileged=privileged)
