@@ -1,10 +1,9 @@
-"""Encoders, projectors, branch layouts, and encoder files
+"""Encoders and projectors in a layout: Siamese, TriDeNT, or more privileged sources
 
 An *encoder* turns an image into a representation `h`, a *projector* turns `h` into the embedding
 `z` that the loss compares, and a *layout* says which encoder serves which view: `(0, 0)` is a
 Siamese network on one image, `(0, 1)` on a pair, `(0, 0, 1)` is TriDeNT, and `(0, 0, 1, 2)` has two
-privileged sources. After training only encoder 0 is kept, in a safetensors file that loads in one
-line:
+privileged sources. After training only encoder 0 is kept:
 
 Docs: https://synthpi.github.io/synthpi/nbs/models/branches.html.md"""
 
@@ -18,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn, Tensor
 
+from ..core.checks import one_of
 from .encoders import encoder_width, make_encoder
 
 # %% ../../nbs/models/branches.ipynb #bb6650e5
@@ -25,15 +25,11 @@ class Projector(nn.Sequential):
     "Linear, norm and ReLU per hidden layer, then a linear layer: `(B, R)` to `(B, widths[-1])`."
     def __init__(self,
         in_features:int, # Width R of the representation
-        # Output width of every layer; the last is the embedding size D
-        widths:Sequence[int]=(2048, 2048, 2048),
+        widths:Sequence[int]=(2048, 2048, 2048), # Output of every layer; the last is D
         norm:str="batch", # Of the hidden layers: "batch", "layer" or "none"
     ):
         norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": None}
-        if norm not in norms:
-            raise ValueError(
-                f"got projector norm {norm!r}, expected one of {', '.join(norms)}."
-            )
+        one_of("projector norm", norm, norms)
         if not len(widths) or min(widths) < 1:
             raise ValueError(
                 f"got projector widths {tuple(widths)}, expected one positive width for each "
@@ -42,11 +38,9 @@ class Projector(nn.Sequential):
         layers = []
         for a, b in zip([in_features, *widths[:-2]], widths[:-1]):
             # a norm subtracts the bias again
-            layers += [
-                nn.Linear(a, b, bias=norm == "none"),
-                *([norms[norm](b)] if norms[norm] else []),
-                nn.ReLU(),
-            ]
+            layers.append(nn.Linear(a, b, bias=norm == "none"))
+            if norm != "none": layers.append(norms[norm](b))
+            layers.append(nn.ReLU())
         super().__init__(*layers, nn.Linear([in_features, *widths][-2], widths[-1]))
 
 # %% ../../nbs/models/branches.ipynb #8702b8f4
@@ -58,21 +52,15 @@ class Branches(nn.Module):
         layout:Sequence[int], # Index of the encoder for each view
     ):
         super().__init__()
-        if (
-            not len(layout)
-            or len(encoders) != len(projectors)
-            or sorted(set(layout)) != list(range(len(encoders)))
-        ):
+        used = sorted(set(layout))
+        if not used or len(encoders) != len(projectors) or used != list(range(len(encoders))):
             raise ValueError(
                 f"got {len(encoders)} encoders, {len(projectors)} projectors and layout "
-                f"{tuple(layout)}, expected as many projectors as "
-                "encoders, and a layout that uses each of them, for example (0, 0, 1) with two."
+                f"{tuple(layout)}, expected as many projectors as encoders, and a layout that "
+                "uses each of them, for example (0, 0, 1) with two."
             )
-        self.encoders, self.projectors, self.layout = (
-            nn.ModuleList(encoders),
-            nn.ModuleList(projectors),
-            tuple(layout),
-        )
+        self.encoders, self.projectors = nn.ModuleList(encoders), nn.ModuleList(projectors)
+        self.layout = tuple(layout)
 
     def forward(self, *views:Tensor)->tuple[Tensor, ...]:
         if len(views) != len(self.layout):
@@ -80,16 +68,35 @@ class Branches(nn.Module):
                 f"got {len(views)} views for the {len(self.layout)} branches of layout "
                 f"{self.layout}: give one per branch."
             )
-        return tuple(
-            self.projectors[k](self.encoders[k](view)) for k, view in zip(self.layout, views)
-        )
+        routes = zip(self.layout, views)
+        return tuple(self.projectors[k](self.encoders[k](view)) for k, view in routes)
 
 # %% ../../nbs/models/branches.ipynb #3c875e10
+def _each(value, name, layout):
+    "One value for every encoder of the layout."
+    n, single = len(set(layout)), isinstance(value, (str, int)) or callable(value)
+    values = [value]*n if single else list(value)
+    if len(values) == n: return values
+    raise ValueError(
+        f"got {len(values)} values of {name} for the {n} encoders of layout "
+        f"{tuple(layout)}: give one for all, or one for each encoder."
+    )
+
+def _build(encoder, channels, spatial_dims, norm):
+    "A new encoder, from a name or from a function."
+    if isinstance(encoder, str): return make_encoder(encoder, channels, spatial_dims, norm)
+    if isinstance(encoder, nn.Module) or not callable(encoder):
+        raise TypeError(
+            f"got a {type(encoder).__name__} as encoder; expected a name, or a function without "
+            "arguments that returns a new module each time, because every encoder has weights "
+            "of its own."
+        )
+    return encoder()
+
+# %% ../../nbs/models/branches.ipynb #3bf71338
 def make_branches(
     layout:Sequence[int]=(0, 0, 1), # Index of the encoder for each view
-    # Name for `make_encoder`, or a function without arguments that returns a module; or one of
-    # these for each encoder
-    encoder:str|Callable|Sequence="resnet18",
+    encoder:str|Callable|Sequence="resnet18", # Name for `make_encoder`, function, or one of these each
     widths:Sequence[int]=(2048, 2048, 2048), # Projector layers
     in_channels:int|Sequence[int]=3, # Channels of the images; or one number for each encoder
     norm:str="batch", # For `make_encoder`
@@ -97,46 +104,24 @@ def make_branches(
     spatial_dims:int=2, # 2 for images, 3 for volumes
 )->Branches: # Takes one view for each entry of the layout
     "A network with one encoder and one projector for every index in the layout."
-    n = len(set(layout))
-    def each(value, name):
-        values = [value]*n if isinstance(value, (str, int)) or callable(value) else list(value)
-        if len(values) != n:
-            raise ValueError(
-                f"got {len(values)} values of {name} for the {n} encoders of layout "
-                f"{tuple(layout)}: give one for all, or one for each encoder."
-            )
-        return values
-    def build(encoder, channels):
-        if isinstance(encoder, str): return make_encoder(encoder, channels, spatial_dims, norm)
-        if isinstance(encoder, nn.Module) or not callable(encoder):
-            raise TypeError(
-                f"got a {type(encoder).__name__} as encoder; expected a name, or a function "
-                "without arguments "
-                "that returns a new module each time, because every encoder has weights of its own."
-            )
-        return encoder()
-    channels = each(in_channels, "in_channels")
-    encoders = [build(e, c) for e, c in zip(each(encoder, "encoder"), channels)]
+    channels = _each(in_channels, "in_channels", layout)
+    names = _each(encoder, "encoder", layout)
+    encoders = [_build(e, c, spatial_dims, norm) for e, c in zip(names, channels)]
     if len(set(map(id, encoders))) < len(encoders):
         raise ValueError(
             "the function given as encoder returned the same module twice; expected a new one "
-            "each time. "
-            "Views that shall share an encoder have the same index in the layout."
+            "each time. Views that share an encoder have the same index in the layout."
         )
-    projectors = [
-        Projector(encoder_width(e, c, spatial_dims=spatial_dims), widths, projector_norm)
-        for e, c in zip(encoders, channels)
-    ]
+    sizes = [encoder_width(e, c, spatial_dims=spatial_dims) for e, c in zip(encoders, channels)]
+    projectors = [Projector(r, widths, projector_norm) for r in sizes]
     return Branches(encoders, projectors, layout)
 
+# %% ../../nbs/models/branches.ipynb #80852a73
 def siamese(
     encoder:str|Callable|Sequence="resnet18", # As for `make_branches`
     widths:Sequence[int]=(2048, 2048, 2048), # Projector layers
-    # True: second view through an encoder of its own, layout (0, 1); False: both through one, (0,
-    # 0)
-    privileged:bool=False,
-    # Other arguments of `make_branches`: `in_channels`, `norm`, `projector_norm`, `spatial_dims`
-    **options,
+    privileged:bool=False, # Second view through an encoder of its own: layout (0, 1), not (0, 0)
+    **options, # For `make_branches`: `in_channels`, `norm`, `projector_norm`, `spatial_dims`
 )->Branches: # Takes two views
     "A two-branch network: Siamese-unprivileged or Siamese-privileged (Farndale et al., 2024)."
     return make_branches((0, 1) if privileged else (0, 0), encoder, widths, **options)
@@ -144,8 +129,7 @@ def siamese(
 def trident(
     encoder:str|Callable|Sequence="resnet18", # As for `make_branches`
     widths:Sequence[int]=(2048, 2048, 2048), # Projector layers
-    # Other arguments of `make_branches`: `in_channels`, `norm`, `projector_norm`, `spatial_dims`
-    **options,
+    **options, # For `make_branches`: `in_channels`, `norm`, `projector_norm`, `spatial_dims`
 )->Branches: # Takes three views: primary, primary, privileged
     "The three-branch network of TriDeNT (Farndale et al., 2023), layout (0, 0, 1)."
     return make_branches((0, 0, 1), encoder, widths, **options)

@@ -1,10 +1,10 @@
-"""What an encoder is, what it was trained on and how to load it: one page beside its file
+"""What an encoder is, what it was trained on and how to load it, on one page
 
 An encoder outlives the folder in which it was trained, and a file name does not say what it learned
 from. `model_card` writes a page from the header of an encoder's file, in the layout that the
 Hugging Face hub reads: what it is, its training data, arguments and environment, what was measured,
 what it is for and what not, and code that loads it. The card holds what the header holds. What the
-header does not say is called unknown: nobody is helped by a card that guesses.
+header does not say is called unknown: a card that guesses helps nobody.
 
 **Synthetic images are training aids, not findings.**
 
@@ -22,32 +22,33 @@ import re
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from ..core.files import atomic_path, read_safetensors
 
 # %% ../../nbs/models/cards.ipynb #e1df6d0e
 def _escape(value):
-    if isinstance(value, _Markup): return value
+    "Text in which neither Markdown nor HTML finds markup; `Markup` as it is."
+    if isinstance(value, Markup): return value
     text = " ".join(str(value).split())
     for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(character, entity)
-    return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text)
-
-class _Markup(str): "Text of the template's own, which is Markdown already"
+    return Markup(re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text))
 
 # %% ../../nbs/models/cards.ipynb #11536fed
 def _shown(value):
-    "A fact as it stands in a cell"
+    "A fact as a cell shows it."
     if value is None: return "none"
     if isinstance(value, bool): return "yes" if value else "no"
     if isinstance(value, dict) and "mean" in value:
-        return _shown(value["mean"]) + (f" [{_shown(value['ci'])}]" if value.get("ci") else "")
+        interval = f" [{_shown(value['ci'])}]" if value.get("ci") else ""
+        return _shown(value["mean"]) + interval
     if isinstance(value, float): return f"{value:.4g}"
     if isinstance(value, list): return ", ".join(map(_shown, value)) or "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 def _rows(facts, before=""):
-    "Names and texts of the facts in a dictionary, those of inner dictionaries under `outer.inner`"
+    "Names and texts of facts, those of inner dictionaries as `outer.inner`."
     for name, value in facts.items():
         if isinstance(value, dict) and value and "mean" not in value:
             yield from _rows(value, f"{before}{name}.")
@@ -56,46 +57,19 @@ def _rows(facts, before=""):
 
 # %% ../../nbs/models/cards.ipynb #8d0e7792
 _LICENCES = (
-    "apache-2.0",
-    "mit",
-    "bsd-3-clause",
-    "gpl-3.0",
-    "lgpl-3.0",
-    "mpl-2.0",
-    "cc0-1.0",
-    "cc-by-4.0",
-    "cc-by-sa-4.0",
-    "cc-by-nc-4.0",
-    "cc-by-nd-4.0",
-    "cc-by-nc-nd-4.0",
-    "cc-by-nc-sa-4.0",
+    "apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "cc0-1.0", "cc-by-4.0",
+    "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0",
 )
 
-def _front_matter(licence, tags, task):
-    slug = re.sub(r"\s+", "-", (licence or "unknown").strip().lower())
-    lines = {"license": slug if slug in (*_LICENCES, "unknown") else "other"} | (
-        {"license_name": licence} if slug not in (*_LICENCES, "unknown") else {}
-    )
-    lines |= {"library_name": "synthpi", "tags": tags} | ({"pipeline_tag": task} if task else {})
-    # JSON is YAML
-    return "\n".join(
-        ["---", *(f"{key}: {json.dumps(value)}" for key, value in lines.items()), "---"]
-    )
+def _hub_licence(licence):
+    "The hub's short name, `unknown`, or `other`."
+    name = re.sub(r"\s+", "-", (licence or "unknown").strip().lower())
+    return name if name in (*_LICENCES, "unknown") else "other"
 
 # %% ../../nbs/models/cards.ipynb #09b1677e
 _ALONE = (
-    "unprivileged",
-    "siamese_unprivileged",
-    "supervised",
-    "random_encoder",
-    "trident_third_view",
-    "trident_blank",
-    "isimed",
-    "simclr",
-    "barlow",
-    "barlow_isimed",
-    "two_head",
-    "regression",
+    "unprivileged", "siamese_unprivileged", "supervised", "random_encoder", "trident_third_view",
+    "trident_blank", "isimed", "simclr", "barlow", "barlow_isimed", "two_head", "regression",
 )
 _BESIDE = {
     "trident_real_pairs": "authentic pairs",
@@ -104,132 +78,156 @@ _BESIDE = {
 }
 
 def _second_images(about):
-    "What the privileged images were; empty: there were none; None: the header does not say"
+    "What the privileged images were; empty: there were none; None: the header does not say."
     if "privileged" in about: return _shown(about["privileged"]) if about["privileged"] else ""
     name = about.get("arm") or about.get("method")
     if name in _ALONE: return ""
     if name in _BESIDE: return _BESIDE[name]
-    return (
-        "synthetic images"
-        if isinstance(name, str) and (name.startswith("trident") or "privileged" in name)
-        else None
-    )
+    if not isinstance(name, str): return None
+    return "synthetic images" if name.startswith("trident") or "privileged" in name else None
 
 # %% ../../nbs/models/cards.ipynb #b2f00690
-_DATA = {
-    "data": "fingerprint of the images",
-    "tiles": "fingerprint of the tiles",
-    "data_name": "name",
-    "n_tiles": "number of tiles",
-    "classes": "classes",
-    "frame": "frame of positions",
-    "spacing_mm": "spacing, mm",
-    "data_licence": "licence of the data",
-}
-_CARD = """{{ front }}
+_KNOWN = """---
+license: {{ hub_licence | json }}
+{% if hub_licence == "other" %}
+license_name: {{ licence | json }}
+{% endif %}
+library_name: "synthpi"
+tags: {{ tags | json }}
+{% if task %}
+pipeline_tag: {{ task | json }}
+{% endif %}
+---
 
 # {{ title }}
 
-{{ ours }}{{ file }} and holds nothing else; *unknown* is what the header does not say. SHA-256 of the file: {{ sha }}
+{{ ours }} {{ file }} and holds nothing else; *unknown* is what the header does not say. SHA-256 of the file: {{ sha }}
 
 ## What it is
 
-{{ kind }}: {{ spec }}. {{ parameters }} weights and buffers. Trained with {{ link }}{{ method }}.
+{{ kind }}: {{ spec }}. {{ weights }} weights and buffers. \
+Trained with [synthpi](https://github.com/synthpi/synthpi), arm or method: {{ name }}.
+{% macro table(title, facts) %}
 
-## Training data
+## {{ title }}
 
-{{ data }}
-
+{% for name, text in facts | rows %}
+{% if loop.first %}
+| | |
+|---|---|
+{% endif %}
+| {{ name }} | {{ text }} |
+{% else %}
+unknown
+{% endfor %}
+{% endmacro %}
+{{ table("Training data", data) }}
 Licence of the data: {{ data_licence }}. Licence of the weights: {{ licence }}.
+{{ table("Training arguments", arguments) }}{{ table("Environment", environment) }}\
+{{ table("Evaluation", evaluation) }}"""
 
-## Training arguments
-
-{{ arguments }}
-
-## Environment
-
-{{ environment }}
-
-## Evaluation
-
-{{ evaluation }}
-
+# %% ../../nbs/models/cards.ipynb #0341d79a
+_USE = """
 ## Second images in training
 
-{{ second }}
+{% if second %}
+{{ second }}. **Synthetic images are training aids, not findings**: where these were generated, each is \
+a function of the image from which it was made. It adds what its generator was trained on, with its \
+errors, and no observation of the patient. Second images are not needed, and not used, when features are computed.
+{% elif second is none %}
+Unknown: the header does not say whether there were any.
+{% else %}
+None: the encoder was trained on one image of each tissue or volume.
+{% endif %}
 
 ## Intended use
 
-Features of medical images for research: a frozen encoder under a probe of one's own, evaluated on patients that it has not seen, beside baselines that could win.
+Features of medical images for research: a frozen encoder under a probe of one's own, evaluated \
+on patients that it has not seen, beside baselines that could win.
 
 ## Not intended
 
-**Not for clinical use.** This is no medical device: no output of it may enter the care of a patient. It has not been shown to hold for other scanners, stains, laboratories or patients than those it was evaluated on, which may be none.
+**Not for clinical use.** This is no medical device: no output of it may enter the care of a \
+patient. It has not been shown to hold for other scanners, stains, laboratories or patients than those \
+it was evaluated on, which may be none.
 
 ## How to load
 
-{{ code }}
+```python
+import torch
+from synthpi.models import load_encoder
+
+{% if custom %}
+encoder = load_encoder({{ file | code }}, encoder=module)     \
+# module: a {{ custom | code }} of your own, built as it was in training
+{% else %}
+encoder = load_encoder({{ file | code }})
+{% endif %}
+h = encoder(torch.rand({{ shape }}))     # images in [0, 1], to one row of features for each
+print(h.shape)
+```
 """
 
-def _table(facts):
-    rows = [f"| {_escape(name)} | {_escape(text)} |" for name, text in _rows(facts)]
-    return _Markup("\n".join(["| | |", "|---|---|", *rows]) if rows else "unknown")
+# %% ../../nbs/models/cards.ipynb #b9ca2d39
+def _python(value):
+    "A name as it is, anything else as a Python string."
+    return Markup(value if str(value).isidentifier() else repr(value))
 
-# %% ../../nbs/models/cards.ipynb #0341d79a
-def _code(file, spec, size):
-    "Lines that load the file and give features of two random images"
-    dims, custom = int(spec.get("spatial_dims", 2)), re.sub(r"\W", "", spec.get("custom", ""))
-    side = (
-        size
-        if isinstance(size, int) and size > 0
-        else spec.get("config", {}).get("image_size") or (64 if dims == 2 else 32)
+def _page():
+    page = Environment(
+        autoescape=True, finalize=_escape, undefined=StrictUndefined,
+        trim_blocks=True, keep_trailing_newline=True,
     )
-    shape = ", ".join(
-        str(int(n))
-        for n in (
-            2,
-            spec.get("in_channels", 3),
-            *(side if isinstance(side, list) else [side] * dims),
-        )
-    )
-    load = f"encoder = load_encoder({file!r}" + (
-        f", encoder=module)     # module: a {custom} of your own, built as it was in training"
-        if custom
-        else ")"
-    )
-    lines = [
-        "import torch",
-        "from synthpi.models import load_encoder",
-        "",
-        load,
-        f"h = encoder(torch.rand({shape}))     # images in [0, 1], to one row of features for each",
-        "print(h.shape)",
-    ]
-    return "\n".join(["```python", *lines, "```"])
+    page.filters |= dict(rows=_rows, code=_python, json=lambda v: Markup(json.dumps(v)))
+    return page.from_string(_KNOWN + _USE)
 
 # %% ../../nbs/models/cards.ipynb #9bf6177e
+_DATA = {
+    "data": "fingerprint of the images", "tiles": "fingerprint of the tiles", "data_name": "name",
+    "n_tiles": "number of tiles", "classes": "classes", "frame": "frame of positions",
+    "spacing_mm": "spacing, mm",
+}
+_ELSEWHERE = {"licence", "data_licence", "environment", "evaluation", "synthpi", "privileged"}
+
+def _sorted(about):
+    "The four tables."
+    results = about.get("evaluation") or {}
+    version = {"synthpi": about["synthpi"]} if about.get("synthpi") else {}
+    return dict(
+        data={text: about[key] for key, text in _DATA.items() if key in about},
+        arguments={k: v for k, v in about.items() if k not in {*_DATA, *_ELSEWHERE}},
+        environment=version | (about.get("environment") or {}),
+        evaluation=results if isinstance(results, dict) else {"result": results},
+    )
+
+def _input(spec, size):
+    "Shape of two images for the encoder: those of its training, or small ones."
+    dims = int(spec.get("spatial_dims", 2))
+    side = size if isinstance(size, int) and size > 0 else None
+    side = side or spec.get("config", {}).get("image_size") or (64 if dims == 2 else 32)
+    sides = side if isinstance(side, list) else [side]*dims
+    return ", ".join(str(int(n)) for n in (2, spec.get("in_channels", 3), *sides))
+
+# %% ../../nbs/models/cards.ipynb #697b42bd
 _TEXTS = ("title", "arm", "method", "licence", "data_licence", "synthpi")
-_OURS = "This card was filled in from the header of "
+_OURS = "This card was filled in from the header of"
 
 def _check_facts(about):
-    for key in (*_TEXTS, "environment"):
-        kind, example = (
-            (dict, 'a dictionary, for example {"python": "3.12"}')
-            if key == "environment"
-            else (str, "a text" + ", for example 'apache-2.0'" * key.endswith("licence"))
+    wanted = {key: (str, "a text") for key in _TEXTS}
+    wanted |= {key: (str, "a text, for example 'apache-2.0'") for key in ("licence", "data_licence")}
+    wanted["environment"] = dict, 'a dictionary, for example {"python": "3.12"}'
+    for key, (kind, example) in wanted.items():
+        if isinstance(about.get(key), (kind, type(None))): continue
+        raise ValueError(
+            f"{key} is {about[key]!r}, of type {type(about[key]).__name__}; a model card "
+            f"needs {example}, or nothing where it is not known."
         )
-        if not isinstance(about.get(key), (kind, type(None))):
-            raise ValueError(
-                f"{key} is {about[key]!r}, of type {type(about[key]).__name__}; a model card "
-                f"needs {example}, or nothing where it is not known."
-            )
 
 def check_card(
     path:str|Path, # The encoder's file, there or not
     about:dict, # The facts of its header
 )->Path: # Where `write_card` will put the card
-    """`ValueError` when no card could be written: a fact of the wrong type, or another's file at
-    its place. Nothing is written."""
+    "`ValueError` when no card could be written; nothing is written here."
     _check_facts(about)
     path, card = Path(path), Path(path).with_suffix(".md")
     if path.suffix.lower() == ".md":
@@ -244,91 +242,36 @@ def check_card(
         )
     return card
 
+# %% ../../nbs/models/cards.ipynb #78380375
 def model_card(
     path:str|Path, # A file of `save_encoder`
 )->str: # Markdown, with the front matter that the Hugging Face hub reads
-    """The card of an encoder, from the facts in its header; `FileNotFoundError`, or `ValueError`
-    with the reason when the file cannot be used."""
+    "The card of an encoder, from the facts in its header."
     path = Path(path)
     facts, state = read_safetensors(path, "synthpi-encoder-1", needs=("encoder", "about"))
     spec, about = facts["encoder"], facts["about"]
     _check_facts(about)
     second, dims = _second_images(about), spec.get("spatial_dims")
-    def told(key): return about.get(key) or "unknown"
-    name = about.get("arm") or told("method")
-    used = {*_DATA, "licence", "environment", "evaluation", "synthpi", "privileged"}
-    environment = ({"synthpi": about["synthpi"]} if about.get("synthpi") else {}) | (
-        about.get("environment") or {}
-    )
-    caveat = {
-        "": "None: the encoder was trained on one image of each tissue or volume.",
-        None: "Unknown: the header does not say whether there were any.",
-    }.get(second)
-    evaluation = about.get("evaluation") or {}
-    values = {
-        "ours": _Markup(_OURS),
-        "front": _Markup(
-            _front_matter(
-                about.get("licence"),
-                [
-                    "medical-imaging",
-                    "self-supervised-learning",
-                    *(["privileged-information"] if second else []),
-                ],
-                "image-feature-extraction" if dims == 2 else None,
-            )
-        ),
-        "title": about.get("title")
-        or ", ".join([spec.get("custom") or spec["name"], *([name] if name != "unknown" else [])]),
-        "file": path.name,
-        "sha": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "kind": {2: "An encoder of images", 3: "An encoder of volumes"}.get(dims, "An encoder"),
-        "spec": "; ".join(
-            f"{k} {v}" for k, v in _rows({k: v for k, v in spec.items() if k != "config"})
-        ),
-        "parameters": f"{sum(t.numel() for t in state.values()):,}",
-        "link": _Markup("[synthpi](https://github.com/synthpi/synthpi)"),
-        "method": f", arm or method: {name}",
-        "data": _table(
-            {
-                text: about[key]
-                for key, text in _DATA.items()
-                if key in about and key != "data_licence"
-            }
-        ),
-        "data_licence": told("data_licence"),
-        "licence": told("licence"),
-        "arguments": _table({k: v for k, v in about.items() if k not in used}),
-        "environment": _table(environment),
-        "evaluation": _table(
-            evaluation if isinstance(evaluation, dict) else {"result": evaluation}
-        ),
-        "second": caveat
-        or _Markup(
-            f"{_escape(second)}. **Synthetic images are training aids, not findings**: where "
-            "these were generated, each is a function of the image from which it was made. It "
-            "adds what its generator was trained on, with its errors, and no observation of the "
-            "patient. "
-            "Second images are not needed, and not used, when features are computed."
-        ),
-        "code": _Markup(_code(path.name, spec, about.get("size"))),
-    }
-    return (
-        Environment(
-            autoescape=False,
-            finalize=_escape,
-            undefined=StrictUndefined,
-            keep_trailing_newline=True,
-        )
-        .from_string(_CARD)
-        .render(values)
+    name, licence = about.get("arm") or about.get("method"), about.get("licence")
+    title = ", ".join([spec.get("custom") or spec["name"], *([name] if name else [])])
+    built = _rows({k: v for k, v in spec.items() if k != "config"})
+    tags = ["medical-imaging", "self-supervised-learning"]
+    return _page().render(
+        **_sorted(about), second=second, name=name or "unknown", title=about.get("title") or title,
+        hub_licence=_hub_licence(licence), licence=licence or "unknown",
+        data_licence=about.get("data_licence") or "unknown",
+        tags=tags + ["privileged-information"]*bool(second),
+        task="image-feature-extraction" if dims == 2 else None,
+        ours=_OURS, file=path.name, sha=hashlib.sha256(path.read_bytes()).hexdigest(),
+        kind={2: "An encoder of images", 3: "An encoder of volumes"}.get(dims, "An encoder"),
+        spec="; ".join(f"{k} {v}" for k, v in built), custom=re.sub(r"\W", "", spec.get("custom", "")),
+        weights=f"{sum(t.numel() for t in state.values()):,}", shape=_input(spec, about.get("size")),
     )
 
 def write_card(
     path:str|Path, # A file of `save_encoder`, for example `encoder.safetensors`
 )->Path: # The card, with the same name and the ending .md; on a hub it is called README.md
-    """Write the card of an encoder beside its file; atomic. It replaces an older card, and no other
-    file (`ValueError`)."""
+    "Write the card of an encoder beside its file, in place of an older card; atomic."
     text = model_card(path)
     place = check_card(path, {})
     with atomic_path(place) as tmp: tmp.write_text(text, encoding="utf-8")
