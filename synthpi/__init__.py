@@ -27,7 +27,7 @@ Modules:
 - `synthpi.evaluate.features`: Images through a frozen encoder, and features that need none
 - `synthpi.evaluate.intervals`: Scores with intervals over patients and training seeds, and error reduction
 - `synthpi.evaluate.logistic`: All folds, all values of C and all targets solved at once, to scikit-learn's optimum
-- `synthpi.evaluate.probes`: What lies open in frozen features: a regression, a linear layer, and the small network of the papers
+- `synthpi.evaluate.probes`: Logistic regression, the small network of the TriDeNT papers, and nearest neighbours
 - `synthpi.evaluate.ranks`: What can be said about an embedding without a single label
 - `synthpi.evaluate.regression`: Ridge regression on subjects that the fit has not seen, with intervals over subjects
 - `synthpi.evaluate.scores`: Accuracy, balanced accuracy, macro-F1, recall and AUC
