@@ -10,8 +10,14 @@ Modules:
 - `synthpi.cli.explain`: `synthpi explain` from a terminal
 - `synthpi.cli.tissue`: The study from a terminal: on simulated tiles, and on your own
 - `synthpi.cli.volumes`: Where in the body is this crop? The study of volumes from a terminal
-- `synthpi.core.checks`: Data from outside is checked where it comes in; settings are said once
-- `synthpi.core.runs`: Seeds, pictures and files: the small things that every other notebook uses
+- `synthpi.core.checks`: Values from outside are checked where they come in; settings are said once
+- `synthpi.core.figures`: What all figures share: colours, markers, sizes
+- `synthpi.core.files`: Whole files or none, with checksums, and fingerprints of content
+- `synthpi.core.groups`: Folds and resampling that keep a patient whole
+- `synthpi.core.images`: Any file, array or tensor to RGB, to a mask, to a square
+- `synthpi.core.optics`: Light through stained tissue: Beer-Lambert, stain matrices, re-staining
+- `synthpi.core.runs`: Where a run computes, where it writes, and what it notes about its machine
+- `synthpi.core.seeds`: Seeds made of names, and random states that can be put back
 - `synthpi.data.conversion`: Arrays and outlines become, once, a plain folder of images that every command reads
 - `synthpi.data.device_views`: The same recipes on a whole batch, where the network is
 - `synthpi.data.folders`: Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
@@ -26,7 +32,7 @@ Modules:
 - `synthpi.evaluate.feature_cache`: Features read once, and found again for the same encoder and the same images
 - `synthpi.evaluate.features`: Images through a frozen encoder, and features that need none
 - `synthpi.evaluate.intervals`: Scores with intervals over patients and training seeds, and error reduction
-- `synthpi.evaluate.logistic`: All folds, all values of C and all targets solved at once, to scikit-learn's optimum
+- `synthpi.evaluate.logistic`: All folds, values of C and targets solved at once, to scikit-learn's optimum
 - `synthpi.evaluate.probes`: Logistic regression, the small network of the TriDeNT papers, and nearest neighbours
 - `synthpi.evaluate.ranks`: What can be said about an embedding without a single label
 - `synthpi.evaluate.regression`: Ridge regression on subjects that the fit has not seen, with intervals over subjects

@@ -24,40 +24,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.checks import check_finite, some_names
 from ..core.images import to_rgb
+from ..core.runs import as_found
 from .feature_cache import cached_features
 
 # %% ../../nbs/evaluate/features.ipynb #2344324f
-def _restore(buffers):
-    "The very tensors that were there, with their values; those that a forward pass registered go"
-    for module, own, values in buffers:
-        for name in {*module._buffers.keys()} - {*own}:
-            del module._buffers[name]
-            module._non_persistent_buffers_set.discard(name)
-        for name, t in own.items():
-            if name not in module._buffers or module._buffers[name] is not t:
-                module._buffers[name] = t
-        for name, v in values.items():
-            if not torch.equal(own[name], v): own[name].resize_(v.shape).copy_(v)
-
 @contextlib.contextmanager
 def frozen(
     encoder:nn.Module, # Any
     device=None, # Where to compute; None for where the encoder is
-)->Iterator[torch.device]:
-    "Evaluation mode on `device`, no gradients; afterwards flags, buffers and place as before."
-    modes = [(module, module.training) for module in encoder.modules()]
-    def values(module): return {k: t.clone() for k, t in module._buffers.items() if t is not None}
-    buffers = [(m, dict(m._buffers), values(m)) for m in encoder.modules()]
-    tensors = [*encoder.parameters(), *encoder.buffers()]
-    home = tensors[0].device if tensors else torch.device("cpu")
-    try:
-        encoder.eval()
-        if device is not None: encoder.to(device)
-        with torch.no_grad(): yield torch.device(device or home)
-    finally:
-        if device is not None: encoder.to(home)
-        for module, training in modes: module.training = training
-        with torch.no_grad(): _restore(buffers)
+)->Iterator[torch.device]: # Where the encoder is meanwhile
+    "Evaluation mode on `device`, no gradients; afterwards everything as before (`core.runs`)."
+    with as_found(encoder, device) as place, torch.no_grad(): yield place
 
 # %% ../../nbs/evaluate/features.ipynb #cbf352c6
 def _check_norms(encoder:nn.Module):
