@@ -1,10 +1,9 @@
-"""Features read once, and found again only for the same encoder and the same images
+"""Features read once, and found again for the same encoder and the same images
 
-Reading features out is what an evaluation waits for, and the same features are wanted for the
-probe, the neighbours, the map and the label budget. So they may be kept in a folder, in files that
-are named by what they were made from: everything in the encoder that a hash can see, and every
-image. What a hash cannot see, the code of its `forward`, is put to the test: ten images go through
-the encoder at every hit, and have to give the features that were kept:
+Reading features is what an evaluation waits for, and the probe, the neighbours and the map want the
+same ones. `cached_features` keeps them in a folder. The name of a file is a hash of the encoder's
+weights and layers and of every image, so that nothing else can be found under it. A damaged file is
+noticed and made anew.
 
 ```python
 encoder, seen = net(), []
@@ -25,13 +24,9 @@ __all__ = ['encoder_key', 'images_key', 'cached_features']
 # %% ../../nbs/evaluate/feature_cache.ipynb #b919cb6f
 import hashlib
 import json
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
-from functools import partial
-from pathlib import Path, PurePath
-from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,144 +36,33 @@ from ..core.files import read_safetensors, tensor_bytes, write_safetensors
 from ..core.images import to_rgb
 
 # %% ../../nbs/evaluate/feature_cache.ipynb #3d63e4f3
-_VERSION = 2      # raised when the same inputs would give other features, or another file
-_ATOMS = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    type(...),
-    PurePath,
-    np.generic,
-    np.dtype,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-# their objects hold workings, or a whole program's
-_CLOSED = (
-    "torch._",
-    "torch.fx.",
-    "torch.cuda.",
-    "torch.distributed.",
-    "torch.utils.hooks.",
-    "logging.",
-    "threading.",
-    "_thread.",
-)
-
-def _inside(value, known):
-    "What a setting is made of, in JSON"
-    kind, told = f"{type(value).__module__}.{type(value).__qualname__}", lambda v: _plain(v, known)
-    if isinstance(value, Enum): return [kind, value.name, told(value.value)]
-    if isinstance(value, Tensor):
-        return hashlib.sha256(b"".join(tensor_bytes({"": value}))).hexdigest()
-    if isinstance(value, np.ndarray):
-        return [
-            value.dtype.str,
-            value.shape,
-            told(value.tolist())
-            if value.dtype.hasobject
-            else hashlib.sha256(value.tobytes()).hexdigest(),
-        ]
-    if isinstance(value, nn.Module): return _parts(value, known)
-    if isinstance(value, (tuple, list)): return [*map(told, value)]
-    if isinstance(value, (set, frozenset)): return [kind, *sorted(map(told, value))]
-    if isinstance(value, Mapping): return [kind, *([told(k), told(v)] for k, v in value.items())]
-    if isinstance(value, partial):
-        return [kind, told(value.func), told(value.args), told(value.keywords)]
-    if isinstance(value, CodeType):
-        return [value.co_code.hex(), value.co_names, told(value.co_consts)]
-    name = [getattr(value, "__module__", None), getattr(value, "__qualname__", None)]
-    if isinstance(value, (MethodType, BuiltinMethodType)):
-        return [*name, told(getattr(value, "__func__", None)), told(value.__self__)]
-    if isinstance(value, FunctionType):
-        # an empty cell has no contents
-        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
-        return [
-            *name,
-            told(value.__code__),
-            told(value.__defaults__),
-            told(value.__kwdefaults__),
-            told(cells),
-        ]
-    if isinstance(value, (type, ModuleType)) or kind.startswith(_CLOSED):
-        return [kind, *name, getattr(value, "__name__", None)]
-    slots = {
-        n for c in type(value).__mro__ for n in np.atleast_1d(getattr(c, "__slots__", ())).tolist()
-    }
-    state = {
-        **getattr(value, "__dict__", {}),
-        **{n: getattr(value, n) for n in sorted(slots) if n != "__dict__" and hasattr(value, n)},
-    }
-    return [kind, *name, told(state) if state else re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))]
-
-def _plain(value, known):
-    """What can be told of a setting in a text; `known` holds what was told before by its id, and
-    the object itself, whose id could be used again"""
-    if isinstance(value, _ATOMS) and not isinstance(value, Enum): return repr(value)
-    if id(value) not in known:
-        # a setting may lead back to itself
-        known[id(value)] = value, f"itself, a {type(value).__qualname__}"
-        known[id(value)] = (
-            value,
-            hashlib.sha256(json.dumps(_inside(value, known)).encode()).hexdigest(),
-        )
-    return known[id(value)][1]
-
-def _parts(encoder, known):
-    "A hash of the weights, buffers and settings of a module and of all in it"
-    # what every module has: its children, hooks and flags
-    sha, own = hashlib.sha256(), vars(nn.Module())
-    known.update({id(m): (m, f"module {name}") for name, m in encoder.named_modules()})
-    for name, m in encoder.named_modules(remove_duplicate=False):
-        settings = {k: _plain(v, known) for k, v in sorted(vars(m).items()) if k not in own}
-        sha.update(
-            json.dumps([name, type(m).__module__, type(m).__qualname__, settings]).encode() + b"\0"
-        )
-    for part in tensor_bytes(
-        {
-            **dict(encoder.named_parameters(remove_duplicate=False)),
-            **dict(encoder.named_buffers(remove_duplicate=False)),
-        }
-    ):
-        sha.update(part)
-    return sha.hexdigest()
-
 def encoder_key(
     encoder:nn.Module, # Any
 )->str: # 64 hexadecimal digits
-    "A hash of an encoder's weights, buffers and structure, and of autocast."
-    cast = [
-        str(torch.get_autocast_dtype(d)) if torch.is_autocast_enabled(d) else None
-        for d in ("cpu", "cuda")
-    ]
-    return hashlib.sha256(
-        json.dumps([_parts(encoder, {}), cast, str(torch.get_default_dtype()), _VERSION]).encode()
-    ).hexdigest()
+    "A hash of an encoder's weights, buffers and layers, and of the precision it would run in."
+    casts = {d: str(torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
+    layers = [f"{type(m).__module__}.{type(m).__qualname__}" for m in encoder.modules()]
+    facts = [repr(encoder), layers, casts, str(torch.get_default_dtype())]
+    sha = hashlib.sha256(json.dumps(facts).encode())
+    weights = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    for part in tensor_bytes(weights): sha.update(part)
+    return sha.hexdigest()
 
+# %% ../../nbs/evaluate/feature_cache.ipynb #3a7af6de
 def images_key(
     images:Sequence, # Arrays or PIL images, any mode of `to_rgb`; or tensors
 )->str: # 64 hexadecimal digits
     "A hash of every image, in order; it reads each of them once."
     if not (hasattr(images, "__getitem__") and hasattr(images, "__len__")):
         raise ValueError(
-            f"got a {type(images).__name__} of batches with a cache; it can be read only "
-            "once, and the images are needed to know their file: give a sequence of images, or "
-            "leave the cache out."
+            f"got a {type(images).__name__} of batches with a cache, expected a sequence of images, "
+            "which can be read twice: give a list or an array, or leave the cache out."
         )
     sha = hashlib.sha256()
     for i in range(len(images)):
         x = images[i]
-        if isinstance(x, Tensor): parts = tensor_bytes({"": x})
-        else:
-            x = np.ascontiguousarray(to_rgb(x))
-            parts = (str(x.shape).encode(), x.data)
-        for part in parts: sha.update(part)
+        if not isinstance(x, Tensor): x = torch.from_numpy(np.ascontiguousarray(to_rgb(x)))
+        for part in tensor_bytes({"": x}): sha.update(part)
         sha.update(b"\0")
     return sha.hexdigest()
 
@@ -192,20 +76,22 @@ def _stored(path:Path, key:str, n:int)->np.ndarray|None:
         return None
     h = tensors.get("features")
     if facts["key"] == key and h is not None and h.ndim == 2 and len(h) == n: return h.numpy()
-    warnings.warn(
-        f"{path} holds the features of something else than its name says: they are made anew."
-    )
+    warnings.warn(f"{path} holds other features than its name says: they are made anew.")
 
-def _rounding(encoder:nn.Module)->float:
-    "How far two passes may differ in batches of other sizes, as a share of a feature"
-    types = [
-        torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)
-    ] + [p.dtype for p in encoder.parameters() if p.is_floating_point()]
-    tf32 = torch.cuda.is_available() and (
-        torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    )
-    return max([1e-5, 1e-3*tf32, *(2*torch.finfo(t).eps for t in types)])
+def _agrees(h:np.ndarray, encoder:nn.Module, images:Sequence, read:Callable)->bool:
+    "Whether ten of the images, spread evenly, still have the features `h`"
+    rows = np.unique(np.linspace(0, len(h) - 1, 10).round().astype(int))
+    now = read([images[i] for i in rows])
+    casts = [torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    types = casts + [p.dtype for p in encoder.parameters() if p.is_floating_point()]
+    # a GPU may multiply float32 with ten bits (TF32)
+    floor = 1e-3 if torch.cuda.is_available() else 1e-5
+    rounding = max([floor, *(2*torch.finfo(t).eps for t in types)])
+    size = np.abs(h).max(axis=0)
+    allowed = 1e-3*h.std(axis=0, dtype=np.float64) + rounding*np.maximum(size, np.median(size))
+    return now.shape == h[rows].shape and bool((np.abs(now - h[rows]) <= allowed).all())
 
+# %% ../../nbs/evaluate/feature_cache.ipynb #aebec17e
 def cached_features(
     cache:str|Path, # Folder, made if it is not there
     encoder:nn.Module, # What the features are of
@@ -215,28 +101,15 @@ def cached_features(
     "Features from the cache, or from `read` and then into the cache."
     cache = Path(cache)
     if cache.exists() and not cache.is_dir():
-        raise ValueError(f"the cache {cache} is a file; expected a folder, or a name that is free.")
+        raise ValueError(f"got cache={cache}, which is a file; expected a folder, or a free name.")
     key = hashlib.sha256(f"{encoder_key(encoder)} {images_key(images)}".encode()).hexdigest()
-    path, n = cache/f"{key[:32]}.safetensors", len(images)
-    h = _stored(path, key, n)
+    path = cache/f"{key[:32]}.safetensors"
+    h = _stored(path, key, len(images))
     if h is not None:
-        rows = sorted(
-            {
-                0,
-                n - 1,
-                *(
-                    1 + np.random.default_rng(int(key[:16], 16)).permutation(max(n - 2, 0))[:8]
-                ).tolist(),
-            }
-        )
-        now, size = read([images[i] for i in rows]), np.abs(h).max(axis=0)
-        allowed = 1e-3 * h.std(axis=0, dtype=np.float64) + _rounding(encoder) * np.maximum(
-            size, np.median(size)
-        )
-        if now.shape == h[rows].shape and (np.abs(now - h[rows]) <= allowed).all(): return h
+        if _agrees(h, encoder, images, read): return h
         warnings.warn(
             f"the encoder now gives other features than those in {path}, though its weights and "
-            "settings are the same (other code?): they are made anew."
+            "layers are the same (other code?): they are made anew."
         )
     h = read(images)
     write_safetensors(path, {"features": torch.from_numpy(h)}, "synthpi-features-1", key=key)

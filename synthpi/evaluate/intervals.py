@@ -1,14 +1,15 @@
-"""Frozen features, scores with intervals over patients, and one table of all arms
+"""Scores with intervals over patients and training seeds, and error reduction
 
-What has an encoder learned? It is frozen, its features `(N, R)` are read out once, and a linear
-probe shows how much of the label lies open in them. Colour statistics go through the same probe,
-because in stained tissue they are the baseline that could win. Every accuracy comes with an
-interval in which patients, not tiles, are drawn again, and one table tells which differences hold:
+An accuracy of a few patients is uncertain, and this module says how uncertain. `interval` and
+`score_intervals` draw whole patients again, because tiles of one patient are right or wrong together.
+With several training seeds they draw seeds too. `error_reduction` compares two encoders on the same
+patients: how many times fewer errors does one make?
 
 ```python
 h = extract_features(encoder, tissue.image)
 probe = linear_probe(h[train], tissue.label[train], h[val], tissue.label[val])
-interval(probe.predict(h[test]) == tissue.label[test], groups=patient[test])
+answer = probe.predict(h[test])
+interval(answer == tissue.label[test], groups=patient[test])
 ```
 
 Docs: https://synthpi.github.io/synthpi/nbs/evaluate/intervals.html.md"""
@@ -28,30 +29,28 @@ from .scores import _confusions, _plain, _statistics
 
 # %% ../../nbs/evaluate/intervals.ipynb #51fb037d
 def _replicates(counts:np.ndarray, statistic, n_boot:int, seed:int)->np.ndarray:
-    """Replicates of the seed-averaged `statistic` of `counts` (S, G, ...), which add up over
-    groups; equal `seed`, equal draws: (n_boot,)"""
+    """Replicates (n_boot,) of the seed-averaged `statistic` of `counts` (S, G, ...), which add up
+    over groups; equal `seed`, equal draws"""
     rng = np.random.default_rng(seed)
-    groups, seeds = (
-        resampled_counts(rng, counts.shape[1], n_boot),
-        resampled_counts(rng, counts.shape[0], n_boot),
-    )
+    groups = resampled_counts(rng, counts.shape[1], n_boot)
+    seeds = resampled_counts(rng, counts.shape[0], n_boot)
     return (statistic(np.tensordot(groups, counts, axes=(1, 1)))*seeds).mean(axis=1)
 
 def _correct_counts(correct, codes:np.ndarray)->np.ndarray:
     "Right answers and all answers per seed and group, (S, G, 2)"
-    return np.stack(
-        [np.stack([np.bincount(codes, weights=c), np.bincount(codes)], axis=-1) for c in correct]
-    )
+    n = np.bincount(codes)
+    return np.stack([np.stack([np.bincount(codes, weights=c), n], axis=-1) for c in correct])
 
 def _ratio(counts): return counts[..., 0]/counts[..., 1]
 
+# %% ../../nbs/evaluate/intervals.ipynb #453a8fe7
 def _answers(correct)->np.ndarray:
     "Right and wrong answers as rows (S, N)"
     x = np.atleast_2d(np.asarray(correct, np.float64))
     if x.ndim != 2 or not x.size:
         raise ValueError(
-            f"got answers of shape {np.shape(correct)}, expected (N,), or one row per "
-            "training seed (n_seeds, N), of at least one image."
+            f"got answers of shape {np.shape(correct)}, expected (N,), or one row per training "
+            "seed (n_seeds, N), of at least one image."
         )
     bad = np.argwhere(~np.isfinite(x))
     if len(bad):
@@ -76,6 +75,7 @@ def interval(
     ci = percentile_interval(_replicates(counts, _ratio, n_boot, seed), level, counts.shape[1])
     return dict(mean=float(correct.mean()), ci=ci, per_seed=correct.mean(axis=1).tolist())
 
+# %% ../../nbs/evaluate/intervals.ipynb #8832d9d8
 def score_intervals(
     y_true:Sequence[int], # True labels (N,)
     y_pred:np.ndarray, # Predicted labels, (N,) or one row per training seed (n_seeds, N)
@@ -84,20 +84,16 @@ def score_intervals(
     n_boot:int=2000, # Replicates
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage
-)->dict: # accuracy, balanced_accuracy, macro_f1: each mean, ci, per_seed; per_class_recall (list, mean over seeds)
-    "All scores with intervals from the same resamples."
+)->dict: # accuracy, balanced_accuracy, macro_f1: each mean, ci, per_seed; per_class_recall (list)
+    "All scores with intervals from the same resamples; recalls are means over seeds."
     codes = group_codes(groups, len(y_true))
-    counts = np.stack(
-        [_confusions(y_true, y, n_classes, codes) for y in np.atleast_2d(y_pred)]
-    ).astype(np.float64)
+    of_seeds = [_confusions(y_true, y, n_classes, codes) for y in np.atleast_2d(y_pred)]
+    counts = np.stack(of_seeds).astype(np.float64)
     exact = _statistics(counts.sum(axis=1))
     recall = exact.pop("per_class_recall")
     def ci(name):
-        return percentile_interval(
-            _replicates(counts, lambda c: _statistics(c)[name], n_boot, seed),
-            level,
-            counts.shape[1],
-        )
+        drawn = _replicates(counts, lambda c: _statistics(c)[name], n_boot, seed)
+        return percentile_interval(drawn, level, counts.shape[1])
     result = {
         name: dict(mean=float(v.mean()), ci=ci(name), per_seed=v.tolist())
         for name, v in exact.items()
@@ -105,6 +101,17 @@ def score_intervals(
     return result | dict(per_class_recall=_plain(recall.mean(axis=0)))
 
 # %% ../../nbs/evaluate/intervals.ipynb #24473c72
+def _paired_answers(a, b)->tuple[np.ndarray, np.ndarray]:
+    "Answers of two arms for the same images, (S, N) each; one seed stands beside several"
+    a, b = _answers(a), _answers(b)
+    if a.shape[1] != b.shape[1] or len({len(a), len(b)} - {1}) > 1:
+        raise ValueError(
+            f"got answers of shapes {a.shape} and {b.shape}, expected the same images, and as many "
+            "seeds or one."
+        )
+    shape = max(len(a), len(b)), a.shape[1]
+    return np.broadcast_to(a, shape), np.broadcast_to(b, shape)
+
 def error_reduction(
     base_correct:np.ndarray, # Right or wrong of the baseline, (N,) or (n_seeds, N)
     model_correct:np.ndarray, # Right or wrong of the model on the same images, (N,) or (n_seeds, N)
@@ -113,23 +120,15 @@ def error_reduction(
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage
 )->dict: # ratio, ci [low, high], at_least (the model made no error), text
-    """How many times fewer errors the model makes than the baseline, with a paired bootstrap
-    interval."""
-    both = [_answers(c) for c in (base_correct, model_correct)]
-    if both[0].shape[1] != both[1].shape[1] or len({len(c) for c in both} - {1}) > 1:
-        raise ValueError(
-            f"got answers of shapes {both[0].shape} and {both[1].shape}, expected the same "
-            "images, and as many seeds or one."
-        )
-    n_seeds, n = max(len(c) for c in both), both[0].shape[1]
-    codes = group_codes(groups, n)
-    counts = [_correct_counts(1 - np.broadcast_to(c, (n_seeds, n)), codes) for c in both]
-    floor = 1/(n_seeds*n + 1)
+    "How many times fewer errors the model makes than the baseline, with a paired interval."
+    both = _paired_answers(base_correct, model_correct)
+    codes, floor = group_codes(groups, both[0].shape[1]), 1/(both[0].size + 1)
     def ratio(base, model):
-        return np.where(model > 0, base / np.maximum(model, floor), np.maximum(base, floor) / floor)
+        return np.where(model > 0, base/np.maximum(model, floor), np.maximum(base, floor)/floor)
     # same seed: the same patients and training seeds
+    counts = [_correct_counts(1 - c, codes) for c in both]
     replicates = [_replicates(c, _ratio, n_boot, seed) for c in counts]
-    value = float(ratio(*(1 - c.mean() for c in both)))
+    value = float(ratio(*(1 - _answers(c).mean() for c in (base_correct, model_correct))))
     low, high = percentile_interval(ratio(*replicates), level, counts[0].shape[1])
     none = bool((both[1] == 1).all())
     open_end = (replicates[1] == 0).mean() > (1 - level)/2

@@ -1,11 +1,10 @@
-"""What lies open in frozen features: a regression, a linear layer, and the small network of the papers
+"""Logistic regression, the small network of the TriDeNT papers, and nearest neighbours
 
 A probe is a small classifier on frozen features. How much it may learn by itself is part of the
-question, so the protocol is named: `linear` is a logistic regression whose optimum does not depend
-on a training recipe, `sgd` is the linear layer trained in steps that much of the literature
-reports, and `farndale` is the network with one hidden layer of the TriDeNT papers. All are fitted
-on the training split, and all can be put behind an encoder as a module, which is what saliency maps
-need:
+question, so the protocol is named. `linear` is a logistic regression whose optimum does not depend on a
+training recipe; `farndale` is the network with one hidden layer of the TriDeNT papers. Both are fitted
+on the training split, and both can be put behind an encoder as a module, which is what saliency maps
+need. `knn_probe` fits nothing: it asks the nearest neighbours.
 
 ```python
 probe = linear_probe(histogram[train], tissue.label[train], histogram[val], tissue.label[val])
@@ -47,7 +46,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn, Tensor
 from torch.nn.utils import skip_init
 
-from ..core.checks import check_finite
+from ..core.checks import at_least, check_finite, one_of, positive
 
 # %% ../../nbs/evaluate/probes.ipynb #83438133
 class _Answers:
@@ -68,69 +67,33 @@ class _Answers:
 
 @dataclass(frozen=True)
 class Probe(_Answers):
-    """Standardisation and a linear map, as fitted by `linear_probe` with the protocols `linear` and
-    `sgd`."""
+    "Standardisation and a linear map, as fitted by `linear_probe` with the protocol `linear`."
     mean:np.ndarray # (R,) of the training features
-    # (R,) standard deviation of the training features, 1 where a feature is constant
-    scale:np.ndarray
+    scale:np.ndarray # (R,) standard deviation of the training features, 1 where one is constant
     coef:np.ndarray # (n, R)
     intercept:np.ndarray # (n,)
     classes:np.ndarray # (n,) labels in the order of the logits
-    C:float # Chosen inverse regularisation; NaN for `sgd`
-    val_accuracy:float # At that C, or learning rate
-    # One row per C: accuracy and log loss on the validation split, iterations, converged. For `sgd`
-    # one row per learning rate
-    path:pd.DataFrame
+    C:float # Chosen inverse regularisation
+    val_accuracy:float # At that C
+    path:pd.DataFrame # One row per C: validation accuracy and log loss, iterations, converged
 
     def logits(self, x:np.ndarray)->np.ndarray: # (N, n)
         return (self._checked(x) - self.mean)/self.scale @ self.coef.T + self.intercept
 
     def module(self)->nn.Linear: # (B, R) -> (B, n), float32
         "The probe as one linear layer, for `nn.Sequential(encoder, probe.module())`."
-        weight = self.coef/self.scale
-        linear = nn.Linear(*weight.T.shape)
-        with torch.no_grad():
-            linear.weight.copy_(torch.from_numpy(weight))
-            linear.bias.copy_(torch.from_numpy(self.intercept - weight @ self.mean))
-        return linear.eval().requires_grad_(False)
+        return _linear_layer(self)
+
+# %% ../../nbs/evaluate/probes.ipynb #683af671
+def _linear_layer(probe:Probe)->nn.Linear:
+    weight = probe.coef/probe.scale
+    linear = nn.Linear(*weight.T.shape)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(weight))
+        linear.bias.copy_(torch.from_numpy(probe.intercept - weight @ probe.mean))
+    return linear.eval().requires_grad_(False)
 
 # %% ../../nbs/evaluate/probes.ipynb #a9193819
-@dataclass(frozen=True)
-class NetworkProbe(_Answers):
-    """Standardisation and a network with one hidden layer, as fitted by `linear_probe` with the
-    protocol `farndale`."""
-    mean:np.ndarray # (R,) of the training features
-    # (R,) standard deviation of the training features, 1 where a feature is constant
-    scale:np.ndarray
-    varies:np.ndarray # (R,) bool, False where a feature is constant in training: it is not read
-    # Standardised features (N, R) to (N, n), float64, evaluation mode, on the CPU
-    network:nn.Sequential
-    classes:np.ndarray # (n,) labels in the order of the logits
-    val_accuracy:float # After the last epoch
-    # One row per epoch: training loss, accuracy and log loss on the validation split
-    path:pd.DataFrame
-
-    @torch.no_grad()
-    def logits(self, x:np.ndarray)->np.ndarray: # (N, n)
-        return self.network(
-            torch.from_numpy((self._checked(x) - self.mean) / self.scale * self.varies)
-        ).numpy()
-
-    @torch.no_grad()
-    # (B, R) -> (B, n), float32: BatchNorm, linear, ReLU, BatchNorm, linear
-    def module(self)->nn.Sequential:
-        """The probe as a network that takes features as they are, for `nn.Sequential(encoder,
-        probe.module())`."""
-        copy = _network(len(self.mean), self.network[1].out_features, len(self.classes)).double()
-        copy.load_state_dict(self.network.state_dict())
-        norm, scale = copy[0], torch.from_numpy(self.scale)
-        norm.running_var.add_(norm.eps).mul_(scale.square())
-        norm.running_mean.mul_(scale).add_(torch.from_numpy(self.mean))
-        norm.weight.mul_(torch.from_numpy(self.varies))
-        # it is in the variance already, on the scale it was trained with
-        norm.eps = 1e-30
-        return copy.float().eval().requires_grad_(False)
-
 def _network(R:int, hidden:int, n:int)->nn.Sequential:
     "Linear layers without values, so that no random number is drawn"
     return nn.Sequential(
@@ -140,6 +103,58 @@ def _network(R:int, hidden:int, n:int)->nn.Sequential:
         nn.BatchNorm1d(hidden),
         skip_init(nn.Linear, hidden, n),
     )
+
+@dataclass(frozen=True)
+class NetworkProbe(_Answers):
+    "Standardisation and a network with one hidden layer, by the protocol `farndale`."
+    mean:np.ndarray # (R,) of the training features
+    scale:np.ndarray # (R,) standard deviation of the training features, 1 where one is constant
+    varies:np.ndarray # (R,) bool, False where a feature is constant in training: it is not read
+    # Standardised features (N, R) to (N, n), float64, evaluation mode, on the CPU
+    network:nn.Sequential
+    classes:np.ndarray # (n,) labels in the order of the logits
+    val_accuracy:float # After the last epoch
+    path:pd.DataFrame # One row per epoch: training loss, validation accuracy and log loss
+
+    @torch.no_grad()
+    def logits(self, x:np.ndarray)->np.ndarray: # (N, n)
+        x = (self._checked(x) - self.mean)/self.scale*self.varies
+        return self.network(torch.from_numpy(x)).numpy()
+
+    @torch.no_grad()
+    def module(self)->nn.Sequential: # (B, R) -> (B, n), float32
+        "The probe as a network that takes features as they are, to be put behind the encoder."
+        copy = _network(len(self.mean), self.network[1].out_features, len(self.classes)).double()
+        copy.load_state_dict(self.network.state_dict())
+        return _unstandardised(copy, self).float().eval().requires_grad_(False)
+
+# %% ../../nbs/evaluate/probes.ipynb #a407bbc1
+def _unstandardised(network:nn.Sequential, probe)->nn.Sequential:
+    "The network for features as they come: their mean and scale go into the first BatchNorm"
+    norm, scale = network[0], torch.from_numpy(probe.scale)
+    norm.running_var.add_(norm.eps).mul_(scale.square())
+    norm.running_mean.mul_(scale).add_(torch.from_numpy(probe.mean))
+    norm.weight.mul_(torch.from_numpy(probe.varies))
+    # it is in the variance already, on the scale it was trained with
+    norm.eps = 1e-30
+    return network
+
+# %% ../../nbs/evaluate/probes.ipynb #7c6ef60b
+def _known_classes(train_y, val_y)->tuple[np.ndarray, np.ndarray]:
+    "Classes of the training labels, and these labels as numbers"
+    classes, t = np.unique(train_y, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            f"every training label is {classes[0]!r}, expected two classes or more: check the "
+            "labels or the split."
+        )
+    unknown = np.setdiff1d(val_y, classes)
+    if len(unknown):
+        raise ValueError(
+            f"validation labels {unknown.tolist()} do not occur in training: split so that every "
+            "class is in both."
+        )
+    return classes, t
 
 # %% ../../nbs/evaluate/probes.ipynb #1feb5d0a
 @dataclass(frozen=True)
@@ -154,49 +169,31 @@ class _Task:
     scale:np.ndarray
     varies:np.ndarray
 
-def _task(train_x, train_y, val_x, val_y)->_Task:
-    train_x, val_x = (
-        check_finite(np.asarray(x, np.float64), f"{name} features")
-        for x, name in ((train_x, "training"), (val_x, "validation"))
-    )
-    for x, y, name in ((train_x, train_y, "training"), (val_x, val_y, "validation")):
-        if len(x) != len(y) or not len(x):
-            raise ValueError(
-                f"got {len(x)} {name} features and {len(y)} labels, expected as many of each, "
-                "and at least one."
-            )
-    if train_x.shape[1:] != val_x.shape[1:]:
+def _rows_and_labels(x, y, name:str)->np.ndarray:
+    "Features in float64, finite and as many as labels"
+    x = check_finite(np.asarray(x, np.float64), f"{name} features")
+    if len(x) != len(y) or not len(x):
         raise ValueError(
-            f"got training features of shape {train_x.shape} and validation features of shape "
+            f"got {len(x)} {name} features and {len(y)} labels, expected as many of each, and at "
+            "least one."
+        )
+    return x
+
+def _task(train_x, train_y, val_x, val_y)->_Task:
+    x, val_x = _rows_and_labels(train_x, train_y, "training"), _rows_and_labels(val_x, val_y, "validation")
+    if x.shape[1:] != val_x.shape[1:]:
+        raise ValueError(
+            f"got training features of shape {x.shape} and validation features of shape "
             f"{val_x.shape}, expected (N, R) from one encoder."
         )
-    classes, t = np.unique(train_y, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(
-            f"every training label is {classes[0]!r}; a probe needs two classes: check the labels "
-            "or the split."
-        )
-    unknown = np.setdiff1d(val_y, classes)
-    if len(unknown):
-        raise ValueError(
-            f"validation labels {unknown.tolist()} do not occur in training: split so that every "
-            "class is in both."
-        )
-    mean, std = train_x.mean(axis=0), train_x.std(axis=0)
+    classes, t = _known_classes(train_y, val_y)
+    mean, std = x.mean(axis=0), x.std(axis=0)
     # below float32 resolution a feature is constant
     varies = std > 1e-6*np.abs(mean)
-    scale = np.where(varies, std, 1.)
-    return _Task(
-        (train_x - mean) / scale,
-        t,
-        (val_x - mean) / scale,
-        np.searchsorted(classes, val_y),
-        classes,
-        mean,
-        scale,
-        varies,
-    )
+    scale, val_t = np.where(varies, std, 1.), np.searchsorted(classes, val_y)
+    return _Task((x - mean)/scale, t, (val_x - mean)/scale, val_t, classes, mean, scale, varies)
 
+# %% ../../nbs/evaluate/probes.ipynb #2a7819b5
 def _judge(logits:np.ndarray, t:np.ndarray)->dict:
     logp = log_softmax(logits, axis=1)
     return dict(
@@ -204,102 +201,46 @@ def _judge(logits:np.ndarray, t:np.ndarray)->dict:
         val_log_loss=float(-logp[np.arange(len(t)), t].mean()),
     )
 
-def _regression(task:_Task, Cs, max_iter:int)->Probe:
+def _fit_at(model:LogisticRegression, C:float, task:_Task)->tuple[np.ndarray, np.ndarray, dict]:
+    "Weights (n, R) and intercepts (n,) at one C, and its row of the path"
     # on small matrices threads cost more than they save
     threads = 1 if task.x.size < 1e7 else None
-    model, path, weights = LogisticRegression(max_iter=max_iter, warm_start=True), [], []
-    for C in sorted(Cs):
-        with warnings.catch_warnings(record=True) as caught, threadpool_limits(threads):
-            warnings.simplefilter("always", ConvergenceWarning)
-            model.set_params(C=C).fit(task.x, task.t)
-        coef, intercept = model.coef_, model.intercept_
-        # one logit to two
-        if len(task.classes) == 2:
-            coef, intercept = (
-                np.concatenate([-coef, coef]) / 2,
-                np.concatenate([-intercept, intercept]) / 2,
-            )
-        weights.append((coef, intercept))
-        path.append(
-            dict(C=float(C))
-            | _judge(task.val_x @ coef.T + intercept, task.val_t)
-            | dict(
-                iterations=int(model.n_iter_.max()),
-                converged=not any(issubclass(w.category, ConvergenceWarning) for w in caught),
-            )
-        )
-    # accuracy moves in steps of one tile, and so by chance
-    best = min(range(len(path)), key=lambda i: path[i]["val_log_loss"])
-    if not path[best]["converged"]:
-        warnings.warn(
-            f"the chosen probe (C={path[best]['C']:g}) stopped at {max_iter} iterations: raise "
-            "max_iter."
-        )
-    return Probe(
-        task.mean,
-        task.scale,
-        *weights[best],
-        task.classes,
-        path[best]["C"],
-        path[best]["val_accuracy"],
-        pd.DataFrame(path),
-    )
+    with warnings.catch_warnings(record=True) as caught, threadpool_limits(threads):
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.set_params(C=C).fit(task.x, task.t)
+    coef, intercept = model.coef_, model.intercept_
+    # one logit to two
+    if len(task.classes) == 2:
+        coef = np.concatenate([-coef, coef])/2
+        intercept = np.concatenate([-intercept, intercept])/2
+    facts = dict(C=float(C)) | _judge(task.val_x @ coef.T + intercept, task.val_t)
+    late = any(issubclass(w.category, ConvergenceWarning) for w in caught)
+    return coef, intercept, facts | dict(iterations=int(model.n_iter_.max()), converged=not late)
 
-# %% ../../nbs/evaluate/probes.ipynb #2a7819b5
+def _regression(task:_Task, Cs, max_iter:int)->Probe:
+    model = LogisticRegression(max_iter=max_iter, warm_start=True)
+    fits = [_fit_at(model, C, task) for C in sorted(Cs)]
+    # accuracy moves in steps of one tile, and so by chance
+    coef, intercept, facts = min(fits, key=lambda fit: fit[-1]["val_log_loss"])
+    if not facts["converged"]:
+        warnings.warn(
+            f"the chosen probe (C={facts['C']:g}) stopped at {max_iter} iterations: raise max_iter."
+        )
+    path = pd.DataFrame([fit[-1] for fit in fits])
+    chosen = facts["C"], facts["val_accuracy"]
+    return Probe(task.mean, task.scale, coef, intercept, task.classes, *chosen, path)
+
+# %% ../../nbs/evaluate/probes.ipynb #03a22a0b
 def _batches(n:int, size:int, g:torch.Generator)->tuple[Tensor, ...]:
     "A random order of n rows in even parts of at most about `size`, at least two"
     return torch.randperm(n, generator=g).tensor_split(max(1, min(-(-n//size), n//2)))
 
 def _on(task:_Task, device)->list[Tensor]:
     """Training features, their classes and validation features on the device; a constant feature is
-    zero wherever it is met"""
-    return [
-        torch.from_numpy(v).to(device, d)
-        for v, d in (
-            (task.x * task.varies, torch.float32),
-            (task.t, torch.int64),
-            (task.val_x * task.varies, torch.float32),
-        )
-    ]
-
-def _sgd(task:_Task, lrs, epochs:int, batch_size:int, seed:int, device)->Probe:
-    g, (x, t, _) = torch.Generator().manual_seed(seed), _on(task, device)
-    layers = nn.ModuleList(
-        skip_init(nn.Linear, x.shape[1], len(task.classes), device=device) for _ in lrs
-    )
-    for p in layers.parameters(): nn.init.zeros_(p)
-    optimizer = torch.optim.SGD(
-        [dict(params=layer.parameters(), lr=lr) for layer, lr in zip(layers, sorted(lrs))],
-        momentum=0.9,
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
-        for rows in _batches(len(x), batch_size, g):
-            xb, tb = x[rows.to(device)], t[rows.to(device)]
-            optimizer.zero_grad()
-            sum(F.cross_entropy(layer(xb), tb) for layer in layers).backward()
-            optimizer.step()
-        schedule.step()
-    weights = [
-        [p.detach().cpu().double().numpy() for p in (layer.weight, layer.bias)] for layer in layers
-    ]
-    path = pd.DataFrame(
-        [
-            dict(lr=float(lr)) | _judge(task.val_x * task.varies @ w.T + b, task.val_t)
-            for lr, (w, b) in zip(sorted(lrs), weights)
-        ]
-    )
-    best = int(path.val_log_loss.argmin())
-    return Probe(
-        task.mean,
-        task.scale,
-        weights[best][0] * task.varies,
-        weights[best][1],
-        task.classes,
-        float("nan"),
-        float(path.val_accuracy[best]),
-        path,
-    )
+    zero in both"""
+    x, t, val_x = task.x*task.varies, task.t, task.val_x*task.varies
+    types = ((x, torch.float32), (t, torch.int64), (val_x, torch.float32))
+    return [torch.from_numpy(v).to(device, dtype) for v, dtype in types]
 
 def _farndale(task:_Task, epochs:int, batch_size:int, seed:int, device)->NetworkProbe:
     g, (x, t, val_x), path = torch.Generator().manual_seed(seed), _on(task, device), []
@@ -318,60 +259,40 @@ def _farndale(task:_Task, epochs:int, batch_size:int, seed:int, device)->Network
             total += loss.detach()*len(rows)/len(x)
         with torch.no_grad(): logits = network.eval()(val_x).double().cpu().numpy()
         path.append(dict(epoch=epoch + 1, loss=float(total)) | _judge(logits, task.val_t))
-    return NetworkProbe(
-        task.mean,
-        task.scale,
-        task.varies,
-        network.cpu().double().requires_grad_(False),
-        task.classes,
-        path[-1]["val_accuracy"],
-        pd.DataFrame(path),
-    )
+    network = network.cpu().double().requires_grad_(False)
+    accuracy, path = path[-1]["val_accuracy"], pd.DataFrame(path)
+    return NetworkProbe(task.mean, task.scale, task.varies, network, task.classes, accuracy, path)
 
-# %% ../../nbs/evaluate/probes.ipynb #ef335e6f
-def linear_probe(
+# %% ../../nbs/evaluate/probes.ipynb #46d418c0
+_PROTOCOLS = ("linear", "farndale")
+
+def linear_probe( # noqa: PLR0913 two data sets and the settings of two protocols
     train_x:np.ndarray, # Training features (N, R)
     train_y:Sequence, # Their labels, integers or strings
-    # Features that choose C, or the learning rate; for `farndale` they only report
-    val_x:np.ndarray,
+    val_x:np.ndarray, # Features that choose C; for `farndale` they only report
     val_y:Sequence, # Their labels
     # For `linear`: candidates; C is the inverse strength of the L2 penalty
     Cs:Sequence[float]=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3, 1e4),
     max_iter:int=2000, # For `linear`: L-BFGS iterations per candidate
-    protocol:str="linear", # "linear", "sgd" or "farndale"
-    epochs:int=100, # For `sgd` and `farndale`
-    # For `sgd` and `farndale`; batches are even, with about as many rows or fewer
-    batch_size:int=256,
-    lrs:Sequence[float]=(.003, .03, .3), # For `sgd`: candidates
-    # For `sgd` and `farndale`: order of the batches, and initial weights; the global generators are
-    # not used
+    protocol:str="linear", # "linear" or "farndale"
+    epochs:int=100, # For `farndale`
+    batch_size:int=256, # For `farndale`; batches are even, with about as many rows or fewer
+    # For `farndale`: order of the batches, and initial weights; the global generators are not used
     seed:int=0,
-    device="cpu", # For `sgd` and `farndale`: where to train, in float32
+    device="cpu", # For `farndale`: where to train, in float32
 )->Probe|NetworkProbe: # Fitted on the training split only; on the CPU
-    "A classifier on frozen features, by one of three protocols."
-    if protocol not in ("linear", "sgd", "farndale"):
-        raise ValueError(f"protocol is {protocol!r}; expected 'linear', 'sgd' or 'farndale'.")
-    for name, values, least in (
-        ("epochs", [epochs], 1),
-        ("batch_size", [batch_size], 2),
-        ("lrs", lrs, 1e-12),
-        ("Cs", Cs, 1e-12),
-    ):
-        if not len(values) or not min(values) >= least:
-            raise ValueError(
-                f"{name} is {values[0] if len(values) == 1 else list(values)}; expected "
-                f"{f'{least} or more' if least >= 1 else 'positive numbers'}."
-            )
+    "A classifier on frozen features, by one of two protocols."
+    one_of("protocol", protocol, _PROTOCOLS)
+    at_least(1, epochs, "epochs")
+    at_least(2, batch_size, "batch_size")
+    if not len(Cs): raise ValueError("got Cs=[], expected one value of C or more.")
+    for C in Cs: positive(C, "C")
     task = _task(train_x, train_y, val_x, val_y)
     if protocol == "linear": return _regression(task, Cs, max_iter)
     with torch.inference_mode(False), torch.enable_grad():
-        return (
-            _sgd(task, lrs, epochs, batch_size, seed, device)
-            if protocol == "sgd"
-            else _farndale(task, epochs, batch_size, seed, device)
-        )
+        return _farndale(task, epochs, batch_size, seed, device)
 
-# %% ../../nbs/evaluate/probes.ipynb #2f5eb98f
+# %% ../../nbs/evaluate/probes.ipynb #41ffe097
 @dataclass(frozen=True)
 class Neighbours:
     "What `knn_probe` found for M test rows."
@@ -389,12 +310,7 @@ def _rows(x, what:str, metric:str, device)->Tensor:
             f"got {what} features of shape {tuple(x.shape)}, expected (N, R), neither of them "
             "zero."
         )
-    bad = torch.nonzero(~torch.isfinite(x).all(1))[:, 0]
-    if len(bad):
-        raise ValueError(
-            f"{len(bad)} of {len(x)} rows of {what} features are not finite, the first is row "
-            f"{bad[0]}: look at its image, and whether training diverged."
-        )
+    check_finite(x.cpu().numpy(), f"{what} features")
     if metric == "euclidean": return x
     norm = x.norm(dim=1, keepdim=True)
     return torch.where(norm > 0, x/norm.clamp_min(torch.finfo(x.dtype).tiny), 0.)
@@ -406,32 +322,30 @@ def _exact(q:Tensor, x:Tensor, index:Tensor, metric:str)->Tensor:
     empty = ~q.any(1)[:, None] | ~x.any(1)[index]
     return torch.where(empty, 1., d/2)
 
+# %% ../../nbs/evaluate/probes.ipynb #2f5eb98f
 def _nearest(q:Tensor, x:Tensor, square:Tensor, k:int, metric:str)->tuple[Tensor, Tensor]:
     "The k nearest rows of each query, and their distances; ties by row"
     # without |q|^2, which does not change the order
     rough = square - 2*(q @ x.T)
     if metric == "cosine":
-        # 2 distance - 1
+        # 2 distance - 1; for a query without direction all tie: the first rows
         rough = torch.where(square > 0, rough, 1.)
-        # all tie: the first rows
-        rough = torch.where(
-            q.any(1)[:, None], rough, torch.arange(len(x), dtype=x.dtype, device=x.device)
-        )
+        first = torch.arange(len(x), dtype=x.dtype, device=x.device)
+        rough = torch.where(q.any(1)[:, None], rough, first)
     # more than the product can be wrong by
     slack = 1e-12*(square.max() + q.square().sum(1, keepdim=True))
     limit = rough.kthvalue(k, dim=1, keepdim=True).values + slack
+    near = torch.where(rough <= limit, rough, torch.inf)
     m = int((rough <= limit).sum(1).max())
     # by row, so that a stable sort breaks ties by row
-    index = (
-        torch.where(rough <= limit, rough, torch.inf)
-        .topk(m, dim=1, largest=False)
-        .indices.sort(1)
-        .values
-    )
+    index = near.topk(m, dim=1, largest=False).indices.sort(1).values
     inside = rough.gather(1, index) <= limit
     distance = torch.where(inside, _exact(q, x, index, metric), torch.inf)
     distance, order = distance.sort(dim=1, stable=True)
     return index.gather(1, order)[:, :k], distance[:, :k]
+
+# %% ../../nbs/evaluate/probes.ipynb #8f865560
+_METRICS = ("cosine", "euclidean")
 
 def knn_probe(
     train_x:np.ndarray, # Training features (N, R)
@@ -443,8 +357,7 @@ def knn_probe(
     memory:int=2**28, # Bytes for a block of distances
 )->Neighbours: # Neighbours, votes and labels of every test row
     "Labels by the majority of the nearest training features."
-    if metric not in ("cosine", "euclidean"):
-        raise ValueError(f"metric is {metric!r}; expected 'cosine' or 'euclidean'.")
+    one_of("metric", metric, _METRICS)
     x, q = _rows(train_x, "training", metric, device), _rows(test_x, "test", metric, device)
     if x.shape[1] != q.shape[1]:
         raise ValueError(
@@ -453,17 +366,13 @@ def knn_probe(
         )
     if len(train_y) != len(x):
         raise ValueError(
-            f"got {len(x)} training features and {len(train_y)} labels, expected as many of "
-            "each."
+            f"got {len(x)} training features and {len(train_y)} labels, expected as many of each."
         )
     if not 1 <= k <= len(x):
-        raise ValueError(f"k is {k}; expected 1 to {len(x)}, the number of training rows.")
+        raise ValueError(f"got k={k}, expected 1 to {len(x)}, the number of training rows.")
     classes, codes = np.unique(np.asarray(train_y), return_inverse=True)
-    square = x.square().sum(1)
-    parts = [
-        _nearest(rows, x, square, k, metric)
-        for rows in q.split(max(1, int(memory // (8 * 4 * len(x)))))
-    ]
+    square, size = x.square().sum(1), max(1, int(memory//(8*4*len(x))))
+    parts = [_nearest(rows, x, square, k, metric) for rows in q.split(size)]
     index, distance = (torch.cat(p).cpu().numpy() for p in zip(*parts))
     votes = (codes[index][..., None] == np.arange(len(classes))).mean(axis=1)
     return Neighbours(index, distance, votes, classes[votes.argmax(axis=1)], classes)

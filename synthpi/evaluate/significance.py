@@ -1,9 +1,9 @@
-"""Is one arm better than another? Tests over folds, over answers and over subjects, and many of them at once
+"""Paired tests over folds, over answers and over subjects, and Holm's adjustment
 
-Two arms answer for the same rows, so every test here is paired. Which one fits depends on what
-there is: scores of the same folds (`compare_folds`), right and wrong answers of independent rows
-(`mcnemar`), or answers of rows that come in groups (`permutation_test`). With several comparisons
-`holm` keeps the chance of any false finding at its level:
+Two arms answer for the same rows, so every test here is paired. Which one fits depends on the data:
+scores of the same folds (`compare_folds`), right and wrong answers of independent rows (`mcnemar`), or
+answers of rows that come in groups (`permutation_test`). With several comparisons `holm` keeps the
+chance of any false finding at its level.
 
 ```python
 compare_folds([.84, .80, .86, .83, .85], [.81, .80, .82, .80, .84], n_train=160, n_test=40)
@@ -24,9 +24,27 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from ..core.checks import at_least, positive
+from ..core.groups import group_codes
 from ..core.seeds import seed_for
 
 # %% ../../nbs/evaluate/significance.ipynb #d293ed0e
+def _differences(a, b)->tuple[np.ndarray, int]:
+    "Differences of the folds with a score in both arms; number of all folds"
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(
+            f"got scores of shapes {a.shape} and {b.shape}, expected (K,) twice: for several "
+            "targets give CrossValidation.fold_means, or one target."
+        )
+    d = (a - b)[np.isfinite(a) & np.isfinite(b)]
+    if len(d) < 2:
+        raise ValueError(
+            f"got {len(d)} of {len(a)} folds with a score in both arms, expected two or more."
+        )
+    return d, len(a)
+
+# %% ../../nbs/evaluate/significance.ipynb #e5a745bd
 @dataclass(frozen=True)
 class Comparison:
     "Two arms over the same folds, by `compare_folds`."
@@ -46,30 +64,19 @@ def compare_folds(
     n_test:float, # Rows (or groups) in a fold, on average
 )->Comparison: # Corrected and plain
     "Corrected resampled t-test and plain paired t-test over folds."
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(
-            f"got scores of shapes {a.shape} and {b.shape}, expected (K,) twice: for several "
-            "targets give CrossValidation.fold_means, or one target."
-        )
-    if not (n_train > 0 and n_test > 0):
-        raise ValueError(
-            f"n_train is {n_train} and n_test {n_test}; expected positive numbers of rows."
-        )
-    d = (a - b)[np.isfinite(a) & np.isfinite(b)]
+    positive(n_train, "n_train")
+    positive(n_test, "n_test")
+    d, n = _differences(a, b)
     K = len(d)
-    if K < 2:
-        raise ValueError(f"{K} of {len(a)} folds have a score in both arms; expected two or more.")
     difference, variance = float(d.mean()), float(d.var(ddof=1))
     # equal differences, up to rounding
     if variance <= (1e-12*np.abs(d).max())**2: variance = 0.
     def test(factor):
-        if variance == 0:
-            return (0.0, 1.0) if difference == 0 else (math.copysign(math.inf, difference), 0.0)
+        if variance == 0 and difference == 0: return 0., 1.
+        if variance == 0: return math.copysign(math.inf, difference), 0.
         t = difference/math.sqrt(factor*variance)
         return t, float(2*stats.t.sf(abs(t), K - 1))
-    (t, p), (t_plain, p_plain) = test(1/K + n_test/n_train), test(1/K)
-    return Comparison(t, p, t_plain, p_plain, difference, K - 1, K, len(a) - K)
+    return Comparison(*test(1/K + n_test/n_train), *test(1/K), difference, K - 1, K, n - K)
 
 # %% ../../nbs/evaluate/significance.ipynb #57498d8e
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def _pair(a, b)->tuple[np.ndarray, np.ndarray]:
             "same rows."
         )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("an answer is not finite; expected a number for every row.")
+        raise ValueError("got an answer that is not finite, expected a number for every row.")
     return a, b
 
 def mcnemar(
@@ -102,13 +109,28 @@ def mcnemar(
     a, b = _pair(a, b)
     if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
         raise ValueError(
-            "got answers other than right (1) and wrong (0); permutation_test takes any score."
+            "got other answers than right (1) and wrong (0); permutation_test takes any score."
         )
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
     p = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.
     return PairedTest(float(a.mean() - b.mean()), p, only_a, only_b, True)
 
 # %% ../../nbs/evaluate/significance.ipynb #d59a12a4
+def _flips_all(d:np.ndarray, observed:float)->float:
+    "Share of all 2^G sign flips with a sum at least as large"
+    signs = 1 - 2*((np.arange(2**len(d))[:, None] >> np.arange(len(d))) & 1)
+    return float((np.abs(signs @ d) >= observed).mean())
+
+def _flips_drawn(d:np.ndarray, observed:float, n:int, rng)->float:
+    "The same of `n` random flips and the observed outcome, in blocks that fit into memory"
+    extreme, left = 0, n
+    while left:
+        size = min(left, max(1, 2**22//len(d)))
+        signs = 1 - 2*rng.integers(2, size=(size, len(d)), dtype=np.int8)
+        extreme += int((np.abs(signs @ d) >= observed).sum())
+        left -= size
+    return (extreme + 1)/(n + 1)
+
 def permutation_test(
     a:Sequence[float], # Right or wrong, or any score, of one arm (N,)
     b:Sequence[float], # The same of the other on the same rows (N,)
@@ -119,32 +141,13 @@ def permutation_test(
 )->PairedTest: # Two-sided
     "Paired sign-flip test of the mean difference over groups."
     a, b = _pair(a, b)
-    if groups is not None and len(groups) != len(a):
-        raise ValueError(f"got {len(groups)} groups for {len(a)} rows; expected one per row.")
-    if n_resamples < 1: raise ValueError(f"n_resamples is {n_resamples}; expected 1 or more.")
-    codes = (
-        np.arange(len(a))
-        if groups is None
-        else np.unique(np.asarray(groups), return_inverse=True)[1]
-    )
-    d = np.bincount(codes, weights=a - b)
+    at_least(1, n_resamples, "n_resamples")
+    d = np.bincount(group_codes(groups, len(a)), weights=a - b)
     # equal outcomes are equal up to rounding
     G, observed = len(d), abs(d.sum()) - 1e-10*np.abs(d).sum()
     exact = G <= 60 and 2**G <= n_resamples
-    if exact:
-        signs = 1 - 2*((np.arange(2**G)[:, None] >> np.arange(G)) & 1)
-        p = float((np.abs(signs @ d) >= observed).mean())
-    else:
-        rng, extreme, left = np.random.default_rng(seed_for(seed, "flips")), 0, n_resamples
-        while left:
-            n = min(left, max(1, 2**22//G))
-            extreme += int(
-                (
-                    np.abs((1 - 2 * rng.integers(2, size=(n, G), dtype=np.int8)) @ d) >= observed
-                ).sum()
-            )
-            left -= n
-        p = (extreme + 1)/(n_resamples + 1)
+    if exact: p = _flips_all(d, observed)
+    else: p = _flips_drawn(d, observed, n_resamples, np.random.default_rng(seed_for(seed, "flips")))
     return PairedTest(float(a.mean() - b.mean()), p, int((d > 0).sum()), int((d < 0).sum()), exact)
 
 # %% ../../nbs/evaluate/significance.ipynb #074a10cd
@@ -153,11 +156,12 @@ def holm(
 )->np.ndarray: # Adjusted, in the same order; NaN where it was
     "Holm's step-down adjustment of p-values."
     p = np.asarray(p, np.float64)
-    if p.ndim != 1:
-        raise ValueError(f"got p-values of shape {p.shape}, expected a list of them.")
+    if p.ndim != 1: raise ValueError(f"got p-values of shape {p.shape}, expected a list of them.")
     known = np.flatnonzero(~np.isnan(p))
     if ((p[known] < 0) | (p[known] > 1)).any():
-        raise ValueError(f"p-values run from {np.nanmin(p)} to {np.nanmax(p)}; expected 0 to 1.")
+        raise ValueError(
+            f"got p-values from {np.nanmin(p)} to {np.nanmax(p)}, expected 0 to 1."
+        )
     adjusted, order = np.full(len(p), np.nan), known[np.argsort(p[known], kind="stable")]
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)))
     return adjusted
