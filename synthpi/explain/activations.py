@@ -24,32 +24,9 @@ import torch
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# %% ../../nbs/explain/activations.ipynb #22280062
-@contextlib.contextmanager
-def _restored(model):
-    "Afterwards the modes, hooks, flags, gradients and buffers of the model are those of before."
-    modes = [(m, m.training) for m in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    hooks = [
-        (m, k, dict(v) if isinstance(v, dict) else v)
-        for m, _ in modes for k, v in vars(m).items() if "hook" in k
-    ]
-    buffers = [(m, k, b) for m, _ in modes for k, b in m._buffers.items() if b is not None]
-    values = [b.detach().clone() for *_, b in buffers]
-    try: yield
-    finally:
-        for m, mode in modes: m.training = mode
-        for m, k, v in hooks:
-            if isinstance(v, dict):
-                vars(m)[k].clear()
-                vars(m)[k].update(v)
-            else: setattr(m, k, v)
-        for p, wants, grad in parameters: p.requires_grad, p.grad = wants, grad
-        with torch.no_grad():
-            for (m, k, b), value in zip(buffers, values):
-                m._buffers[k] = b
-                if not torch.equal(b, value): b.copy_(value)
+from ..core.runs import as_found
 
+# %% ../../nbs/explain/activations.ipynb #22280062
 @contextlib.contextmanager
 def _as_found(model):
     "Evaluation mode and one private input per ReLU inside; outside, everything as before."
@@ -59,10 +36,9 @@ def _as_found(model):
             "hooked: pass the module that it was compiled from."
         )
     on_gpu = {p.device for p in model.parameters() if p.is_cuda}
-    with _restored(model):
+    with as_found(model):
         for m in model.modules():
             if isinstance(m, nn.ReLU): m.register_forward_pre_hook(lambda m, x: (x[0].clone(),))
-        model.eval()
         with torch.random.fork_rng(on_gpu), torch.inference_mode(False), torch.enable_grad(): yield
 
 # %% ../../nbs/explain/activations.ipynb #2d9b5d9a

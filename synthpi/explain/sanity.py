@@ -113,8 +113,9 @@ def _part_left(
     rho, # Mean rank correlation with the original maps, by method
     reference, # That of the maps of different images
     n, # Images compared
-)->pd.Series: # 1 for unchanged maps, 0 for such as resemble the original no more than another image's map does; NaN where fewer than 2 images can be compared
-    "Which part of the rank correlation, beyond that of different images, is left."
+)->pd.Series:
+    """Which part of the rank correlation, beyond that of different images, is left: 1 for unchanged
+    maps, 0 for maps like those of another image, NaN where fewer than 2 can be compared."""
     left = (rho - reference)/(1 - reference)
     return left.where(~(reference > 1 - 1e-9), 1.).where(n >= 2)
 
