@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..core.figures import COLOURS, MARKERS
 from ..core.images import to_rgb
-from .maps import nearest_in_others
+from .neighbours import nearest_in_others
 from .pictures import ClickablePicture, Explorer, picture_png, side_by_side
 from .saliency import saliency_display
 

@@ -1,4 +1,4 @@
-"""Does a map tell of what the network has learnt, or only of the image?
+"""Does a map depend on what the network has learnt, or only on the image?
 
 A map that stays the same when the network's weights are replaced by random ones cannot be about
 what the network has learnt ([Adebayo et al., 2018](https://arxiv.org/abs/1810.03292)).
@@ -29,9 +29,10 @@ from scipy.stats import rankdata
 from skimage.metrics import structural_similarity
 from torch import nn, Tensor
 
+from ..core.checks import at_least
 from ..core.seeds import seed_for
 from .activations import _as_found, _watch
-from .saliency import saliency_display, saliency_maps, strongest_voxel
+from .saliency import METHODS, saliency_display, saliency_maps, strongest_voxel
 
 # %% ../../nbs/explain/sanity.ipynb #9bed3633
 def _layers(model, images):
@@ -52,12 +53,16 @@ def shuffle_weights(
     "Permute the entries of each of a module's own parameters."
     for key, p in module._parameters.items():
         if p is None: continue
-        order = torch.randperm(
-            p.numel(), generator=torch.Generator().manual_seed(seed_for(seed, key))
-        )
+        generator = torch.Generator().manual_seed(seed_for(seed, key))
+        order = torch.randperm(p.numel(), generator=generator)
         p.copy_(p.flatten()[order.to(p.device)].view_as(p))
 
 # %% ../../nbs/explain/sanity.ipynb #14c7fd2b
+def _picture(m):
+    "A map as one channel in [0, 1], divided by its 99th percentile."
+    m = m.mean(0)
+    return np.clip(m/(np.percentile(m, 99) or m.max()), 0, 1)
+
 def map_similarity(
     a:np.ndarray, # `(C, *spatial)`
     b:np.ndarray, # Likewise
@@ -70,16 +75,71 @@ def map_similarity(
             "or (C, X, Y, Z)."
         )
     if np.ptp(a) == 0 or np.ptp(b) == 0: return np.nan, np.nan
-    ranks = [rankdata(m, axis=None) for m in (a, b)]
-    shown = [
-        np.clip(m.mean(0) / (np.percentile(m.mean(0), 99) or m.mean(0).max()), 0, 1) for m in (a, b)
-    ]
+    ranks, shown = [rankdata(m, axis=None) for m in (a, b)], [_picture(m) for m in (a, b)]
     window = min(7, *(n - (n + 1) % 2 for n in shown[0].shape))
-    return float(np.corrcoef(*ranks)[0, 1]), float(
-        structural_similarity(*shown, win_size=window, data_range=1.0)
-    )
+    ssim = structural_similarity(*shown, win_size=window, data_range=1.)
+    return float(np.corrcoef(*ranks)[0, 1]), float(ssim)
 
 # %% ../../nbs/explain/sanity.ipynb #ee912c1f
+def _cuts(layers, stages):
+    "How many layers are random at each stage: none, the output layer, ..., all."
+    steps = np.linspace(1, layers, min(stages, layers)).round().astype(int)
+    return [0, *np.unique(steps).tolist()]
+
+def _stage_row(first, found):
+    "How alike the maps of one method are, before and at one stage, over the images."
+    pairs = [pair for pair in map(map_similarity, first, found) if not np.isnan(pair[0])]
+    rho, ssim = np.array(pairs or [[np.nan]*2]).T
+    draws = np.random.default_rng(0).choice(rho, (1000, len(rho))).mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {
+        "spearman": rho.mean(),
+        "spearman_low": low,
+        "spearman_high": high,
+        "ssim": ssim.mean(),
+        "zero": float(np.mean([not m.any() for m in found])),
+        "n": len(pairs),
+    }
+
+# %% ../../nbs/explain/sanity.ipynb #73a3d55d
+def _between_images(maps):
+    "Mean Spearman and SSIM between the maps of one image and the next."
+    shown = [m for m in maps if np.ptp(np.abs(m)) > 0]
+    if len(shown) < 2: return [np.nan]*2
+    return np.mean([map_similarity(m, n) for m, n in zip(shown, shown[1:] + shown[:1])], axis=0)
+
+# %% ../../nbs/explain/sanity.ipynb #391e50a7
+def _part_left(
+    rho, # Mean rank correlation with the original maps, by method
+    reference, # That of the maps of different images
+    n, # Images compared
+)->pd.Series:
+    """Which part of the rank correlation, beyond that of different images, is left: 1 for unchanged
+    maps, 0 for maps like those of another image, NaN where fewer than 2 can be compared."""
+    left = (rho - reference)/(1 - reference)
+    return left.where(~(reference > 1 - 1e-9), 1.).where(n >= 2)
+
+def _judged(method, rows, layers, reference, left, passes):
+    "One line of the verdict, marked up for `Report`."
+    first, last = rows[rows.stage > 0].iloc[0], rows.iloc[-1]
+    half = rows.iloc[(rows.stage - layers/2).abs().argmin()]
+    maps = rows.n.iloc[0]
+    if passes is None and maps < 2:
+        why = f"only {maps} of the maps of the intact network are not zero everywhere."
+    elif passes is None:
+        why = (f"with all {layers} layers random only {last.n} of {maps} maps are not zero "
+               "everywhere, so that there is next to nothing to compare.")
+    if passes is None: return f"- **{method} cannot be judged**: {why}"
+    said = (
+        f"- **{method} {'passes' if passes else 'does not pass'}**: rank correlation with the "
+        f"original {first.spearman:.2f} after the output layer, {half.spearman:.2f} after "
+        f"{half.stage}, {last.spearman:.2f} [{last.spearman_low:.2f}, {last.spearman_high:.2f}] "
+        f"after all {layers} layers became random; maps of different images: {reference:.2f}, so "
+        f"that {max(left, 0):.0%} of the likeness is left."
+    )
+    return said + f" {last.zero:.0%} of its last maps are zero everywhere."*bool(last.zero > 0)
+
+# %% ../../nbs/explain/sanity.ipynb #344ba913
 @dataclass(frozen=True)
 class SanityCheck:
     "What `sanity_check` found."
@@ -94,67 +154,44 @@ class SanityCheck:
     layers:list # Names, from the output to the input
     limit:float # Which part of the likeness may be left
 
-    # By method: 1 for unchanged maps, 0 for such as resemble the original no more than another
-    # image's map does; NaN where fewer than 2 images can be compared
-    def left(self)->pd.Series:
+    def left(self)->pd.Series: # By method; NaN where fewer than 2 images can be compared
         """Which part of the rank correlation, beyond that of different images, is left with every
         layer random."""
         last = self.table[self.table.stage == self.table.stage.max()].set_index("method")
-        return (
-            ((last.spearman - self.other.spearman) / (1 - self.other.spearman))
-            .where(~(self.other.spearman > 1 - 1e-9), 1.0)
-            .where(last.n >= 2)
-        )
+        return _part_left(last.spearman, self.other.spearman, last.n)
 
     def passes(self)->pd.Series: # By method: True, False, or None where it cannot be judged
         "Whether no more than `limit` is left."
-        return pd.Series(
-            {
-                method: None if np.isnan(left) else bool(left <= self.limit)
-                for method, left in self.left().items()
-            },
-            dtype=object,
-        )
+        left = self.left().items()
+        judged = {k: None if np.isnan(part) else bool(part <= self.limit) for k, part in left}
+        return pd.Series(judged, dtype=object)
 
     def verdict(self)->str: # A list, marked up for `Report`
         "What the check found, in words."
-        said, passes, left = [], self.passes(), self.left()
-        for method, rows in self.table.groupby("method", sort=False):
-            first, last = rows[rows.stage > 0].iloc[0], rows.iloc[-1]
-            half = rows.iloc[(rows.stage - len(self.layers)/2).abs().argmin()]
-            if passes[method] is None:
-                said.append(
-                    f"- **{method} cannot be judged**: "
-                    + (
-                        f"only {rows.n.iloc[0]} of the maps of the intact network are not zero "
-                        "everywhere."
-                        if rows.n.iloc[0] < 2
-                        else f"with all {len(self.layers)} layers random only {last.n} of "
-                             f"{rows.n.iloc[0]} maps are not zero everywhere, so that there is "
-                             "next to nothing to compare."
-                    )
-                )
-                continue
-            said.append(
-                f"- **{method} {'passes' if passes[method] else 'does not pass'}**: rank "
-                f"correlation with the original {first.spearman:.2f} after the output layer, "
-                f"{half.spearman:.2f} after {half.stage}, {last.spearman:.2f} "
-                f"[{last.spearman_low:.2f}, {last.spearman_high:.2f}] after all "
-                f"{len(self.layers)} layers became random; maps of different images: "
-                f"{self.other.spearman[method]:.2f}, so that {max(left[method], 0):.0%} of the "
-                "likeness is left."
-                + f" {last.zero:.0%} of its last maps are zero everywhere."
-                * bool(last.zero > 0)
-            )
-        return "\n".join(said)
+        layers, left, passes = len(self.layers), self.left(), self.passes()
+        return "\n".join(
+            _judged(method, rows, layers, self.other.spearman[method], left[method], passes[method])
+            for method, rows in self.table.groupby("method", sort=False)
+        )
 
-def sanity_check(
+# %% ../../nbs/explain/sanity.ipynb #c42ccecf
+def _predicted(model, images, batch_size, device):
+    with _as_found(model), torch.no_grad():
+        return torch.cat([model(x.to(device)).argmax(1).cpu() for x in images.split(batch_size)])
+
+def _cascade(layers, cuts, seed):
+    "Randomise the layers up to each cut in turn; yields the number that are random."
+    for begin, cut in zip([0, *cuts], cuts):
+        for name, module in layers[begin:cut]: shuffle_weights(module, seed_for(seed, name))
+        yield cut
+
+# %% ../../nbs/explain/sanity.ipynb #21edb772
+def sanity_check( # noqa: PLR0913 -- what to explain, and how: the call of `saliency_maps` and more
     model:nn.Module, # As for `guided_gradcam`; a copy is randomised
     images:Tensor, # `(B, C, H, W)` or `(B, C, X, Y, Z)`; 8 to 30 are enough
     target=None, # As for `guided_gradcam`; None: what the intact network predicts for each image
     layer:str|None=None, # Name of the convolution for Grad-CAM
-    # See `saliency_maps`
-    methods:Sequence[str]=("guided_gradcam", "gradcam", "guided_backprop", "gradient"),
+    methods:Sequence[str]=METHODS, # See `saliency_maps`
     # Steps from the intact network to the random one, at most: one after the output layer, the
     # others evenly spread
     stages:int=6,
@@ -165,84 +202,31 @@ def sanity_check(
 )->SanityCheck: # The table, and maps to look at
     """Randomise layers from the output to the input and compare the maps with the original ones
     (Adebayo et al., 2018)."""
-    if len(images) < 2 or stages < 2:
-        raise ValueError(
-            f"got {len(images)} images and stages={stages}, expected at least 2 of each: maps "
-            "of different images are the reference, and the output layer alone is the first "
-            "stage."
-        )
+    # maps of different images are the reference, and the output layer alone is the first stage
+    at_least(2, len(images), "images")
+    at_least(2, stages, "stages")
     home = next((p.device for p in model.parameters()), images.device)
-    if target is None:
-        with _as_found(model), torch.no_grad():
-            target = torch.cat(
-                [model(x.to(home)).argmax(1).cpu() for x in images.split(batch_size)]
-            )
+    if target is None: target = _predicted(model, images, batch_size, home)
     net = copy.deepcopy(model)
     layers = _layers(net, images.to(home))[::-1]
-    if len(layers) < 2:
-        raise ValueError(
-            f"{len(layers)} layers with weights ran; expected at least 2 to randomise one after "
-            "the other."
-        )
-    cuts = [
-        0,
-        *np.unique(
-            np.linspace(1, len(layers), min(stages, len(layers))).round().astype(int)
-        ).tolist(),
-    ]
-    def make():
-        return {
-            k: m.cpu().numpy()
-            for k, m in saliency_maps(net, images, target, layer, batch_size, methods).items()
-        }
-    first, rows, kept = make(), [], {k: {} for k in methods}
-    for begin, cut in zip([0, *cuts], cuts):
-        for k in range(begin, cut): shuffle_weights(layers[k][1], seed_for(seed, layers[k][0]))
-        found = first if cut == 0 else make()
+    at_least(2, len(layers), "layers with weights that ran")
+    rows, kept, first = [], {method: {} for method in methods}, None
+    for cut in _cascade(layers, _cuts(len(layers), stages), seed):
+        maps = saliency_maps(net, images, target, layer, batch_size, methods)
+        found = {method: m.cpu().numpy() for method, m in maps.items()}
+        first = first or found
+        last = layers[cut - 1][0] if cut else "(intact)"
         for method in methods:
-            pairs = [
-                pair
-                for pair in map(map_similarity, first[method], found[method])
-                if not np.isnan(pair[0])
-            ]
-            rho, ssim = np.array(pairs or [[np.nan]*2]).T
-            draws = np.random.default_rng(0).choice(rho, (1000, len(rho))).mean(1)
-            rows.append(
-                {
-                    "method": method,
-                    "stage": cut,
-                    "layer": layers[cut - 1][0] if cut else "(intact)",
-                    "spearman": rho.mean(),
-                    "spearman_low": np.percentile(draws, 2.5),
-                    "spearman_high": np.percentile(draws, 97.5),
-                    "ssim": ssim.mean(),
-                    "zero": float(np.mean([not m.any() for m in found[method]])),
-                    "n": len(pairs),
-                }
-            )
+            place = {"method": method, "stage": cut, "layer": last}
+            rows.append(place | _stage_row(first[method], found[method]))
             kept[method][cut] = found[method][:keep].copy()
-    shown = {method: [m for m in first[method] if np.ptp(np.abs(m)) > 0] for method in methods}
-    other = {
-        method: np.mean([map_similarity(m, n) for m, n in zip(ms, ms[1:] + ms[:1])], axis=0)
-        if len(ms) > 1
-        else [np.nan] * 2
-        for method, ms in shown.items()
-    }
-    table = (
-        pd.DataFrame(rows)
-        .sort_values("method", key=lambda c: c.map(list(methods).index), kind="stable")
-        .reset_index(drop=True)
-    )
-    return SanityCheck(
-        table,
-        pd.DataFrame(other, index=["spearman", "ssim"]).T.rename_axis("method"),
-        kept,
-        images[:keep].detach().cpu(),
-        [name for name, _ in layers],
-        limit,
-    )
+    table = pd.DataFrame(sorted(rows, key=lambda row: list(methods).index(row["method"])))
+    other = {method: _between_images(first[method]) for method in methods}
+    other = pd.DataFrame(other, index=["spearman", "ssim"]).T.rename_axis("method")
+    names = [name for name, _ in layers]
+    return SanityCheck(table, other, kept, images[:keep].detach().cpu(), names, limit)
 
-# %% ../../nbs/explain/sanity.ipynb #1a200863
+# %% ../../nbs/explain/sanity.ipynb #e6a35f32
 _LOOK = {
     "guided_gradcam": ("#0072B2", "o", "Guided-GradCAM"),
     "gradcam": ("#E69F00", "D", "Grad-CAM"),
@@ -250,6 +234,43 @@ _LOOK = {
     "gradient": ("#009E73", "^", "gradient"),
 }
 
+def _draw_maps(axes, check, image):
+    "A row for each method and a column for each stage; the image itself in the first column."
+    maps, stages = check.maps, sorted(next(iter(check.maps.values())))
+    volume = check.images.ndim == 5
+    cut = strongest_voxel(next(iter(maps.values()))[0][image])[2] if volume else None
+    def plane(x): return x[..., cut] if volume else x
+    shown = plane(check.images[image].float().numpy())
+    shown = shown.transpose(1, 2, 0) if len(shown) == 3 else shown[0]
+    for ax in axes.flat: ax.set_axis_off()
+    axes[0, 0].imshow(np.clip(shown, 0, 1), cmap="gray")
+    axes[0, 0].set_title(f"plane {cut}" if volume else "input", fontsize=8)
+    for line, method in zip(axes[:, 1:], maps):
+        where = dict(transform=line[0].transAxes, rotation=90, ha="right", va="center")
+        line[0].text(-.08, .5, _LOOK[method][2], fontsize=8, **where)
+        for ax, stage in zip(line, stages):
+            m = plane(maps[method][stage][image])
+            m = saliency_display(m if len(m) in (1, 3) else m.sum(0))
+            ax.imshow(m, cmap="gray", vmin=0, vmax=255)
+    for ax, stage in zip(axes[0, 1:], stages):
+        ax.set_title("intact" if stage == 0 else f"{stage} of {len(check.layers)}", fontsize=8)
+
+# %% ../../nbs/explain/sanity.ipynb #69c21d53
+def _draw_curves(ax, check, measure, label):
+    for method in check.maps:
+        rows, (colour, marker, name) = check.table[check.table.method == method], _LOOK[method]
+        ax.plot(rows.stage, rows[measure], color=colour, marker=marker, markersize=4, label=name)
+        if measure == "spearman":
+            band = dict(color=colour, alpha=.15, linewidth=0)
+            ax.fill_between(rows.stage, rows.spearman_low, rows.spearman_high, **band)
+        ax.axhline(check.other.loc[method, measure], color=colour, linestyle=":", linewidth=1)
+    ax.set_xlabel("layers randomised, from the output", fontsize=8)
+    ax.set_ylabel(f"{label} with the intact map", fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_ylim(min(0, ax.get_ylim()[0]), 1.03)
+
+# %% ../../nbs/explain/sanity.ipynb #98a36b7e
 def plot_sanity(
     check:SanityCheck, # What was found
     image:int=0, # Which of the kept images to show
@@ -257,74 +278,19 @@ def plot_sanity(
 )->Figure: # The figure, not shown
     """Above, one image's maps as the layers become random; below, the similarity to the original
     maps over all images."""
-    methods, stages = list(check.maps), sorted(next(iter(check.maps.values())))
     if not 0 <= image < len(check.images):
         raise ValueError(
             f"got image {image}; {len(check.images)} were kept: 0 to {len(check.images) - 1}."
         )
-    volume = check.images.ndim == 5
-    cut = strongest_voxel(check.maps[methods[0]][0][image])[2] if volume else None
-    def plane(x): return x[..., cut] if volume else x
-    fig = plt.figure(
-        figsize=(max(size * (1 + len(stages)) + 0.3, 6.4), size * 1.04 * len(methods) + 3.2),
-        layout="constrained",
-    )
-    upper, lower = fig.subfigures(2, 1, height_ratios=[size*1.04*len(methods) + .4, 2.8])
-    axes = upper.subplots(len(methods), 1 + len(stages), squeeze=False)
-    for ax in axes.flat: ax.set_axis_off()
-    shown = plane(check.images[image].float().numpy())
-    axes[0, 0].imshow(
-        np.clip(shown.transpose(1, 2, 0) if len(shown) == 3 else shown[0], 0, 1), cmap="gray"
-    )
-    axes[0, 0].set_title(f"plane {cut}" if volume else "input", fontsize=8)
-    for line, method in zip(axes, methods):
-        line[1].text(
-            -0.08,
-            0.5,
-            _LOOK[method][2],
-            fontsize=8,
-            rotation=90,
-            transform=line[1].transAxes,
-            ha="right",
-            va="center",
-        )
-        for ax, stage in zip(line[1:], stages):
-            m = plane(check.maps[method][stage][image])
-            ax.imshow(
-                saliency_display(m if len(m) in (1, 3) else m.sum(0)), cmap="gray", vmin=0, vmax=255
-            )
-    for ax, stage in zip(axes[0, 1:], stages):
-        ax.set_title("intact" if stage == 0 else f"{stage} of {len(check.layers)}", fontsize=8)
+    ncols, height = 1 + len(next(iter(check.maps.values()))), size*1.04*len(check.maps)
+    fig = plt.figure(figsize=(max(size*ncols + .3, 6.4), height + 3.2), layout="constrained")
+    upper, lower = fig.subfigures(2, 1, height_ratios=[height + .4, 2.8])
+    _draw_maps(upper.subplots(len(check.maps), ncols, squeeze=False), check, image)
     pair = lower.subplots(1, 2, sharex=True)
-    for ax, measure, label in zip(pair, ("spearman", "ssim"), ("rank correlation", "SSIM")):
-        for method in methods:
-            rows, (colour, marker, name) = check.table[check.table.method == method], _LOOK[method]
-            ax.plot(
-                rows.stage, rows[measure], color=colour, marker=marker, markersize=4, label=name
-            )
-            if measure == "spearman":
-                ax.fill_between(
-                    rows.stage,
-                    rows.spearman_low,
-                    rows.spearman_high,
-                    color=colour,
-                    alpha=0.15,
-                    linewidth=0,
-                )
-            ax.axhline(check.other.loc[method, measure], color=colour, linestyle=":", linewidth=1)
-        ax.set_xlabel("layers randomised, from the output", fontsize=8)
-        ax.set_ylabel(label + " with the intact map", fontsize=8)
-        ax.tick_params(labelsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set_ylim(min(0, ax.get_ylim()[0]), 1.03)
-    lower.legend(
-        *pair[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=4,
-        fontsize=8,
-        frameon=False,
-        title="dotted: maps of different images",
-        title_fontsize=8,
-    )
+    _draw_curves(pair[0], check, "spearman", "rank correlation")
+    _draw_curves(pair[1], check, "ssim", "SSIM")
+    title = dict(title="dotted: maps of different images", title_fontsize=8)
+    style = dict(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    lower.legend(*pair[0].get_legend_handles_labels(), **style, **title)
     plt.close(fig)
     return fig

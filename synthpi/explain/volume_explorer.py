@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from matplotlib.figure import Figure
 
 from ..core.images import to_rgb
-from .maps import nearest_in_others
+from .neighbours import nearest_in_others
 from .pictures import ClickablePicture, Explorer, picture_png, side_by_side
 from ..volumes.crops import crops_at
 

@@ -39,7 +39,7 @@ from synthpi.explain.volume_explorer import (
     render_slice,
     voxel_at,
 )
-from synthpi.explain.maps import nearest_in_others
+from synthpi.explain.neighbours import nearest_in_others
 from synthpi.explain.map_explorer import explore_map, plot_point, plot_points, point_at
 from synthpi.explain.pair_explorer import CAVEAT, explore_pairs, plot_pair, rank_pairs, score_table
 from synthpi.explain.pictures import ClickablePicture, ComparePicture, picture_png, side_by_side
@@ -423,10 +423,26 @@ def test_only_volumes_with_crops_are_offered(bodies):
         explore_volume(bodies, z[keep], c[keep], v[keep], volume=0)
 
 
-@pytest.mark.parametrize("change,words", [
-    (lambda z, c, v: (z[0], c, v), "of the same crops"), (lambda z, c, v: (z, c[:, :2], v), "of the same crops"), (lambda z, c, v: (z, c, v[1:]), "of the same crops"),
-    (lambda z, c, v: (z, c, v.astype(float)), "whole numbers"), (lambda z, c, v: (z[:0], c[:0], v[:0]), "of the same crops"), (lambda z, c, v: (z, c, v + 1), "0 to 4|1 to 4"), (lambda z, c, v: (z, c, v - 1), "-1 to 2"),
-    (lambda z, c, v: (np.where(np.arange(len(z))[:, None] == 3, np.nan, z), c, v), "1 embeddings and 0 centres are not finite"), (lambda z, c, v: (z, np.where(np.arange(len(z))[:, None] == 3, np.inf, c), v), "0 embeddings and 1 centres")])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda z, c, v: (z[0], c, v), "of the same crops"),
+        (lambda z, c, v: (z, c[:, :2], v), "of the same crops"),
+        (lambda z, c, v: (z, c, v[1:]), "of the same crops"),
+        (lambda z, c, v: (z, c, v.astype(float)), "whole numbers"),
+        (lambda z, c, v: (z[:0], c[:0], v[:0]), "of the same crops"),
+        (lambda z, c, v: (z, c, v + 1), "0 to 4|1 to 4"),
+        (lambda z, c, v: (z, c, v - 1), "-1 to 2"),
+        (
+            lambda z, c, v: (np.where(np.arange(len(z))[:, None] == 3, np.nan, z), c, v),
+            "1 embeddings and 0 centres are not finite",
+        ),
+        (
+            lambda z, c, v: (z, np.where(np.arange(len(z))[:, None] == 3, np.inf, c), v),
+            "0 embeddings and 1 centres",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused(bodies, change, words):
     with pytest.raises(ValueError, match=words):
         explore_volume(bodies, *change(*listing(bodies)), crop_size=6)
@@ -443,7 +459,10 @@ def three(bodies):
 
 # the widget, which a page cannot show
 @pytest.mark.filterwarnings("ignore:Your element with mimetype")
-@pytest.mark.parametrize("which,words", [("volume", "nearest in other subjects"), ("map", "and its nearest"), ("pairs", CAVEAT)])
+@pytest.mark.parametrize(
+    "which,words",
+    [("volume", "nearest in other subjects"), ("map", "and its nearest"), ("pairs", CAVEAT)],
+)
 def test_a_still_picture_stays_without_a_kernel(bodies, monkeypatch, which, words):
     shown = []
     monkeypatch.setattr(
@@ -739,9 +758,21 @@ def test_a_saliency_is_computed_once_for_points_that_are_chosen():
     )
 
 
-@pytest.mark.parametrize("change,words", [
-    ({"coords": COORDS[:, :1]}, r"shape \(40, 1\)"), ({"coords": np.full((40, 2), np.nan)}, "finite"), ({"coords": COORDS[:1]}, "2 points or more"), ({"labels": LABEL + 1}, "up to 3 with 3 classes"), ({"labels": LABEL/2}, "float64"),
-    ({"images": IMAGES[1:]}, "39 images for 40"), ({"synthetic": IMAGES[1:], "groups": GROUPS[:3]}, "39 synthetic, 3 groups"), ({"features": COORDS[1:]}, "39 features"), ({"saliency": IMAGES[1:]}, "39 saliency"), ({"labels": LABEL[1:]}, "39 labels")])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"coords": COORDS[:, :1]}, r"shape \(40, 1\)"),
+        ({"coords": np.full((40, 2), np.nan)}, "finite"),
+        ({"coords": COORDS[:1]}, "2 points or more"),
+        ({"labels": LABEL + 1}, "up to 3 with 3 classes"),
+        ({"labels": LABEL / 2}, "float64"),
+        ({"images": IMAGES[1:]}, "39 images for 40"),
+        ({"synthetic": IMAGES[1:], "groups": GROUPS[:3]}, "39 synthetic, 3 groups"),
+        ({"features": COORDS[1:]}, "39 features"),
+        ({"saliency": IMAGES[1:]}, "39 saliency"),
+        ({"labels": LABEL[1:]}, "39 labels"),
+    ],
+)
 def test_what_does_not_fit_on_a_map_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         explore_map(
@@ -953,10 +984,22 @@ def test_exploring_pairs_without_scores_and_of_a_dataset(tmp_path):
     assert Image.open(io.BytesIO(large.picture.first)).size == (200, 67)
 
 
-@pytest.mark.parametrize("change,words", [
-    ({"pairs": []}, "0 pairs"), ({"quality": SCORES.drop(columns="pair")}, "expected `pair`"), ({"quality": SCORES.assign(pair=1)}, "once at most"), ({"quality": SCORES.assign(pair=range(2, 10))}, "from 0 to 8"), ({"quality": SCORES[:0]}, "expected `pair`"),
-    ({"true": "mask"}, "the pairs have no mask but primary"), ({"pairs": [{"primary": 0}]*9}, "have no privileged but primary"), ({"true": [None]*3}, "3 true images for 9 pairs"), ({"sort": "psnr"}, "sort='psnr', expected 'pair' or one of ssim, l1, nuclei"),
-    ({"quality": None, "better": {}, "sort": "ssim"}, "no measure: give quality="), ({"better": {"ssim": "up"}}, r"better=\{'ssim': 'up'\}")])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"pairs": []}, "0 pairs"),
+        ({"quality": SCORES.drop(columns="pair")}, "expected `pair`"),
+        ({"quality": SCORES.assign(pair=1)}, "once at most"),
+        ({"quality": SCORES.assign(pair=range(2, 10))}, "from 0 to 8"),
+        ({"quality": SCORES[:0]}, "expected `pair`"),
+        ({"true": "mask"}, "the pairs have no mask but primary"),
+        ({"pairs": [{"primary": 0}] * 9}, "have no privileged but primary"),
+        ({"true": [None] * 3}, "3 true images for 9 pairs"),
+        ({"sort": "psnr"}, "sort='psnr', expected 'pair' or one of ssim, l1, nuclei"),
+        ({"quality": None, "better": {}, "sort": "ssim"}, "no measure: give quality="),
+        ({"better": {"ssim": "up"}}, r"better=\{'ssim': 'up'\}"),
+    ],
+)
 def test_pairs_that_do_not_fit_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         explore_pairs(**{"pairs": PAIRS, "quality": SCORES, "better": BETTER, **change})

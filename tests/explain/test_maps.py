@@ -253,10 +253,29 @@ def shown(fig):
     }
 
 
-@pytest.mark.parametrize("labels, expected", [
-    (np.array([2, 10, 10, 2, None, 2], object), {"unlabelled": [4], "2": [0, 3, 5], "10": [1, 2]}), (np.array([2, 10, 10, 2, np.nan, -1], object), {"unlabelled": [4, 5], "2": [0, 3], "10": [1, 2]}),
-    (np.array(["2", "10", "10", "2", "", "2"]), {"unlabelled": [4], "2": [0, 3, 5], "10": [1, 2]}), (np.array([7, 3, 3, 7, -1, 7]), {"unlabelled": [4], "7": [0, 3, 5], "3": [1, 2]}),
-    (["b", None, "a", 10, 9, "a"], {"unlabelled": [1], "a": [2, 5], "b": [0], "10": [3], "9": [4]}), (np.array([True, False, True, True, False, True]), {"True": [0, 2, 3, 5], "False": [1, 4]})])
+@pytest.mark.parametrize(
+    "labels, expected",
+    [
+        (
+            np.array([2, 10, 10, 2, None, 2], object),
+            {"unlabelled": [4], "2": [0, 3, 5], "10": [1, 2]},
+        ),
+        (
+            np.array([2, 10, 10, 2, np.nan, -1], object),
+            {"unlabelled": [4, 5], "2": [0, 3], "10": [1, 2]},
+        ),
+        (
+            np.array(["2", "10", "10", "2", "", "2"]),
+            {"unlabelled": [4], "2": [0, 3, 5], "10": [1, 2]},
+        ),
+        (np.array([7, 3, 3, 7, -1, 7]), {"unlabelled": [4], "7": [0, 3, 5], "3": [1, 2]}),
+        (
+            ["b", None, "a", 10, 9, "a"],
+            {"unlabelled": [1], "a": [2, 5], "b": [0], "10": [3], "9": [4]},
+        ),
+        (np.array([True, False, True, True, False, True]), {"True": [0, 2, 3, 5], "False": [1, 4]}),
+    ],
+)
 def test_the_legend_names_the_points_that_it_names(labels, expected):
     fig = plot_map({"a": np.c_[np.arange(6), np.zeros(6)]}, labels)
     assert (
