@@ -14,7 +14,7 @@ import numpy as np
 
 from ...evaluate.intervals import error_reduction, interval, score_intervals
 from ...evaluate.scores import scores
-from ..runs import _dir
+from ..runs import run_folder
 from .arms import ARMS
 from .tiles import TileSet
 
@@ -41,7 +41,7 @@ def summarise(
     rows = np.isin(y, hard) if hard else None
     def load(name, setting):
         files = [
-            np.load(_dir(out, *key) / "predictions.npz")
+            np.load(run_folder(out, key[0], key[2], key[1]) / "predictions.npz")
             for key in records
             if key[:2] == (name, setting)
         ]

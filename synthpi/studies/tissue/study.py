@@ -37,7 +37,7 @@ from ...pairs.privileged import add_privileged, refuse_overlap
 from ...pairs.quality import pair_quality
 from ...pairs.stains import StainGenerator
 from ...pairs.training import fit_generator, translate_records
-from ..runs import _dir, _finished
+from ..runs import is_finished, run_folder
 from .arms import add_controls, ARMS, SETTINGS, train_arm, untrained_encoder
 from .report import write_report
 from .scores import _best, summarise
@@ -194,7 +194,7 @@ def tissue_study(
             else 1
         )
         for n, s, k in runs
-        if not _finished(out, n, s, k)
+        if not is_finished(run_folder(out, n, k, s))
     )
     generator_cost = (
         0
@@ -205,7 +205,7 @@ def tissue_study(
     if again:
         bar.say(
             f"{out} holds this study: going on with what is there "
-            f"({sum(_finished(out, *r) for r in runs)} of up to {len(runs)} runs are finished)."
+            f"({sum(is_finished(run_folder(out, n, k, s)) for n, s, k in runs)} of up to {len(runs)} runs are finished)."
         )
 
     made, about, judged = None, {}, {}
@@ -276,7 +276,7 @@ def tissue_study(
     records, best = {}, None
     for n, setting, k in runs:
         if _trained(n) and not all_settings and n not in both and best and setting != best: continue
-        if not _finished(out, n, setting, k):
+        if not is_finished(run_folder(out, n, k, setting)):
             bar.stage(" ".join(filter(None, [n, setting and f"({setting})", f"seed {k}"])))
             _run(
                 out,
@@ -301,7 +301,7 @@ def tissue_study(
                 ),
             )
         records[n, setting, k] = json.loads(
-            (_dir(out, n, setting, k) / "result.json").read_text(encoding="utf-8")
+            (run_folder(out, n, k, setting) / "result.json").read_text(encoding="utf-8")
         )
         if (
             n == "siamese_unprivileged"
@@ -462,7 +462,7 @@ def _run(
     out, name, setting, seed, data, ds, hard, histogram, cost, bar, accelerator, identity, arguments
 ):
     "Train and score one run, and write everything that is known of it; result.json comes last."
-    folder, encoder, record = _dir(out, name, setting, seed), None, {"steps": 0, "seconds": 0.}
+    folder, encoder, record = run_folder(out, name, seed, setting), None, {"steps": 0, "seconds": 0.}
     if _trained(name):
         encoder, trainer = train_arm(
             name,
