@@ -1,7 +1,21 @@
 """synthpi trains an image encoder on unlabelled tissue tiles and on *synthetic* second images of the
 same tissue, for example nuclear masks that a small generator draws: privileged information, there
-in training and absent when the encoder is used. It then holds that encoder against honest
-baselines, explains what it looks at, and writes one report.
+in training and absent when the encoder is used. It then compares that encoder with
+strong baselines, explains what it looks at, and writes one report.
+
+Nine wings stand on one ground, `core`, behind one door, `cli`:
+
+- `core`: run folders, keyed randomness, images, files, checks
+- `data`: folders of images to data sets to views
+- `volumes`: scans to stores to crops in millimetres
+- `models`: encoders, branches, encoder files
+- `losses`: what compares embeddings
+- `train`: one resumable loop
+- `pairs`: generators, and the second images they make
+- `evaluate`: what frozen features know, and how sure that is
+- `explain`: where an encoder looks, and how it arranges a data set
+- `studies`: the wings put together, one call and one page each
+- `cli`: the command line
 
 Modules:
 
@@ -10,8 +24,14 @@ Modules:
 - `synthpi.cli.explain`: `synthpi explain` from a terminal
 - `synthpi.cli.tissue`: The study from a terminal: on simulated tiles, and on your own
 - `synthpi.cli.volumes`: Where in the body is this crop? The study of volumes from a terminal
-- `synthpi.core.checks`: Data from outside is checked where it comes in; settings are said once
-- `synthpi.core.runs`: Seeds, pictures and files: the small things that every other notebook uses
+- `synthpi.core.checks`: Values from outside are checked where they come in; settings are said once
+- `synthpi.core.figures`: What all figures share: colours, markers, sizes
+- `synthpi.core.files`: Whole files or none, with checksums, and fingerprints of content
+- `synthpi.core.groups`: Folds and resampling that keep a patient whole
+- `synthpi.core.images`: Any file, array or tensor to RGB, to a mask, to a square
+- `synthpi.core.optics`: Light through stained tissue: Beer-Lambert, stain matrices, re-staining
+- `synthpi.core.runs`: Where a run computes, where it writes, and what it notes about its machine
+- `synthpi.core.seeds`: Seeds made of names, and random states that can be put back
 - `synthpi.data.conversion`: Arrays and outlines become, once, a plain folder of images that every command reads
 - `synthpi.data.device_views`: The same recipes on a whole batch, where the network is
 - `synthpi.data.folders`: Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
@@ -39,9 +59,10 @@ Modules:
 - `synthpi.explain.saliency`: Where in the image an encoder looks, and how it arranges a data set
 - `synthpi.explain.sanity`: Does a map tell of what the network has learnt, or only of the image?
 - `synthpi.explain.volume_explorer`: A volume to slide through and to click on, with the crops that an encoder finds most alike in other subjects
-- `synthpi.losses.distance`: Position as privileged information: embeddings as far apart as the crops they came from
+- `synthpi.losses.distance`: Position as privileged information: embeddings as far apart as their crops
 - `synthpi.losses.geometry`: Distances between crops: which pairs, how far, and how well embeddings follow
-- `synthpi.losses.paired`: VICReg, Barlow Twins and SimCLR for two or more branches, on one device or on many
+- `synthpi.losses.paired`: VICReg, Barlow Twins and SimCLR for two or more branches, on one or many devices
+- `synthpi.losses.position`: Reading a place from a crop: the regression head and its loss
 - `synthpi.models.branches`: Encoders, projectors, branch layouts, and encoder files
 - `synthpi.models.cards`: What an encoder is, what it was trained on and how to load it: one page beside its file
 - `synthpi.pairs.cache`: Files named by what they were made from, each with its own checksum, and a table that says where they come from

@@ -14,8 +14,10 @@ ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT/"nbs"/"tutorials").glob("*.ipynb"))
 LIBRARIES = {"synthpi", "numpy", "torch", "matplotlib", "PIL"}       # and the standard library
 INSTALL = '''import subprocess, sys
-if "google.colab" in sys.modules:       # Colab keeps its own torch
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "synthpi @ git+https://github.com/synthpi/synthpi"], check=True)'''
+
+if "google.colab" in sys.modules:  # Colab keeps its own torch
+    package = "synthpi @ git+https://github.com/synthpi/synthpi"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)'''
 BADGE = (
     "[![Open in "
     "Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/synthpi/synthpi/blob/main/nbs/tutorials/{}.ipynb)"

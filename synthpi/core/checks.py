@@ -1,4 +1,4 @@
-"""Data from outside is checked where it comes in; settings are said once
+"""Values from outside are checked where they come in; settings are said once
 
 A wrong argument is refused with what was found, what was expected and what to do. Each of these
 functions checks one kind of value and gives it back, so that a check is a call. A study's

@@ -1,9 +1,8 @@
 """Distances between crops: which pairs, how far, and how well embeddings follow
 
 What the losses of [distance](distance.ipynb) and their evaluation share: exact pairwise distances,
-the choice of pairs, the *stress* between two sets of distances, a typical distance to scale by, and
-`distance_agreement`, which says how well embeddings of crops not seen keep the distances in the
-body:
+the choice of pairs, the *stress* between two sets of distances, and a typical distance to scale by.
+`distance_agreement` says how well embeddings of unseen crops keep the distances in the body:
 
 ```python
 center_mm = 100*torch.rand(64, 3)
@@ -34,9 +33,7 @@ from .paired import gather
 # %% ../../nbs/losses/geometry.ipynb #39403ec5
 def pair_distances(
     x:Tensor, # Rows, shape (N, D)
-    # The rows that each row is compared with, indices of shape (N, P); None: every row with every
-    # row
-    partner:Tensor|None=None,
+    partner:Tensor|None=None, # Rows that each row is compared with, shape (N, P); None: every row
     block:int=2**25, # Most differences (pairs x D) that are in memory at once
 )->Tensor: # Euclidean distances, shape (N, N), or (N, P)
     "Distances from direct differences: exactly 0 at equal rows, with gradient 0 there."
@@ -44,19 +41,28 @@ def pair_distances(
     rows = max(1, block//max(1, x.shape[1]*(len(x) if partner is None else partner.shape[1])))
     if partner is None: return torch.cat([exact(r, x) for r in x.split(rows)])
     def some(r, j): return exact(r[:, None], x[j])[:, 0]
-    return torch.cat(
-        [
-            checkpoint(some, r, j, use_reentrant=False, preserve_rng_state=False)
-            for r, j in zip(x.split(rows), partner.split(rows))
-        ]
-    )
+    blocks = zip(x.split(rows), partner.split(rows))
+    lean = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([lean(some, r, j) for r, j in blocks])
 
 # %% ../../nbs/losses/geometry.ipynb #1ddb0561
 PAIRS = ("off-diagonal", "within", "cross", "all")
 
+def _check_pairs(pairs, allowed=PAIRS):
+    if pairs in allowed: return
+    raise ValueError(f"got pairs={pairs!r}, expected one of {', '.join(map(repr, allowed))}.")
+
+def _mask(n, pairs, volume, device):
+    "Which pairs are compared, (N, N)."
+    itself = torch.eye(n, dtype=torch.bool, device=device)
+    if pairs == "all": return torch.ones_like(itself)
+    if pairs == "off-diagonal": return ~itself
+    same = volume[:, None] == volume
+    return same & ~itself if pairs == "within" else ~same
+
+# %% ../../nbs/losses/geometry.ipynb #7a736563
 def _choices(n, pairs, volume, device):
-    """How many partners every row may have, and what turns uniform numbers (R, P) into partners of
-    R rows: rows are sorted by volume, a row's partners are then a range"""
+    "Number of partners of each row, and `draw(rows, uniform)`, from numbers (R, P) to partners."
     row = torch.arange(n, device=device)
     order, place, start, size = row, row, torch.zeros_like(row), torch.full_like(row, n)
     if pairs in ("within", "cross"):
@@ -65,27 +71,13 @@ def _choices(n, pairs, volume, device):
         place, start, size = order.argsort(), (size.cumsum(0) - size)[group], size[group]
     others = int(pairs != "all")
     count = n - size if pairs == "cross" else size - others
+
     def draw(rows, uniform):
         step = torch.minimum((uniform*count[rows, None]).long(), count[rows, None] - 1)
         if pairs == "cross": return order[((start + size)[rows, None] + step) % n]
-        return order[
-            start[rows, None] + ((place - start + others)[rows, None] + step) % size[rows, None]
-        ]
+        after = (place - start + others)[rows, None] + step
+        return order[start[rows, None] + after % size[rows, None]]
     return count, draw
-
-def _mask(n, pairs, volume, device):
-    "Which pairs are asked about, (N, N)"
-    itself = torch.eye(n, dtype=torch.bool, device=device)
-    if pairs == "all": return torch.ones_like(itself)
-    if pairs == "off-diagonal": return ~itself
-    same = volume[:, None] == volume
-    return same & ~itself if pairs == "within" else ~same
-
-def _check_pairs(pairs, allowed=PAIRS):
-    if pairs not in allowed:
-        raise ValueError(
-            f"got pairs={pairs!r}, expected one of {', '.join(map(repr, allowed))}."
-        )
 
 def _none_left(pairs, n, volume):
     volumes = 1 if volume is None else len(volume.unique())
@@ -99,9 +91,8 @@ def stress(
     latent:Tensor, # Distances of embeddings
     physical:Tensor, # Distances of centres in the same unit, same shape
     weight:Tensor, # Weights of the pairs with sum 1; broadcast against the distances
-    # delta: residuals are divided by the root of `physical**2 + delta`; None: as they are
-    relative:float|None=None,
-    huber:float|None=None, # k: residuals beyond it cost linearly; None: all cost their square
+    relative:float|None=None, # delta: residuals over the root of `physical**2 + delta`
+    huber:float|None=None, # k: residuals beyond it cost linearly; None: all quadratically
 )->Tensor: # Scalar
     "Weighted mean of the squared (or Huber) residuals between two sets of distances."
     r = latent - physical
@@ -111,14 +102,21 @@ def stress(
     return (weight*cost).sum()
 
 # %% ../../nbs/losses/geometry.ipynb #7f3ae979
+def _check_finite(what, x):
+    bad = (~x.isfinite()).any(dim=1)
+    if not bad.any(): return
+    raise ValueError(
+        f"{int(bad.sum())} of {len(x)} rows of {what}s are not finite, the first is row "
+        f"{int(bad.int().argmax())}: {x[bad][0][:6].tolist()}. Remove or repair these records."
+    )
+
 def _centers(center_mm, n=None, volume_id=None):
-    """Checked centres as float64 and volumes as numbers, on the processor: for what is measured
-    outside training"""
+    "Checked centres as float64 and volumes as numbers, on the CPU; for use outside training."
     c = torch.as_tensor(center_mm).detach().cpu().double()
     if c.ndim != 2 or not 1 <= c.shape[1] <= 3 or n is not None and len(c) != n:
         raise ValueError(
-            f"got centres of shape {tuple(c.shape)}, expected ({n or 'N'}, 2) or ({n or 'N'}, "
-            "3): a row for each crop, a column for each axis."
+            f"got centres of shape {tuple(c.shape)}, expected ({n or 'N'}, 2) or "
+            f"({n or 'N'}, 3): a row for each crop, a column for each axis."
         )
     _check_finite("centre", c)
     if volume_id is None: return c, None
@@ -130,34 +128,13 @@ def _centers(center_mm, n=None, volume_id=None):
         )
     return c, torch.as_tensor(np.unique(np.asarray(volume_id), return_inverse=True)[1])
 
-def _check_finite(what, x):
-    bad = (~x.isfinite()).any(dim=1)
-    if bad.any():
-        raise ValueError(
-            f"{int(bad.sum())} of {len(x)} rows of {what}s are not finite, the first is row "
-            f"{int(bad.int().argmax())}: {x[bad][0][:6].tolist()}. Remove or repair these records."
-        )
-
-def _check_embedding(z):
-    if not isinstance(z, Tensor):
-        raise TypeError(
-            f"got a {type(z).__name__} as embeddings; expected one tensor (B, D). "
-            "DistanceBarlow and TwoHeadLoss take several, as loss(z1, z2, center_mm=...)."
-        )
-    if z.ndim != 2 or z.shape[1] < 1 or not z.is_floating_point():
-        raise ValueError(
-            f"got embeddings of shape {tuple(z.shape)} and {str(z.dtype)[6:]}, expected "
-            "floats (B, D): one row per crop and at least one column."
-        )
-
 # %% ../../nbs/losses/geometry.ipynb #0aebbb01
 def _pair_list(n, pairs, volume, most, seed):
-    """Index pairs: every one where there are few, else `most` of them at random, each as likely as
-    another"""
+    "Index pairs: all where they are few, else `most` at random, each with the same chance."
     _check_pairs(pairs, PAIRS[:3])
     if pairs != "off-diagonal" and volume is None:
         raise ValueError(
-            f"got pairs={pairs!r} without volume_id, which says which crops are of one volume."
+            f"got pairs={pairs!r} without volume_id, expected the volume of each crop."
         )
     count, draw = _choices(n, pairs, volume, "cpu")
     if n < 2 or not count.sum(): raise _none_left(pairs, n, volume)
@@ -174,22 +151,80 @@ def _between(x, i, j):
     return torch.cat([(x[a] - x[b]).norm(dim=1) for a, b in zip(i.split(rows), j.split(rows))])
 
 def mean_pair_distance(
-    # Centres of the crops of the training set, shape (N, 2) or (N, 3), mm
-    center_mm:Tensor|np.ndarray,
-    # Which volume each crop is of; needed for `within` and `cross`
-    volume_id:Tensor|Sequence|None=None,
+    center_mm:Tensor|np.ndarray, # Centres of the training crops, shape (N, 2) or (N, 3), mm
+    volume_id:Tensor|Sequence|None=None, # Volume of each crop; needed for `within` and `cross`
     pairs:str="off-diagonal", # `off-diagonal`, `within` or `cross`: as the loss will be
-    max_pairs:int=2_000_000, # Above so many pairs, so many are drawn at random
+    max_pairs:int=2_000_000, # If there are more pairs, so many are drawn at random
     seed:int=0, # Of that draw
 )->float: # mm
-    """Mean distance of the pairs that a distance loss will see: a good `scale` for it. `ValueError`
-    on centres that are not finite or have the wrong shape."""
+    "Mean distance of the pairs that a distance loss will compare: a good `scale` for it."
     c, volume = _centers(center_mm, None, volume_id)
     return _between(c, *_pair_list(len(c), pairs, volume, max_pairs, seed)).mean().item()
 
+# %% ../../nbs/losses/geometry.ipynb #1404514a
+def _check_embedding(z):
+    if not isinstance(z, Tensor):
+        raise TypeError(
+            f"got a {type(z).__name__} as embeddings; expected one tensor (B, D). "
+            "DistanceBarlow and TwoHeadLoss take several, as loss(z1, z2, center_mm=...)."
+        )
+    if z.ndim != 2 or z.shape[1] < 1 or not z.is_floating_point():
+        raise ValueError(
+            f"got embeddings of shape {tuple(z.shape)} and {str(z.dtype)[6:]}, expected "
+            "floats (B, D): one row per crop and at least one column."
+        )
+
+def _wide(z): return z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+
+# %% ../../nbs/losses/geometry.ipynb #77daed95
+def _check_places(n, center_mm, volume_id, pairs):
+    "Centres (n, 2) or (n, 3) and, where the pairs need it, n volume numbers."
+    if not isinstance(center_mm, Tensor):
+        raise TypeError(
+            f"center_mm is a {type(center_mm).__name__}; expected a tensor ({n}, 2) or "
+            f"({n}, 3), in mm."
+        )
+    if center_mm.ndim != 2 or len(center_mm) != n or not 1 <= center_mm.shape[1] <= 3:
+        raise ValueError(
+            f"got center_mm of shape {tuple(center_mm.shape)} for {n} embeddings; "
+            f"expected ({n}, 2) or ({n}, 3): a row for each crop, a column for each axis."
+        )
+    if volume_id is None:
+        if pairs not in ("within", "cross"): return
+        raise ValueError(
+            f"pairs={pairs!r} needs volume_id: one whole number for each row, equal for crops of "
+            "one volume."
+        )
+    got = f"a {type(volume_id).__name__}"
+    if isinstance(volume_id, Tensor):
+        if volume_id.shape == (n,) and not volume_id.is_floating_point(): return
+        got = f"{tuple(volume_id.shape)} {str(volume_id.dtype)[6:]}"
+    raise ValueError(
+        f"volume_id: got {got}, expected a tensor of {n} whole numbers, in several "
+        "processes different for different volumes."
+    )
+
+# %% ../../nbs/losses/geometry.ipynb #73b25390
+def _check_rows(n):
+    if n >= 2: return
+    raise ValueError(
+        f"got {n} row{'s' * (n != 1)} in the joined batch; expected at least two: crops "
+        "are compared with each other."
+    )
+
+def _joined(z, center_mm, volume_id, pairs="off-diagonal"):
+    "Checked embeddings, centres and volumes of all processes, in 32 bits or more."
+    _check_embedding(z)
+    _check_places(len(z), center_mm, volume_id, pairs)
+    z, c = gather(_wide(z), center_mm.to(z.device, _wide(z).dtype))
+    if volume_id is not None: volume_id = gather(volume_id.to(z.device).long()[:, None])[0][:, 0]
+    _check_rows(len(z))
+    _check_finite("centre", c)
+    return z, c, volume_id
+
 # %% ../../nbs/losses/geometry.ipynb #549143f7
 def _pearson(a, b, weight):
-    "Weighted correlation; 0 where either does not vary"
+    "Weighted correlation; 0 where either does not vary."
     a, b = (x - (weight*x).sum() for x in (a, b))
     return (weight*a*b).sum()/((weight*a*a).sum().sqrt()*(weight*b*b).sum().sqrt()).clamp_min(1e-30)
 
@@ -199,27 +234,31 @@ class Agreement(NamedTuple):
     mean_abs_error:float # Of distances, in the unit of the centres
     pearson:float # Correlation of distances; 0 where either does not vary
     spearman:float # Rank correlation of distances; 0 where either does not vary
-    # Kruskal's stress-1: root of the summed squared errors over the summed squared distances
-    stress:float
+    stress:float # Kruskal's stress-1: root of summed squared errors over squared distances
     scale:float # Unit of the centres per unit of the embedding
     counts:np.ndarray # Histogram of absolute errors: pairs in every bin
     edges:np.ndarray # Its edges, one more, in the unit of the centres
 
+# %% ../../nbs/losses/geometry.ipynb #e90481f6
+def _scale(scale, latent, physical):
+    "The scale given, or the one of least squared error."
+    if scale == "fit": return ((latent @ physical)/(latent @ latent).clamp_min(1e-300)).item()
+    if not isinstance(scale, str) and 0 < scale < float("inf"): return scale
+    raise ValueError(
+        f"got scale={scale!r}, expected mm per unit of the embedding, above zero, or 'fit'."
+    )
+
 def distance_agreement(
     z:Tensor|np.ndarray, # Embeddings of crops not seen in training, shape (N, D)
     center_mm:Tensor|np.ndarray, # Their centres, shape (N, 2) or (N, 3), mm
-    # Which volume each crop is of; needed for `within` and `cross`
-    volume_id:Tensor|Sequence|None=None,
+    volume_id:Tensor|Sequence|None=None, # Volume of each crop; needed for `within` and `cross`
     pairs:str="off-diagonal", # `off-diagonal`, `within` or `cross`
-    # mm per unit of the embedding, that of `DistanceLoss`; or "fit", which makes the squared error
-    # least
-    scale:float|str=1.,
+    scale:float|str=1., # mm per unit of the embedding, as in `DistanceLoss`; or "fit"
     bins:int|Sequence[float]=50, # Number of bins of the histogram, or their edges, mm
-    max_pairs:int=2_000_000, # Above so many pairs, so many are drawn at random
+    max_pairs:int=2_000_000, # If there are more pairs, so many are drawn at random
     seed:int=0, # Of that draw
 )->Agreement:
-    """Errors, correlations and histogram of latent against physical distances. `ValueError` on rows
-    that are not finite or shapes that do not fit."""
+    "Errors, correlations and histogram of latent against physical distances."
     z = torch.as_tensor(z).detach().cpu()
     _check_embedding(z)
     z = z.double()
@@ -227,72 +266,13 @@ def distance_agreement(
     c, volume = _centers(center_mm, len(z), volume_id)
     i, j = _pair_list(len(z), pairs, volume, max_pairs, seed)
     latent, physical = (_between(x, i, j) for x in (z, c))
-    if scale == "fit": scale = ((latent @ physical)/(latent @ latent).clamp_min(1e-300)).item()
-    elif isinstance(scale, str) or not 0 < scale < float("inf"): raise ValueError(f"got scale={scale!r}, expected mm per unit of the embedding, above zero, or 'fit'.")
-    error, weight = (
-        (scale * latent - physical).abs(),
-        torch.full((len(i),), 1 / len(i), dtype=torch.float64),
-    )
+    scale = _scale(scale, latent, physical)
+    error = (scale*latent - physical).abs()
+    weight = torch.full((len(i),), 1/len(i), dtype=torch.float64)
+    pearson = _pearson(latent, physical, weight).item()
     ranks = [torch.as_tensor(rankdata(x.numpy())) for x in (latent, physical)]
-    counts, edges = np.histogram(error.numpy(), bins)
+    spearman = _pearson(*ranks, weight).item()
     kruskal = (error.square().sum()/physical.square().sum().clamp_min(1e-300)).sqrt().item()
-    return Agreement(
-        len(i),
-        error.mean().item(),
-        _pearson(latent, physical, weight).item(),
-        _pearson(*ranks, weight).item(),
-        kruskal,
-        float(scale),
-        counts,
-        edges,
-    )
-
-# %% ../../nbs/losses/geometry.ipynb #442d7107
-def _wide(z): return z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-
-def _check_rows(n):
-    if n < 2:
-        raise ValueError(
-            f"got {n} row{'s' * (n != 1)} in the joined batch; expected at least two: crops "
-            "are compared with each other."
-        )
-
-# %% ../../nbs/losses/geometry.ipynb #0af0babe
-def _joined(z, center_mm, volume_id, pairs="off-diagonal"):
-    "Checks; embeddings, centres and volumes of all processes, in 32 bits or more"
-    _check_embedding(z)
-    if not isinstance(center_mm, Tensor):
-        raise TypeError(
-            f"center_mm is a {type(center_mm).__name__}; expected a tensor ({len(z)}, 2) or "
-            f"({len(z)}, 3), in mm."
-        )
-    if center_mm.ndim != 2 or len(center_mm) != len(z) or not 1 <= center_mm.shape[1] <= 3:
-        raise ValueError(
-            f"got center_mm of shape {tuple(center_mm.shape)} for {len(z)} embeddings; "
-            f"expected ({len(z)}, 2) or ({len(z)}, 3): a row for each crop, a column for each "
-            "axis."
-        )
-    if volume_id is None and pairs in ("within", "cross"):
-        raise ValueError(
-            f"pairs={pairs!r} needs volume_id: one whole number for each row, equal for crops of "
-            "one volume."
-        )
-    if volume_id is not None and (
-        not isinstance(volume_id, Tensor)
-        or volume_id.is_floating_point()
-        or volume_id.shape != (len(z),)
-    ):
-        got = (
-            f"{tuple(volume_id.shape)} {str(volume_id.dtype)[6:]}"
-            if isinstance(volume_id, Tensor)
-            else f"a {type(volume_id).__name__}"
-        )
-        raise ValueError(
-            f"volume_id: got {got}, expected a tensor of {len(z)} whole numbers, in several "
-            "processes different for different volumes."
-        )
-    z, c = gather(_wide(z), center_mm.to(z.device, _wide(z).dtype))
-    if volume_id is not None: volume_id = gather(volume_id.to(z.device).long()[:, None])[0][:, 0]
-    _check_rows(len(z))
-    _check_finite("centre", c)
-    return z, c, volume_id
+    histogram = np.histogram(error.numpy(), bins)
+    found = len(i), error.mean().item(), pearson, spearman, kruskal, float(scale)
+    return Agreement(*found, *histogram)

@@ -1,4 +1,4 @@
-"""VICReg, Barlow Twins and SimCLR for two or more branches, on one device or on many
+"""VICReg, Barlow Twins and SimCLR for two or more branches, on one or many devices
 
 A paired loss takes one embedding batch per view, each `(B, D)` with rows in the same order, and
 returns the scalar to minimise and a dict of its terms for the log. Two views make a Siamese loss,
@@ -96,111 +96,96 @@ class _Gather(torch.autograd.Function):
         dist.all_reduce(grad)
         return grad.split(ctx.rows)[dist.get_rank()], None
 
+# %% ../../nbs/losses/paired.ipynb #d04995fd
+def _rows_of_each(joined):
+    "Rows that each process holds; refuses processes with different columns."
+    mine = torch.tensor(joined.shape, device=joined.device)
+    shapes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(shapes, mine)
+    rows, columns = zip(*torch.stack(shapes).tolist())
+    if len(set(columns)) == 1: return rows
+    raise ValueError(
+        f"the processes hold {', '.join(map(str, columns))} embedding columns; expected as "
+        "many in each: build one model in all processes."
+    )
+
 def gather(
-    # One embedding batch per branch, each (B, D), all of one dtype; B and D may differ between
-    # processes and branches respectively
-    *zs:Tensor,
-)->tuple[Tensor, ...]: # The same of the joined batch, each (sum of B, D), rows in the order of processes
-    """Each branch's rows from all processes, with gradient; `zs` themselves where there is one
-    process."""
+    *zs:Tensor, # One embedding batch per branch, each (B, D), of one B and one dtype
+)->tuple[Tensor, ...]: # The same of the joined batch, each (sum of B, D), in the order of processes
+    "Each branch's rows from all processes, with gradient; `zs` itself where there is one process."
     if any(z.ndim != 2 or len(z) != len(zs[0]) or z.dtype != zs[0].dtype for z in zs):
+        got = ", ".join(f"{tuple(z.shape)} {str(z.dtype)[6:]}" for z in zs)
         raise ValueError(
-            f"got tensors {', '.join(f'{tuple(z.shape)} {str(z.dtype)[6:]}' for z in zs)}, "
-            "expected (B, D) with one B and one dtype, "
-            "since they travel as one: gather what differs by a call of its own."
+            f"got tensors {got}, expected (B, D) with one B and one dtype, "
+            "since they travel as one: gather tensors that differ in separate calls."
         )
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return zs
-    # one collective for all branches
     joined = torch.cat(zs, dim=1)
-    shapes = [
-        torch.empty(2, dtype=torch.long, device=joined.device) for _ in range(dist.get_world_size())
-    ]
-    dist.all_gather(shapes, torch.tensor(joined.shape, device=joined.device))
-    rows, columns = zip(*torch.stack(shapes).tolist())
-    if len(set(columns)) > 1:
-        raise ValueError(
-            f"the processes hold {', '.join(map(str, columns))} embedding columns; expected as "
-            "many in each: build one model in all processes."
-        )
-    return _Gather.apply(joined, rows).split([z.shape[1] for z in zs], dim=1)
+    return _Gather.apply(joined, _rows_of_each(joined)).split([z.shape[1] for z in zs], dim=1)
 
 # %% ../../nbs/losses/paired.ipynb #9e323330
-class _PairedLoss(nn.Module):
-    """A loss over the pairs of two or more branches: checks, precision and processes here, the
-    equation in `_loss`."""
-    def __init__(self,
-        mode:str, # How the sums over pairs and branches are scaled
-        modes:Sequence[str], # The modes there are
-        two_only:str, # The mode that is defined for two branches only
-        # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
-        pair_weights:Sequence[float]|None,
-        stop_gradient:Sequence[int], # Indices of the branches that get no gradient
-    ):
-        super().__init__()
-        if mode not in modes:
-            raise ValueError(
-                f"got mode {mode!r}, expected {', '.join(map(repr, modes[:-1]))} or "
-                f"{modes[-1]!r}."
-            )
-        self.mode, self.two_only, self.pair_weights, self.stop_gradient = (
-            mode,
-            two_only,
-            pair_weights,
-            tuple(stop_gradient),
+def _check_views(zs):
+    "Two or more batches of embeddings, each (B, D) and of one shape."
+    if len(zs) < 2:
+        raise ValueError(
+            f"got {len(zs)} view; a paired loss compares two or more: call loss(z1, z2, ...) "
+            "with one batch per branch."
+        )
+    if zs[0].ndim != 2 or zs[0].shape[1] < 1:
+        raise ValueError(
+            f"view 0 has shape {tuple(zs[0].shape)}; expected (B, D): one row per sample and "
+            "at least one column."
+        )
+    for i, z in enumerate(zs):
+        if z.shape == zs[0].shape: continue
+        raise ValueError(
+            f"view {i} has shape {tuple(z.shape)} but view 0 has {tuple(zs[0].shape)}: "
+            "views are compared row by row, so give every branch the same projector width and "
+            "build all views from the same batch."
         )
 
-    def _check(self, zs):
-        k = len(zs)
-        if k < 2:
-            raise ValueError(
-                f"got {k} view; a paired loss compares two or more: call loss(z1, z2, ...) "
-                "with one batch per branch."
-            )
-        if self.mode == self.two_only and k != 2:
-            raise ValueError(
-                f"got {k} views, but mode {self.mode!r} is defined for two: use mode='mean', "
-                "which equals it at two."
-            )
-        if zs[0].ndim != 2 or zs[0].shape[1] < 1:
-            raise ValueError(
-                f"view 0 has shape {tuple(zs[0].shape)}; expected (B, D): one row per sample and "
-                "at least one column."
-            )
-        for i, z in enumerate(zs):
-            if z.shape != zs[0].shape:
-                raise ValueError(
-                    f"view {i} has shape {tuple(z.shape)} but view 0 has {tuple(zs[0].shape)}: "
-                    "views are compared row by row, so give "
-                    "every branch the same projector width and build all views from the same batch."
-                )
-        pairs = list(combinations(range(k), 2))
-        if self.pair_weights is not None and len(self.pair_weights) != len(pairs):
-            raise ValueError(
-                f"got {len(self.pair_weights)} pair weights for {k} views; expected "
-                f"{len(pairs)}, in the order "
-                + ", ".join(f"{a + 1}{b + 1}" for a, b in pairs)
-                + "."
-            )
-        if not set(self.stop_gradient) < set(range(k)):
-            raise ValueError(
-                f"got stop_gradient={self.stop_gradient} for {k} views; expected branches "
-                f"from 0 to {k - 1}, and one or more left to train."
-            )
-        return pairs
+# %% ../../nbs/losses/paired.ipynb #549a8898
+def _weighted_pairs(k, pair_weights, stop_gradient):
+    "Pairs of `k` branches in the order 12, 13, ..., 23, ..., and the weight of each."
+    pairs = list(combinations(range(k), 2))
+    weights = [1.]*len(pairs) if pair_weights is None else list(pair_weights)
+    if len(weights) != len(pairs):
+        order = ", ".join(f"{a + 1}{b + 1}" for a, b in pairs)
+        raise ValueError(
+            f"got {len(weights)} pair weights for {k} views; expected {len(pairs)}, in the "
+            f"order {order}."
+        )
+    if not set(stop_gradient) < set(range(k)):
+        raise ValueError(
+            f"got stop_gradient={stop_gradient} for {k} views; expected branches "
+            f"from 0 to {k - 1}, and one or more left to train."
+        )
+    return pairs, weights
+
+# %% ../../nbs/losses/paired.ipynb #9f337733
+class _PairedLoss(nn.Module):
+    "A loss over the pairs of two or more branches; a subclass gives the equation in `_loss`."
+    def __init__(self, mode, modes, two_only, pair_weights, stop_gradient):
+        super().__init__()
+        if mode not in modes:
+            raise ValueError(f"got mode {mode!r}, expected one of {', '.join(map(repr, modes))}.")
+        self.mode, self.two_only = mode, two_only
+        self.pair_weights, self.stop_gradient = pair_weights, tuple(stop_gradient)
 
     def forward(self,
         *zs:Tensor, # One embedding batch per branch, each (B, D), rows in the same order
-    )->tuple[Tensor, dict[str, Tensor]]: # The scalar to minimise; its terms before weighting, detached
-        pairs = self._check(zs)
-        weights = [1.]*len(pairs) if self.pair_weights is None else list(self.pair_weights)
-        dtype = torch.float64 if any(z.dtype == torch.float64 for z in zs) else torch.float32
-        with torch.autocast(zs[0].device.type, enabled=False):
-            zs = gather(
-                *(
-                    (z.detach() if i in self.stop_gradient else z).to(dtype)
-                    for i, z in enumerate(zs)
-                )
+    )->tuple[Tensor, dict[str, Tensor]]: # The scalar to minimise; its terms, unweighted and detached
+        _check_views(zs)
+        if self.mode == self.two_only and len(zs) != 2:
+            raise ValueError(
+                f"got {len(zs)} views, but mode {self.mode!r} is defined for two: use "
+                "mode='mean', which equals it at two."
             )
+        pairs, weights = _weighted_pairs(len(zs), self.pair_weights, self.stop_gradient)
+        dtype = torch.float64 if any(z.dtype == torch.float64 for z in zs) else torch.float32
+        zs = [z.detach() if i in self.stop_gradient else z for i, z in enumerate(zs)]
+        with torch.autocast(zs[0].device.type, enabled=False):
+            zs = gather(*(z.to(dtype) for z in zs))
             if len(zs[0]) < 2:
                 raise ValueError(
                     f"view 0 has shape {tuple(zs[0].shape)}; expected (B, D) with at least two "
@@ -210,56 +195,45 @@ class _PairedLoss(nn.Module):
         return loss, {name: term.detach() for name, term in terms.items()}
 
 # %% ../../nbs/losses/paired.ipynb #e3a6ac87
+# k_s, k_v and k_c for k branches and p pairs
+_VICREG_SCALES = {
+    "mean": lambda k, p: (1/p, 1/k, 2/k),
+    "official": lambda k, p: (1, 1/2, 1),
+    "reference": lambda k, p: (2, 1, 1),
+}
+
 class VICReg(_PairedLoss):
-    """VICReg for two or more branches: `loss(*zs) -> (scalar, terms)`, with the terms scaled as in
-    `mode`, unweighted and detached."""
+    "VICReg for two or more branches: `loss(*zs) -> (scalar, terms)`, terms scaled as in `mode`."
     def __init__(self,
-        # `mean`, `official` (two branches only) or `reference`: how the sums over pairs and
-        # branches are scaled
-        mode:str="mean",
+        mode:str="mean", # Scale of the sums: `mean`, `official` (two branches) or `reference`
         invariance:float=25., # Weight of the squared distance between branches
         variance:float=25., # Weight of the hinge on standard deviations
         covariance:float=1., # Weight of the squared covariances
         gamma:float=1., # Standard deviation below which a dimension is penalised
         eps:float|None=None, # Added to variances; None takes the mode's own
-        # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
-        pair_weights:Sequence[float]|None=None,
+        pair_weights:Sequence[float]|None=None, # Of the pairs 12, 13, ..., 23, ...; None: ones
         stop_gradient:Sequence[int]=(), # Branches whose embeddings get no gradient, counted from 0
     ):
-        super().__init__(
-            mode, ("mean", "official", "reference"), "official", pair_weights, stop_gradient
-        )
-        self.invariance, self.variance, self.covariance, self.gamma = (
-            invariance,
-            variance,
-            covariance,
-            gamma,
-        )
+        modes = ("mean", "official", "reference")
+        super().__init__(mode, modes, "official", pair_weights, stop_gradient)
+        self.invariance, self.variance, self.covariance = invariance, variance, covariance
         self.ddof = 0 if mode == "reference" else 1
-        self.eps = eps if eps is not None else 1e-5 if mode == "reference" else 1e-4
+        if eps is None: eps = 1e-5 if mode == "reference" else 1e-4
+        self.gamma, self.eps = gamma, eps
 
     def _loss(self, zs, pairs, weights):
-        k = len(zs)
-        k_s, k_v, k_c = {
-            "mean": (1 / len(pairs), 1 / k, 2 / k),
-            "official": (1, 1 / 2, 1),
-            "reference": (2, 1, 1),
-        }[self.mode]
-        terms = dict(
-            invariance=k_s
-            * sum(w * invariance_loss(zs[a], zs[b]) for w, (a, b) in zip(weights, pairs)),
-            variance=k_v * sum(variance_loss(z, self.gamma, self.eps, self.ddof) for z in zs),
-            covariance=k_c * sum(covariance_loss(z, self.ddof) for z in zs),
-        )
-        return self.invariance * terms["invariance"] + self.variance * terms[
-            "variance"
-        ] + self.covariance * terms["covariance"], terms
+        s = sum(w*invariance_loss(zs[a], zs[b]) for w, (a, b) in zip(weights, pairs))
+        v = sum(variance_loss(z, self.gamma, self.eps, self.ddof) for z in zs)
+        c = sum(covariance_loss(z, self.ddof) for z in zs)
+        k_s, k_v, k_c = _VICREG_SCALES[self.mode](len(zs), len(pairs))
+        s, v, c = k_s*s, k_v*v, k_c*c
+        loss = self.invariance*s + self.variance*v + self.covariance*c
+        return loss, dict(invariance=s, variance=v, covariance=c)
 
     def extra_repr(self)->str:
         return (
             f"mode={self.mode!r}, invariance={self.invariance}, variance={self.variance}, "
-            f"covariance={self.covariance}, gamma={self.gamma}, "
-            f"eps={self.eps}"
+            f"covariance={self.covariance}, gamma={self.gamma}, eps={self.eps}"
         )
 
 # %% ../../nbs/losses/paired.ipynb #41f58a6c
@@ -274,16 +248,14 @@ def standardise(
 # %% ../../nbs/losses/paired.ipynb #6828d478
 def cross_correlation_loss(
     *zs:Tensor, # Standardised embeddings, one batch per branch, each (B, D)
-)->tuple[Tensor, Tensor]: # On-diagonal and off-diagonal sums, each of shape (pairs,), in the order 12, 13, ..., 23, ...
-    """Squared distance of each pair's cross-correlation matrix from the identity, on and off the
-    diagonal."""
+)->tuple[Tensor, Tensor]: # On-diagonal and off-diagonal sums of the pairs 12, 13, ..., 23, ...
+    "Squared distance of each pair's cross-correlation from the identity, on and off the diagonal."
     (n, d), pairs = zs[0].shape, list(combinations(range(len(zs)), 2))
     diagonals = torch.stack([(zs[a]*zs[b]).mean(dim=0) for a, b in pairs])
     if len(zs)*n < len(pairs)*d:
         grams = [_Gram.apply(z)/n for z in zs]
-        off = torch.stack([(grams[a] * grams[b]).sum() for a, b in pairs]) - diagonals.square().sum(
-            dim=1
-        )
+        whole = torch.stack([(grams[a]*grams[b]).sum() for a, b in pairs])
+        off = whole - diagonals.square().sum(dim=1)
     else:
         others = ~torch.eye(d, dtype=torch.bool, device=zs[0].device)
         off = torch.stack([((zs[a].T @ zs[b]/n)*others).square().sum() for a, b in pairs])
@@ -291,16 +263,13 @@ def cross_correlation_loss(
 
 # %% ../../nbs/losses/paired.ipynb #232e5851
 class BarlowTwins(_PairedLoss):
-    """Barlow Twins for two or more branches: `loss(*zs) -> (scalar, terms)`, with `scalar =
-    on_diagonal + weight*off_diagonal`."""
+    "Barlow Twins for two or more branches: `loss(*zs) -> (scalar, terms)`."
     def __init__(self,
         mode:str="mean", # `mean` over pairs, or `reference` (two branches only)
         off_diagonal:float=.0051, # Weight of the squared off-diagonal correlations
-        # Divide loss and terms by D; False gives the scale of the original paper
-        divide_by_d:bool=True,
+        divide_by_d:bool=True, # Divide loss and terms by D; False: the scale of the original paper
         eps:float=1e-5, # Added to variances
-        # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
-        pair_weights:Sequence[float]|None=None,
+        pair_weights:Sequence[float]|None=None, # Of the pairs 12, 13, ..., 23, ...; None: ones
         stop_gradient:Sequence[int]=(), # Branches whose embeddings get no gradient, counted from 0
     ):
         super().__init__(mode, ("mean", "reference"), "reference", pair_weights, stop_gradient)
@@ -333,7 +302,7 @@ def contrast_logits(
     b:Tensor, # Unit rows of another view, samples in the same order, shape (B, D)
     temperature:float=.5, # Differences of similarity are divided by it
     own_view:bool=True, # Add the other samples of the row's own view as candidates (NT-Xent)
-)->tuple[Tensor, Tensor]: # For the rows of `a` and of `b`: (B, B), or (B, 2B) with own view; the partner of row i is in column i
+)->tuple[Tensor, Tensor]: # For rows of `a` and of `b`, (B, B) or (B, 2B); row i's partner is in column i
     "Similarity of every row to its candidates, over the temperature."
     across = a @ b.T/temperature
     if not own_view: return across, across.T
@@ -343,43 +312,34 @@ def contrast_logits(
 
 # %% ../../nbs/losses/paired.ipynb #4cfa1444
 class SimCLR(_PairedLoss):
-    """NT-Xent or cross-view InfoNCE for two or more branches: `loss(*zs) -> (scalar, terms)`, where
-    the scalar is the term `contrast`."""
+    "NT-Xent or InfoNCE for two or more branches: `loss(*zs) -> (scalar, terms)`."
     def __init__(self,
         temperature:float=.5, # Of the softmax over candidates
-        # `nt-xent`: candidates from both views; `infonce`: from the other view only
-        variant:str="nt-xent",
+        variant:str="nt-xent", # Candidates of both views; `infonce`: of the other view only
         mode:str="mean", # `mean` over pairs, or their sum (`reference`)
-        # One weight per pair of branches, in the order 12, 13, ..., 23, ...; None for ones
-        pair_weights:Sequence[float]|None=None,
+        pair_weights:Sequence[float]|None=None, # Of the pairs 12, 13, ..., 23, ...; None: ones
         stop_gradient:Sequence[int]=(), # Branches whose embeddings get no gradient, counted from 0
     ):
         super().__init__(mode, ("mean", "reference"), "", pair_weights, stop_gradient)
         if not temperature > 0:
-            raise ValueError(
-                f"got temperature={temperature}, expected a number above zero, such as 0.5 or "
-                "0.1."
-            )
+            raise ValueError(f"got temperature={temperature}, expected a number above zero.")
         if variant not in ("nt-xent", "infonce"):
             raise ValueError(f"got variant {variant!r}, expected 'nt-xent' or 'infonce'.")
         self.temperature, self.variant = temperature, variant
 
     def _loss(self, zs, pairs, weights):
-        us, partner = [unit_rows(z) for z in zs], torch.arange(len(zs[0]), device=zs[0].device)
+        us = [unit_rows(z) for z in zs]
+        partner, own_view = torch.arange(len(us[0]), device=us[0].device), self.variant == "nt-xent"
         losses, hits, cosines = [], [], []
         for a, b in pairs:
-            logits = contrast_logits(
-                us[a], us[b], self.temperature, own_view=self.variant == "nt-xent"
-            )
+            logits = contrast_logits(us[a], us[b], self.temperature, own_view)
             losses.append(sum(F.cross_entropy(l, partner) for l in logits)/2)
             hits += [(l.argmax(dim=1) == partner).to(l.dtype).mean() for l in logits]
             cosines.append((us[a]*us[b]).sum(dim=1).mean())
-        contrast = sum(w * l for w, l in zip(weights, losses)) / (
-            len(pairs) if self.mode == "mean" else 1
-        )
-        return contrast, dict(
-            contrast=contrast, top1=torch.stack(hits).mean(), alignment=torch.stack(cosines).mean()
-        )
+        contrast = sum(w*l for w, l in zip(weights, losses))
+        contrast = contrast/(len(pairs) if self.mode == "mean" else 1)
+        top1, alignment = torch.stack(hits).mean(), torch.stack(cosines).mean()
+        return contrast, dict(contrast=contrast, top1=top1, alignment=alignment)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, variant={self.variant!r}, mode={self.mode!r}"

@@ -291,7 +291,7 @@ def test_folds_are_stratified_and_follow_the_seed():
 def test_too_few_groups_are_refused():
     with pytest.raises(ValueError, match="3 groups for 4 folds: give k=3 or less"):
         group_folds(["a", "b", "c", "a"], 4)
-    with pytest.raises(ValueError, match="k is 1"): group_folds([1, 2], 1)
+    with pytest.raises(ValueError, match="k=1, expected 2"): group_folds([1, 2], 1)
     with pytest.raises(ValueError, match="3 labels and 2 groups"): group_folds([1, 2], 2, [0, 1, 1])
 
 # the AUC

@@ -1,10 +1,11 @@
 """Processes that hold different rows train as one process on all rows: every loss, through a
 real DistributedDataParallel.
 
-Each group of processes is started once and runs all cases; the tests below compare what it
-stored with one process on the joined batch.
+Three processes are started once and run all cases, as a group of three and then two of them as a
+group of two; the tests below compare what they stored with one process on the joined batch.
 """
 import gc
+import math
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,8 +17,11 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from synthpi.losses import distance
 from synthpi.losses import paired as losses
+from synthpi.losses.distance import DistanceBarlow, DistanceLoss, TwoHeadLoss
 from synthpi.losses.paired import BarlowTwins, SimCLR, VICReg, gather
+from synthpi.losses.position import PositionRegression
 
 # the last batch is uneven; a process with one row has no variance of its own
 ROWS = {2: (5, 3), 3: (3, 1, 4)}
@@ -44,6 +48,19 @@ LOSSES = {
     ),
 }
 CASES = [(name, k, d) for name, (_, ks) in LOSSES.items() for k in ks for d in WIDTHS]
+# positions: crops of five volumes, shared by two processes
+PLACED_ROWS = (6, 4)
+VOLUME = torch.tensor([0, 0, 1, 2, 2, 2, 2, 7, 1, 0])
+PLACED = {
+    "plain": (DistanceLoss(4.0), 1),
+    "all, kl": (DistanceLoss(4.0, "all", kl=0.3), 1),
+    "within": (DistanceLoss(4.0, "within", relative=0.1), 1),
+    "cross": (DistanceLoss(4.0, "cross", huber=0.5), 1),
+    "barlow": (DistanceBarlow(DistanceLoss(4.0), weight=5.0), 2),
+    "two heads": (TwoHeadLoss(2, DistanceLoss(4.0, "within"), weight=5.0), 2),
+    "regression": (PositionRegression([1.0] * 3, [2.0] * 3), 1),
+    "partners": (DistanceLoss(4.0, "within", partners=4), 1),
+}
 ALONE = "each process its own rows"
 CONTROLS = {
     ALONE: lambda *zs: zs,
@@ -111,82 +128,122 @@ def raises(call):
     try: call()
     except ValueError as e: return str(e)
 
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=(folder / "meeting").as_uri(),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
+class Net(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, d))
+    def forward(self, *views): return tuple(self.net(v) for v in views)
+
+def placed_data(name):
+    "The same model and joined batch in every process"
+    torch.manual_seed(0)
+    model = Net(3 if name == "regression" else 5).double()
+    views = [torch.randn(10, 6, dtype=torch.float64) for _ in range(PLACED[name][1])]
+    return model, views, 3*torch.randn(10, 3, dtype=torch.float64)
+
+def placed_step(model, name, views, c, volume):
+    loss = PLACED[name][0]
+    return step(model, lambda *zs: loss(*zs, center_mm=c, volume_id=volume), views)
+
+def two_rows():
+    g = torch.Generator().manual_seed(0)
+    return [3*torch.randn(2, n, generator=g, dtype=torch.float64) for n in (3, 3)]
+
+def placed_cases(rank):
+    mine, out = slice(0, PLACED_ROWS[0]) if rank == 0 else slice(PLACED_ROWS[0], None), {}
+    for name in PLACED:
+        model, views, c = placed_data(name)
+        # processes draw different numbers
+        torch.manual_seed(10 + rank)
+        views, model = [v[mine] for v in views], DistributedDataParallel(model)
+        out[name] = placed_step(model, name, views, c[mine], VOLUME[mine])
+    z, c = two_rows()
+    out["one row each"] = DistanceLoss()(z[rank:rank + 1], c[rank:rank + 1])[0]
+    out["not finite in one"] = raises(lambda: DistanceLoss()(z, c*(math.nan if rank else 1)))
+    return out
+
+def ddp_step(name, k, d, rows, rank):
+    model, views = data(k, d, sum(rows))
+    model = DistributedDataParallel(model, find_unused_parameters=True)
+    return step(model, LOSSES[name][0], own(views, rows, rank))
+
+def gathered(rank, rows):
+    "Rows of two branches, the gradient of what each process weighs differently, and whole numbers"
+    z = torch.arange(rows[rank]*2.).reshape(-1, 2).add(100*rank).requires_grad_()
+    joined = gather(z, torch.cat([z, z, z], dim=1).detach())
+    # the gradient is the sum of the processes' weights
+    (joined[0]*(rank + 1)).sum().backward()
+    integers = gather(torch.full((rows[rank], 1), 2**40 + rank))[0]
+    return {"gather": ([j.detach() for j in joined], z.grad), "integers": integers}
+
+def paired_cases(rank, world):
     rows, out = ROWS[world], {}
-    n = sum(rows)
-
-    def ddp_step(name, k, d, rows=rows):
-        model, views = data(k, d, n)
-        return step(
-            DistributedDataParallel(model, find_unused_parameters=True),
-            LOSSES[name][0],
-            own(views, rows, rank),
-        )
-
-    for case in CASES: out[case] = ddp_step(*case)
-    out["empty process"] = ddp_step("nt-xent mean", 3, 3, rows=(n,) + (0,)*(world - 1))
+    for case in CASES: out[case] = ddp_step(*case, rows, rank)
+    alone = (sum(rows),) + (0,)*(world - 1)
+    out["empty process"] = ddp_step("nt-xent mean", 3, 3, alone, rank)
     for control, other in CONTROLS.items():
         if world == 3 and control == ALONE: continue     # one process has a single row
         with replaced_gather(other):
-            for case in CASES: out[control, case] = ddp_step(*case)
-
-    z = torch.arange(rows[rank]*2.).reshape(-1, 2).add(100*rank).requires_grad_()
-    wide = torch.cat([z, z, z], dim=1).detach()
-    joined = gather(z, wide)
-    # the processes weigh the batch differently: the gradient is the sum of their weights
-    (joined[0]*(rank + 1)).sum().backward()
-    out["gather"] = [j.detach() for j in joined], z.grad
-    out["integers"] = gather(torch.full((rows[rank], 1), 2**40 + rank))[0]
-    out["half precision"] = [
-        loss(*(v.bfloat16() for v in own(data(3, 20, n)[1], rows, rank)))[0]
-        for loss in (VICReg(), BarlowTwins(), SimCLR())
-    ]
-    with torch.no_grad():
-        out["validation"] = [
-            loss(*own(data(3, 20, n)[1], rows, rank))[0]
-            for loss in (VICReg(), BarlowTwins(), SimCLR())
-        ]
+            for case in CASES: out[control, case] = ddp_step(*case, rows, rank)
+    views = own(data(3, 20, sum(rows))[1], rows, rank)
+    each = VICReg(), BarlowTwins(), SimCLR()
+    out["half precision"] = [loss(*(v.bfloat16() for v in views))[0] for loss in each]
+    with torch.no_grad(): out["validation"] = [loss(*views)[0] for loss in each]
     out["widths"] = raises(lambda: gather(torch.zeros(2, 3 + rank)))
     out["one row in all"] = raises(lambda: SimCLR()(*[torch.ones(int(rank == 0), 4)]*2))
-    torch.save(out, folder/f"{rank}.pt")
-    # DDP sits in reference cycles and holds the group: its threads must end before the interpreter
-    gc.collect()
-    dist.destroy_process_group()
+    return out | gathered(rank, rows)
 
-@pytest.fixture(scope="module", params=sorted(ROWS), ids="{} processes".format)
-def group(request, tmp_path_factory):
-    "Number of processes, and what each of them computed"
-    world, folder = request.param, tmp_path_factory.mktemp("group")
-    context = mp.get_context("spawn")
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    for world in sorted(ROWS, reverse=True):
+        if rank >= world: continue
+        dist.init_process_group(
+            "gloo",
+            init_method=(folder/f"meeting {world}").as_uri(),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
+        )
+        out = paired_cases(rank, world)
+        if world == 2: out |= placed_cases(rank)
+        torch.save(out, folder/f"{world} {rank}.pt")
+        # DDP sits in reference cycles and holds the group: its threads must end first
+        gc.collect()
+        dist.destroy_process_group()
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    "Folder of what each process of each group computed"
+    folder, context = tmp_path_factory.mktemp("group"), mp.get_context("spawn")
     children = [
-        context.Process(target=worker, args=(rank, world, folder), daemon=True)
-        for rank in range(world)
+        context.Process(target=worker, args=(rank, folder), daemon=True)
+        for rank in range(max(ROWS))
     ]
     for c in children: c.start()
     try:
         end = time.monotonic() + 120
-        while (
-            any(c.is_alive() for c in children)
-            and time.monotonic() < end
-            and not any(c.exitcode for c in children)
-        ):
-            time.sleep(0.05)
-        assert [c.exitcode for c in children] == [0] * world, (
+        while any(c.is_alive() for c in children) and time.monotonic() < end:
+            if any(c.exitcode for c in children): break
+            time.sleep(.05)
+        assert [c.exitcode for c in children] == [0]*len(children), (
             "a process failed or hung; its traceback is on standard error"
         )
     finally:
         for c in children:
             c.kill()
             c.join()
-    return world, [torch.load(folder/f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return folder
+
+def stored(folder, world):
+    return [torch.load(folder/f"{world} {rank}.pt", weights_only=False) for rank in range(world)]
+
+@pytest.fixture(scope="module", params=sorted(ROWS), ids="{} processes".format)
+def group(request, results):
+    "Number of processes, and what each of them computed"
+    return request.param, stored(results, request.param)
+
+@pytest.fixture(scope="module")
+def processes(results): return stored(results, 2)
 
 def one_process(case, n):
     name, k, d = case
@@ -285,3 +342,44 @@ def test_every_process_hears_of_the_error(group):
             f"the processes hold {', '.join(str(3 + r) for r in range(world))} embedding columns"
         )
         assert "at least two rows" in result["one row in all"]
+
+def _both_draws():
+    "What the two processes drew for their rows"
+    draws = []
+    for rank in range(2):
+        torch.manual_seed(10 + rank)
+        draws.append(torch.rand(PLACED_ROWS[rank], 4))
+    return torch.cat(draws)
+
+@pytest.mark.parametrize("name", PLACED)
+def test_two_processes_with_positions_equal_one(processes, name, monkeypatch):
+    if name == "partners":
+        drawn = _both_draws()
+        monkeypatch.setattr(distance.torch, "rand", lambda *shape, **kw: drawn)
+    model, views, c = placed_data(name)
+    expected = placed_step(model, name, views, c, VOLUME)
+    largest = max(g.abs().max().item() for g in expected["grads"].values())
+    assert largest > 0
+    for found in (p[name] for p in processes):
+        # float64: sums in another order
+        torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-12, atol=1e-13)
+        for k, term in expected["terms"].items():
+            torch.testing.assert_close(found["terms"][k], term, rtol=1e-11, atol=1e-13)
+        for k, grad in expected["grads"].items():
+            torch.testing.assert_close(found["grads"][k], grad, rtol=1e-9, atol=1e-11*largest)
+
+@pytest.mark.parametrize("name", [n for n in PLACED if n not in ("partners", "within", "two heads")])
+def test_positions_without_the_gather_are_another_loss(processes, name):
+    "The losses left out have no pair within the second process alone"
+    model, views, c = placed_data(name)
+    apart = [
+        PLACED[name][0](*model(*[v[s] for v in views]), center_mm=c[s], volume_id=VOLUME[s])[0]
+        for s in (slice(0, 6), slice(6, 10))
+    ]
+    assert abs(sum(apart)/2 - processes[0][name]["loss"]) > 1e-6
+
+def test_rows_of_one_process_count_in_the_other_and_so_do_errors(processes):
+    z, c = two_rows()
+    for p in processes:
+        assert p["one row each"] == DistanceLoss()(z, c)[0]
+        assert "2 of 4 rows of centres are not finite, the first is row 2" in p["not finite in one"]
