@@ -30,6 +30,19 @@ class _Sum(torch.autograd.Function):
         dist.all_reduce(x)
         return x
 
+def _joined_moments(x, axes, shape):
+    "Mean, variance and number of the values of each channel, in all processes together"
+    sums = _Sum.apply(torch.cat([x.sum(axes), x.new_tensor([x.numel()//x.shape[1]])]))
+    n = sums[-1].detach()
+    if n < 2:
+        raise ValueError(
+            f"got {int(n)} values per channel in all processes together, here in an input "
+            f"of shape {tuple(x.shape)}; expected two or more."
+        )
+    mean = sums[:-1]/n
+    return mean, _Sum.apply((x - mean.view(shape)).square().sum(axes))/n, n
+
+# %% ../../nbs/train/batchnorm.ipynb #3abe76cf
 class JoinedBatchNorm(_BatchNorm):
     """BatchNorm with the statistics of all processes, for any device and any number of dimensions;
     without a process group, BatchNorm."""
@@ -40,22 +53,12 @@ class JoinedBatchNorm(_BatchNorm):
             )
 
     def forward(self, x:Tensor)->Tensor:
-        if not (self.training or self.running_mean is None) or not (
-            dist.is_available() and dist.is_initialized()
-        ):
-            return super().forward(x)
+        own = self.training or self.running_mean is None
+        if not own or not (dist.is_available() and dist.is_initialized()): return super().forward(x)
         self._check_input_dim(x)
         y = x if x.dtype == torch.float64 else x.float()
         axes, shape = [0, *range(2, x.ndim)], (1, -1, *[1]*(x.ndim - 2))
-        sums = _Sum.apply(torch.cat([y.sum(axes), y.new_tensor([x.numel()//x.shape[1]])]))
-        n = sums[-1].detach()
-        if n < 2:
-            raise ValueError(
-                f"got {int(n)} values per channel in all processes together, here in an input "
-                f"of shape {tuple(x.shape)}; expected two or more."
-            )
-        mean = sums[:-1]/n
-        var = _Sum.apply((y - mean.view(shape)).square().sum(axes))/n
+        mean, var, n = _joined_moments(y, axes, shape)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self.num_batches_tracked += 1
             new = 1/self.num_batches_tracked.item() if self.momentum is None else self.momentum
@@ -73,13 +76,11 @@ def synchronise_batchnorm(
 )->nn.Module: # The model, with the same parameters, buffers and names
     """Let every BatchNorm of a model use the statistics of all processes: `nn.SyncBatchNorm` on
     CUDA, `JoinedBatchNorm` elsewhere."""
-    norms = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, _BatchNorm) and not isinstance(m, (JoinedBatchNorm, nn.SyncBatchNorm))
-    ]
-    # a subclass may do more than normalise, timm's BatchNormAct2d for example; a conversion would
-    # drop that in silence
+    joined = (JoinedBatchNorm, nn.SyncBatchNorm)
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    norms = [(name, m) for name, m in norms if not isinstance(m, joined)]
+    # a subclass may do more than normalise, timm's BatchNormAct2d for example, and a conversion
+    # would drop that in silence
     for name, m in norms:
         if type(m) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             raise TypeError(

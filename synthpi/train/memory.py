@@ -1,4 +1,4 @@
-"""What a training step will hold, before there is a device to hold it
+"""What a training step needs, before there is a device to hold it
 
 A step of training holds the parameters, their gradients, the optimiser's state, and whatever the
 forward pass keeps for the backward pass. The first three follow from the number of parameters. The
@@ -21,6 +21,8 @@ import torch
 from torch import nn, Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+
+from ..core.checks import one_of
 
 # %% ../../nbs/train/memory.ipynb #7ff5e6b8
 @dataclass(frozen=True)
@@ -47,26 +49,55 @@ class Memory:
         parts = ", ".join(f"{k} {v/1e9:.2f}" for k, v in vars(self).items())
         return f"{self.total/1e9:.2f} GB ({parts})"
 
+# %% ../../nbs/train/memory.ipynb #9ec52c35
+class _Storages:
+    "Hook that adds up the storages of the tensors it sees, each once, less some"
+    def __init__(self, ignored):
+        self.ignored, self.held = {self.key(t) for t in ignored}, {}
+
+    @staticmethod
+    def key(t): return t.untyped_storage()._cdata
+
+    def __call__(self, t):
+        # held, so that its address is not used again
+        if self.key(t) not in self.ignored: self.held[self.key(t)] = t.untyped_storage()
+        return t
+
+    @property
+    def nbytes(self): return sum(s.nbytes() for s in self.held.values())
+
+def _activations(model, tensors, view_shapes, dtype):
+    "Bytes that a forward pass saves, measured on tensors without numbers"
+    real = (t.device for t in tensors.values() if t.device.type != "meta")
+    device = next(real, torch.device("cpu"))
+    def empty(t):
+        return torch.empty(t.shape, dtype=t.dtype, device=device, requires_grad=t.requires_grad)
+    cast = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    # fake tensors and not the meta device: autocast has no rules for meta
+    with FakeTensorMode(), torch.enable_grad():
+        fake = {k: empty(t) for k, t in tensors.items()}
+        see = _Storages(fake.values())
+        views = [torch.empty(*s, device=device) for s in view_shapes]
+        with cast, torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+            zs = functional_call(model, fake, tuple(views))
+        for t in (*views, *([zs] if isinstance(zs, Tensor) else zs)): see(t)
+        return see.nbytes
+
 # %% ../../nbs/train/memory.ipynb #1fe2beb4
 # numbers kept for each parameter; SGD and LARS with momentum
 _STATES = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def memory_estimate(
-    # The network to train, for example of `trident`; may have been built under
-    # `torch.device("meta")`
-    model:nn.Module,
-    # Shape of each view with its batch size, for example `3*[(64, 3, 224, 224)]`
-    view_shapes:Sequence[Sequence[int]],
+    model:nn.Module, # To be trained; may be built under `torch.device("meta")`
+    view_shapes:Sequence[Sequence[int]], # One for each view, for example `3*[(64, 3, 224, 224)]`
     precision:str="fp32", # "fp32"; "bf16" or "fp16" for autocast
     optimizer:str="adamw", # "sgd", "lars" (both with momentum), "adam" or "adamw"
 )->Memory: # Bytes by kind
     """Memory of a training step in the mode that the model is in, with the autocast rules of its
     device; nothing is computed and the model is left as it was."""
-    if precision not in _TYPES:
-        raise ValueError(f"got precision {precision!r}, expected one of {', '.join(_TYPES)}.")
-    if optimizer not in _STATES:
-        raise ValueError(f"got optimizer {optimizer!r}, expected one of {', '.join(_STATES)}.")
+    one_of("precision", precision, _TYPES)
+    one_of("optimizer", optimizer, _STATES)
     if not view_shapes or not all(isinstance(s, Sequence) for s in view_shapes):
         raise ValueError(
             f"got view_shapes {view_shapes!r}, expected one shape for each view, batch size "
@@ -75,35 +106,5 @@ def memory_estimate(
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     size = sum(t.nbytes for t in tensors.values())
     trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return Memory(
-        size,
-        trainable,
-        _STATES[optimizer] * trainable,
-        _activations(model, tensors, view_shapes, _TYPES[precision]),
-    )
-
-def _activations(model, tensors, view_shapes, dtype):
-    device = next(
-        (t.device for t in tensors.values() if t.device.type != "meta"), torch.device("cpu")
-    )
-    storages = {}
-    def see(t):
-        storage = t.untyped_storage()
-        # held, so that its address is not used again
-        if storage._cdata not in own: storages[storage._cdata] = storage
-        return t
-    # fake tensors and not the meta device: autocast has no rules for meta
-    with FakeTensorMode(), torch.enable_grad():
-        fake = {
-            k: torch.empty(t.shape, dtype=t.dtype, device=device, requires_grad=t.requires_grad)
-            for k, t in tensors.items()
-        }
-        own = {t.untyped_storage()._cdata for t in fake.values()}
-        views = [torch.empty(*s, device=device) for s in view_shapes]
-        with (
-            torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
-            torch.autograd.graph.saved_tensors_hooks(see, lambda t: t),
-        ):
-            zs = functional_call(model, fake, tuple(views))
-        for t in (*views, *([zs] if isinstance(zs, Tensor) else zs)): see(t)
-        return sum(s.nbytes() for s in storages.values())
+    activations = _activations(model, tensors, view_shapes, _TYPES[precision])
+    return Memory(size, trainable, _STATES[optimizer]*trainable, activations)

@@ -148,10 +148,6 @@ def test_memory_is_that_of_the_micro_batch():
     # what is left at 16 rows is the loss on (N, 2) embeddings
     assert parts[1] < whole[1]/3
 
-@pytest.mark.parametrize("micro", [0, -3])
-def test_an_empty_micro_batch_is_refused(micro):
-    with pytest.raises(ValueError, match="expected at least one row"): large_batch_step(micro)
-
 def test_views_of_different_length_are_refused():
     with pytest.raises(ValueError, match=r"views of \[8, 7\] rows"):
         large_batch_step(4)(network(2), VICReg(), {"views": (views(8, 1)[0], views(7, 1)[0])})
@@ -282,7 +278,9 @@ def test_positions_are_not_taken_for_embeddings_by_the_watch():
         history[k].iloc[0] == pytest.approx(v, rel=1e-4) for k, v in health.items()
     )
 
-@pytest.mark.parametrize("batch, message", [({"crop": 0}, "center_mm is not"), ({"center_mm": 0}, "crop or views is not"), ({}, "center_mm and crop or views are not"), ({"crop": 0, "views": 0, "center_mm": 0}, "crop or views is not")])
-def test_a_batch_without_positions_or_crops_is_refused(batch, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("batch", [
+    {"crop": 0}, {"center_mm": 0}, {}, {"crop": 0, "views": 0, "center_mm": 0},
+])
+def test_a_batch_without_positions_or_crops_is_refused(batch):
+    with pytest.raises(ValueError, match="expected center_mm, and one of crop and views"):
         distance_step(crop_encoder(), DistanceLoss(), batch)

@@ -22,40 +22,46 @@ from torch import nn
 from synthpi.train.checkpoints import Checkpoints
 from synthpi.losses.paired import BarlowTwins, VICReg
 from synthpi.train.trainer import Trainer
-from synthpi.train.watch import plot_history
 
-STEPS = 30
-RUN = (
-    '''
+STEPS = 16
+RUN = '''
 import sys
 import numpy as np, torch
 from pathlib import Path
 from torch import nn
 from synthpi.core.seeds import seed_for
 from synthpi.losses import VICReg
-from synthpi.models.branches import Branches, Projector; from synthpi.models import make_encoder, save_encoder
+from synthpi.models.branches import Branches, Projector
+from synthpi.models import make_encoder, save_encoder
 from synthpi.data.recipes import strong
 from synthpi.train import Trainer, paired_step
 from synthpi.data import Views, batches
+
+def step(model, loss, batch):
+    "Draws from two generators: the dropout from PyTorch's, the noise from NumPy's"
+    def noise(v): return torch.from_numpy(np.random.normal(0, .02, v.shape).astype("float32"))
+    return paired_step(model, loss, batch | {"views": tuple(v + noise(v) for v in batch["views"])})
+
 def build(run_dir, steps=%d, workers=2, **kw):
     rng = np.random.default_rng(0)
     tiles = [{"primary": rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)} for _ in range(50)]
-    torch.manual_seed(0); np.random.seed(0)
+    torch.manual_seed(0)
+    np.random.seed(0)
     encoder = make_encoder("resnet10_narrow")
     head = nn.Sequential(nn.Dropout(.3), Projector(encoder.width, (64, 64)))
     model = Branches([encoder], [head], (0, 0))
-    def step(model, loss, batch):      # draws from two generators: the dropout from PyTorch's, the noise from NumPy's
-        noise = [torch.from_numpy(np.random.normal(0, .02, v.shape).astype("float32")) for v in batch["views"]]
-        return paired_step(model, loss, batch | {"views": tuple(v + n for v, n in zip(batch["views"], noise))})
-    return Trainer(model, VICReg(), torch.optim.AdamW(model.parameters(), 1e-3), lambda start: batches(Views(tiles, [("primary", strong)]*2, 32), 12, steps, start, workers),
-                   steps, step=step, run_dir=run_dir, progress=None, **kw)
-'''
-    % STEPS
-)
+    views = Views(tiles, [("primary", strong)]*2, 32)
+    return Trainer(
+        model, VICReg(), torch.optim.AdamW(model.parameters(), 1e-3),
+        lambda start: batches(views, 12, steps, start, workers), steps,
+        step=step, run_dir=run_dir, progress=None, **kw,
+    )
+''' % STEPS
 MAIN = '''
 trainer = build(sys.argv[1], save_every=.05, on_step=lambda t: print(t.done, flush=True))
 trainer.fit()
-save_encoder(trainer.accelerator.unwrap_model(trainer.model).encoders[0], Path(sys.argv[1])/"encoder.safetensors", steps=trainer.done)
+encoder = trainer.accelerator.unwrap_model(trainer.model).encoders[0]
+save_encoder(encoder, Path(sys.argv[1])/"encoder.safetensors", steps=trainer.done)
 '''
 build = {}
 exec(RUN, build)
@@ -110,14 +116,19 @@ def leave_out(name):
         if state is None: return None
         fresh = build(None, workers=0).state()
         if name in ("torch", "numpy"): state["random"][0][name] = fresh["random"][0][name]
-        elif name == "running statistics": state["model"] |= {k: v for k, v in fresh["model"].items() if "running" in k}
-        elif name == "history": state["history"] = {k: [values[:-1], there[:-1]] for k, (values, there) in state["history"].items()}
+        elif name == "running statistics":
+            state["model"] |= {k: v for k, v in fresh["model"].items() if "running" in k}
+        elif name == "history":
+            columns = state["history"].items()
+            state["history"] = {k: [values[:-1], there[:-1]] for k, (values, there) in columns}
         elif name == "moments": state["optimizer"]["state"] = {}
         elif name: state[name] = fresh[name]
         return state
     return load
 
-@pytest.mark.parametrize("forgotten", [None, "model", "optimizer", "moments", "torch", "numpy", "running statistics", "history"])
+PARTS = ["model", "optimizer", "moments", "torch", "numpy", "running statistics", "history"]
+
+@pytest.mark.parametrize("forgotten", [None, *PARTS])
 def test_each_part_of_the_state_is_needed(forgotten, tmp_path, monkeypatch):
     """The control of the test above: whatever is left out is noticed, and nothing but what is left
     out changes the result"""
@@ -204,7 +215,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(how, tmp_path, monkeypatch):
     monkeypatch.undo()
     # the work in memory is not thrown away
     assert first.done == 20 and [
-        str(w.message) for w in said if "Training goes on" in str(w.message)
+        str(w.message) for w in said if "Training continues" in str(w.message)
     ]
     assert [p.name[:13] for p in (tmp_path/"checkpoints").iterdir()] == ["step-00000010"]
     # there is room again
@@ -261,8 +272,10 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(Exception, match="(?i)weights.only|unsupported"): checkpoints.load()
     assert not (tmp_path/"exploded").exists()
 
-@pytest.mark.parametrize("change, message", [(dict(steps=30), "steps was 20 and is 30"), (dict(accumulate=2), "accumulate was 1 and is 2"),
-                                             (dict(loss=BarlowTwins()), "loss was VICReg.* and is BarlowTwins"), (dict(loss=VICReg(covariance=2.)), "covariance=2.0")])
+@pytest.mark.parametrize("change, message", [
+    (dict(loss=BarlowTwins()), "loss was VICReg.* and is BarlowTwins"),
+    (dict(loss=VICReg(covariance=2.)), "covariance=2.0"),
+])
 def test_a_checkpoint_of_another_run_is_refused(change, message, tmp_path):
     trainer(tmp_path).fit()
     with pytest.raises(ValueError, match=message): trainer(tmp_path, **change).fit()
@@ -287,13 +300,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_ctrl_c_keeps_the_work_and_returns(tmp_path):
     t = trainer(tmp_path, on_step=at(7, lambda t: os.kill(os.getpid(), signal.SIGINT)))
     history = t.fit()                                                       # returns
-    assert (
-        t.interrupted
-        and len(history) == 7
-        and Checkpoints(tmp_path / "checkpoints").paths()[0].name.startswith("step-00000007")
-    )
+    assert t.interrupted and len(history) == 7
+    assert Checkpoints(tmp_path/"checkpoints").paths()[0].name.startswith("step-00000007")
     t.on_step = None
-    # the same trainer goes on
+    # the same trainer continues
     assert t.fit().equals(trainer().fit()) and not t.interrupted
 
 def test_ctrl_c_in_the_middle_of_an_optimiser_step_waits_for_its_end(tmp_path):
@@ -342,7 +352,7 @@ def same(a, b):
 def test_a_step_that_is_broken_off_leaves_no_trace(where, how, tmp_path, monkeypatch):
     whole = normed()
     whole.fit()
-    # the same trainer goes on, or another process would
+    # the same trainer continues, or another process does
     for fresh in (False, True):
         folder, count = tmp_path/str(fresh), []
         t = normed(folder)
@@ -386,7 +396,7 @@ def test_a_batch_that_spoils_the_loss_does_not_spoil_batchnorm(tmp_path):
     whole.fit()
     assert same(resumed, whole)
 
-def test_another_learning_rate_is_taken_and_told(tmp_path):
+def test_another_learning_rate_is_used_with_a_warning(tmp_path):
     trainer(tmp_path, on_step=at(8, lambda t: (_ for _ in ()).throw(KeyboardInterrupt))).fit()
     second = trainer(tmp_path, lr=1e-3)
     with pytest.warns(UserWarning, match="lr was 0.01 and is 0.001"): h = second.fit()
@@ -451,12 +461,6 @@ def test_a_loss_with_state_is_a_part_of_the_run(tmp_path):
         and torch.equal(resumed.loss.scale, whole.loss.scale)
         and whole.loss.scale != 0
     )
-
-def test_terms_with_the_names_of_columns_are_refused():
-    def step(model, loss, batch):
-        scalar, terms = loss(*model(*batch["views"]))
-        return scalar, terms | {"loss": scalar*2}
-    with pytest.raises(ValueError, match="terms called loss"): trainer(step=step).fit()
 
 def test_terms_that_come_and_go_are_kept_as_they_were(tmp_path):
     def step(model, loss, batch):
@@ -553,26 +557,11 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_step(bad, tmp_path):
     )
     assert Checkpoints(tmp_path/"checkpoints").paths()[0].name.startswith("step-00000004")
 
-def test_a_gradient_that_is_no_number_stops_the_run():
-    def step(model, loss, batch):
-        # 0, with an infinite slope times zero
-        scalar = (model(*batch["views"])[0]*0).abs().sum().sqrt()
-        return scalar, {}
-    t = trainer(step=step)
-    with pytest.raises(FloatingPointError, match="norm of the gradient is nan at step 0"): t.fit()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which can")
+def test_half_precision_of_gpus_is_refused_on_a_cpu():
+    with pytest.raises(ValueError, match="no GPU"): trainer(precision="fp16")
 
-def test_batches_that_end_too_early_are_told():
-    with pytest.raises(ValueError, match="ended after step 3 of 20"):
-        trainer(train_dl=lambda start: (b for _, b in zip(range(3 - start), stream(start)))).fit()
-
-@pytest.mark.parametrize("kw, message", [(dict(steps=None), "no budget"), (dict(steps=0), "steps=0"), (dict(steps=3, epochs=2, epoch_steps=4), "give one"), (dict(steps=None, epochs=2), "epoch_steps"),
-    (dict(steps=None, minutes=-1), "minutes=-1"), (dict(accumulate=0), "accumulate=0"), (dict(clip=0), "clip=0"), (dict(clip=-1.), "clip=-1"), (dict(precision="fp8"), "fp8"), (dict(precision="fp16"), "no GPU")])
-def test_arguments_that_make_no_sense(kw, message):
-    if kw.get("precision") == "fp16" and torch.cuda.is_available():
-        pytest.skip("there is a GPU, which can")
-    with pytest.raises(ValueError, match=message): trainer(**kw)
-
-def test_epochs_are_counted_and_told():
+def test_epochs_are_counted_in_steps():
     ends = []
     t = trainer(steps=None, epochs=3, epoch_steps=2.5, on_epoch=lambda t: ends.append(t.done))
     # the steps in which 2.5, 5 and 7.5 are reached
@@ -603,7 +592,7 @@ def test_precision_is_really_lower_and_two_can_live_in_one_process():
         assert t.model.net.weight.dtype == torch.float32 and np.isfinite(h.loss).all()
     assert dtypes == {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-def test_images_are_laid_out_as_asked_for():
+def test_images_get_the_memory_format_of_the_trainer():
     seen = []
     def step(model, loss, batch):
         seen.append(
@@ -649,16 +638,16 @@ def test_tensorboard_gets_every_row(tmp_path):
         np.testing.assert_allclose([e.value for e in got], h[name], rtol=1e-6)
 
 @pytest.mark.parametrize("collapsed", [True, False])
-def test_a_collapse_is_told(collapsed):
+def test_a_collapse_gives_a_warning(collapsed):
     t = trainer(steps=200, watch_every=25)
     t.loss = VICReg(variance=0., covariance=0.) if collapsed else VICReg()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         h = t.fit()
-    told = [str(w.message) for w in said if "collapsed" in str(w.message)]
+    warned = [str(w.message) for w in said if "collapsed" in str(w.message)]
     # the first step and every 25th
-    assert bool(told) == collapsed and h["std"].notna().sum() == 9
-    if collapsed: assert "larger weight on variance" in told[0]
+    assert bool(warned) == collapsed and h["std"].notna().sum() == 9
+    if collapsed: assert "larger weight on variance" in warned[0]
 
 def test_a_transform_sees_the_batch_on_the_device():
     def transform(batch): return batch | {"views": tuple(v*0 + 1 for v in batch["views"])}
@@ -670,7 +659,3 @@ def test_a_transform_sees_the_batch_on_the_device():
     ).fit()
     assert seen == [[1.0]]
 
-def test_a_history_is_plotted_with_all_its_columns(tmp_path):
-    h = trainer(watch_every=5).fit()
-    assert {ax.get_title() for ax in plot_history(h).axes} == set(h.columns) - {"step"}
-    assert len(plot_history(h, ["loss"]).axes) == 1
