@@ -34,7 +34,7 @@ Modules:
 - `synthpi.core.seeds`: Seeds made of names, and random states that can be put back
 - `synthpi.data.conversion`: Arrays and outlines become, once, a plain folder of images that every command reads
 - `synthpi.data.device_views`: The same recipes on a whole batch, where the network is
-- `synthpi.data.folders`: Folders and manifests to a `Dataset`; every image looked at once; splits that keep patients whole
+- `synthpi.data.folders`: Folders and manifests to a `Dataset`, with the patient of every image
 - `synthpi.data.nuclei_sets`: PanNuke and MoNuSeg, each read in its published layout
 - `synthpi.data.phantoms`: Simulated H&E tissue: nine classes, exact nuclear masks, patients, and a second set that looks different
 - `synthpi.data.published`: PanNuke, MoNuSeg, BCI, immunofluorescence pairs, NCT-CRC-HE and PatchCamelyon, each read in its published layout
@@ -53,21 +53,28 @@ Modules:
 - `synthpi.evaluate.scores`: Accuracy, balanced accuracy, macro-F1, recall and AUC
 - `synthpi.evaluate.significance`: Paired tests over folds, over answers and over subjects, and Holm's adjustment
 - `synthpi.evaluate.tables`: One table of all arms, with intervals and paired tests
+- `synthpi.explain.activations`: Which nonlinearities of a network guided backpropagation covers
 - `synthpi.explain.map_explorer`: Hover over an embedding map, click a point: its image, its synthetic partner, its saliency, its nearest neighbours
-- `synthpi.explain.maps`: How an encoder arranges a data set, with the numbers that say how far to trust the picture
+- `synthpi.explain.maps`: How an encoder arranges a data set, and how far to trust the picture
+- `synthpi.explain.neighbours`: Do classes lie together, or patients? And what is nearest in other subjects?
 - `synthpi.explain.pair_explorer`: One pair at a time, in one place: flip between real and synthetic, the worst first
 - `synthpi.explain.pictures`: A picture that tells where it was clicked, two that are compared in place, and the still one that stands in without a kernel
-- `synthpi.explain.places`: What an encoder of crops knows of where they were: errors of distances, maps coloured by millimetres, AUC by fold and by region
-- `synthpi.explain.saliency`: Where in the image an encoder looks, and how it arranges a data set
-- `synthpi.explain.sanity`: Does a map tell of what the network has learnt, or only of the image?
+- `synthpi.explain.places`: What an encoder of crops knows of where in the body they were
+- `synthpi.explain.saliency`: Where in the image an encoder looks
+- `synthpi.explain.sanity`: Does a map depend on what the network has learnt, or only on the image?
+- `synthpi.explain.targets`: What a saliency map explains: a class, a similarity, or one dimension
 - `synthpi.explain.volume_explorer`: A volume to slide through and to click on, with the crops that an encoder finds most alike in other subjects
 - `synthpi.losses.distance`: Position as privileged information: embeddings as far apart as their crops
 - `synthpi.losses.geometry`: Distances between crops: which pairs, how far, and how well embeddings follow
 - `synthpi.losses.paired`: VICReg, Barlow Twins and SimCLR for two or more branches, on one or many devices
 - `synthpi.losses.position`: Reading a place from a crop: the regression head and its loss
-- `synthpi.models.branches`: Encoders, projectors, branch layouts, and encoder files
-- `synthpi.models.cards`: What an encoder is, what it was trained on and how to load it: one page beside its file
+- `synthpi.models.branches`: Encoders and projectors in a layout: Siamese, TriDeNT, or more privileged sources
+- `synthpi.models.cards`: What an encoder is, what it was trained on and how to load it, on one page
+- `synthpi.models.distances`: An embedding whose distances are millimetres, loaded from a run
+- `synthpi.models.encoders`: MONAI's networks by name, and those of other libraries
+- `synthpi.models.files`: Weights and what they are, in one file that opens without a pickle
 - `synthpi.pairs.cache`: Files named by what they were made from, each with its own checksum, and a table that says where they come from
+- `synthpi.pairs.examples`: What a generator learns from: pairs or two folders, with patients held out
 - `synthpi.pairs.foreign`: Which published network a file of weights belongs to, read from its names and shapes
 - `synthpi.pairs.generators`: One calling convention for everything that supplies a privileged image
 - `synthpi.pairs.kid`: How far a set of synthetic images is from the set of true ones, and what looks at them
@@ -84,6 +91,7 @@ Modules:
 - `synthpi.studies.generator`: Pairs, or two unpaired folders, to a generator that was judged on patients it has not seen
 - `synthpi.studies.page`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
 - `synthpi.studies.pretraining`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
+- `synthpi.studies.runs`: The names inside a run folder, and what is read back from it
 - `synthpi.studies.synthesise`: A folder of tiles and a generator to a cache of pairs, with a look at the first ones before the rest is made
 - `synthpi.studies.tissue.arms`: What a study compares: one name for one way of getting features
 - `synthpi.studies.tissue.report`: What a study found, as one page that a person likes to read
@@ -94,8 +102,12 @@ Modules:
 - `synthpi.studies.volumes.scores`: From the features of all arms to the numbers of the study, each with its interval
 - `synthpi.studies.volumes.study`: Does it help to tell an encoder where in the body a crop is? Every arm, on your volumes, in one call
 - `synthpi.train.batchnorm`: The statistics of the whole batch, whichever process holds its rows
-- `synthpi.train.checkpoints`: Files that a run can be taken up from, or that are not there at all
-- `synthpi.train.memory`: What a training step will hold, before there is a device to hold it
+- `synthpi.train.budget`: How long a run is, and how its learning rate falls
+- `synthpi.train.checkpoints`: Files that a run continues from, written whole or not at all
+- `synthpi.train.history`: One row per step, read from the device once and kept exactly
+- `synthpi.train.interrupts`: A step is taken whole or not at all, whatever stops it
+- `synthpi.train.memory`: What a training step needs, before there is a device to hold it
+- `synthpi.train.processes`: Devices, precision and several processes, by way of accelerate
 - `synthpi.train.steps`: What one training step does, and a large batch on a small GPU
 - `synthpi.train.trainer`: One small loop: resumable, watched, with a history to plot
 - `synthpi.train.watch`: What a run looks like while it learns: collapse, and the history
