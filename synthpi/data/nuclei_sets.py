@@ -1,5 +1,9 @@
 """PanNuke and MoNuSeg, each read in its published layout
 
+Two published sets of annotated nuclei, converted to pairs of an image and its nuclear mask. PanNuke
+is NumPy arrays with the nuclei of five classes in three folds; MoNuSeg is whole images with outlines
+in XML, one image per patient. Both become masks in which touching nuclei stay apart.
+
 ```python
 nuclei = pannuke(DIR/"pannuke", DIR/"nuclei")
 classes = pannuke(DIR/"pannuke", DIR/"classes", masks="classes")
@@ -24,7 +28,7 @@ from datasets import Dataset
 from skimage.draw import polygon
 from skimage.segmentation import find_boundaries
 
-from ..core.checks import some_names
+from ..core.checks import one_of, some_names
 from .conversion import _claim, _convert, _rgb8, SETS
 from .folders import _existing_folder, _find_images, SPLITS
 
@@ -33,9 +37,8 @@ def nuclear_mask(
     numbers:np.ndarray, # (H, W) integers: 0 background, else the number of the nucleus
 )->np.ndarray: # (H, W), `uint8`: 0 background, 255 nucleus, 128 its inner rim
     "The picture of a map of nuclei."
-    return np.where(
-        numbers == 0, 0, np.where(find_boundaries(numbers, connectivity=1, mode="inner"), 128, 255)
-    ).astype(np.uint8)
+    rim = find_boundaries(numbers, connectivity=1, mode="inner")
+    return np.where(numbers == 0, 0, np.where(rim, 128, 255)).astype(np.uint8)
 
 # %% ../../nbs/data/nuclei_sets.ipynb #1be6afb6
 # Class k, counted from 1, is the gray value 50 k of `masks="classes"`
@@ -48,8 +51,7 @@ def _npy(path, shape):
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}); expected a whole .npy file without pickled "
-            "objects: copy or download it "
-            f"again."
+            "objects: copy or download it again."
         ) from error
     if len(a.shape) != len(shape) or any(s not in (-1, n) for n, s in zip(a.shape, shape)):
         raise ValueError(
@@ -58,35 +60,112 @@ def _npy(path, shape):
         )
     return a
 
+# %% ../../nbs/data/nuclei_sets.ipynb #1d052cf8
 def _pannuke_nuclei(masks):
     "Class 0 to 5 and number, both (H, W), from (H, W, 6)."
     ids = masks[..., :5]
     if not (np.isfinite(ids).all() and (ids >= 0).all() and (ids == np.floor(ids)).all()):
         raise ValueError(
             f"got masks with values {ids.min()} to {ids.max()}, expected whole "
-            f"numbers of nuclei, 0 for none."
+            "numbers of nuclei, 0 for none."
         )
     which, here = (ids > 0).argmax(-1), (ids > 0).any(-1)
-    key = np.where(
-        here, np.take_along_axis(ids, which[..., None], -1)[..., 0].astype(np.int64) * 5 + which, 0
-    )
-    return np.where(here, which + 1, 0), np.unique(np.append(0, key), return_inverse=True)[1][
-        1:
-    ].reshape(key.shape).astype(np.uint16)
+    number = np.take_along_axis(ids, which[..., None], -1)[..., 0].astype(np.int64)
+    key = np.where(here, number*5 + which, 0)
+    # 0 in front: background is number 0 even where there is none
+    numbers = np.unique(np.append(0, key), return_inverse=True)[1][1:]
+    return np.where(here, which + 1, 0), numbers.reshape(key.shape).astype(np.uint16)
 
 def _pannuke_image(image, where):
-    if not (
-        np.isfinite(image).all()
-        and image.min() >= 0
-        and image.max() <= 255
-        and (image == np.floor(image)).all()
-    ):
+    bytes_ = np.isfinite(image).all() and image.min() >= 0 and image.max() <= 255
+    if not (bytes_ and (image == np.floor(image)).all()):
         raise ValueError(
             f"{where} has values {image.min()} to {image.max()}; expected whole numbers from 0 to "
             "255: the file was rescaled or is damaged."
         )
     return np.ascontiguousarray(image, dtype=np.uint8)
 
+# %% ../../nbs/data/nuclei_sets.ipynb #96046567
+_KINDS = ("images", "masks", "types")
+
+def _fold_of(path, folder):
+    "The one fold that a path names."
+    below = path.absolute().relative_to(folder.absolute().parent).as_posix()
+    fold = {int(n) for n in re.findall(r"(?<![a-z])fold[ _-]?(\d+)", below, re.I)}
+    if len(fold) == 1: return fold.pop()
+    raise ValueError(
+        f"{path} names the folds {sorted(fold) or 'none'}; expected one, as in "
+        f"{SETS['pannuke'].layout}."
+    )
+
+def _find_folds(folder):
+    "Paths by (fold, kind)."
+    found = {}
+    for kind in _KINDS:
+        for path in sorted(folder.rglob(f"{kind}.npy")):
+            key = _fold_of(path, folder), kind
+            if key in found:
+                raise ValueError(
+                    f"{path} and {found[key]} are both {kind} of fold {key[0]}; "
+                    "expected one: remove the other."
+                )
+            found[key] = path
+    if found: return found
+    raise FileNotFoundError(
+        f"no images.npy, masks.npy or types.npy below {folder}; expected "
+        f"{SETS['pannuke'].layout}. Found: "
+        f"{some_names(sorted(p.name for p in folder.iterdir()), 5) or 'nothing'}."
+    )
+
+# %% ../../nbs/data/nuclei_sets.ipynb #f581c8d9
+def _splits_of_folds(there, folds, folder):
+    "Split by fold, for the folds that are used."
+    default = {1: "train", 2: "val", 3: "test"}
+    if folds is None and (odd := set(there) - set(default)):
+        raise ValueError(
+            f"{folder} has the folds {there}; PanNuke has 1, 2 and 3: say with "
+            f"folds={{{min(odd)}: 'train', ...}} what the others are."
+        )
+    folds = {int(f): s for f, s in folds.items()} if folds else {f: default[f] for f in there}
+    if odd := sorted(set(folds) - set(there)):
+        raise ValueError(f"got fold {some_names(odd)}, but {folder} has {some_names(there)}.")
+    if odd := sorted(set(folds.values()) - set(SPLITS.values())):
+        raise ValueError(
+            f"folds={folds} has the splits {some_names(odd)}; expected train, val or test."
+        )
+    return folds
+
+def _read_fold(found, fold, folder):
+    "Images, masks and tissues of one fold, as many of each."
+    if lost := [f"{kind}.npy" for kind in _KINDS if (fold, kind) not in found]:
+        raise FileNotFoundError(
+            f"fold {fold} below {folder} has no {some_names(lost)}; "
+            f"expected {SETS['pannuke'].layout}."
+        )
+    images = _npy(found[fold, "images"], (-1, -1, -1, 3))
+    masks = _npy(found[fold, "masks"], (-1, *images.shape[1:3], 6))
+    types = _npy(found[fold, "types"], (-1,))
+    counts = {kind: len(a) for kind, a in zip(_KINDS, (images, masks, types))}
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"fold {fold} has {', '.join(f'{n} {kind}' for kind, n in counts.items())}; "
+            "expected as many of each: download it again."
+        )
+    return images, masks, types
+
+# %% ../../nbs/data/nuclei_sets.ipynb #e33241e7
+def _pannuke_items(types, fold, split, um_per_px):
+    "Rows of the table, and the files of every image with its key."
+    rows, items = [], []
+    for i, tissue in enumerate(map(str, types)):
+        name = f"fold{fold}_{i:05d}_{re.sub(r'[^A-Za-z0-9]+', '-', tissue)}"
+        known = {"split": split, "label": tissue, "um_per_px": um_per_px}
+        rows.append({"name": name, **known, "source": f"fold {fold}, number {i}"})
+        paths = [f"{side}/{name}.png" for side in ("image", "privileged", "instances")]
+        items.append((paths, (fold, i)))
+    return rows, items
+
+# %% ../../nbs/data/nuclei_sets.ipynb #580f5f03
 def pannuke(
     folder:str|Path, # Folder with one or more folds
     out:str|Path, # Folder of pairs to write
@@ -96,106 +175,35 @@ def pannuke(
     um_per_px:float=.25, # Micrometres per pixel, as published
 )->Dataset: # The pairs, see `pair_folders`; `label` is the tissue
     "PanNuke, from its arrays to pairs."
-    if masks not in ("nuclei", "classes"):
-        raise ValueError(f"got masks={masks!r}, expected 'nuclei' or 'classes'.")
-    folder, found = _existing_folder(folder, SETS["pannuke"].layout), {}
-    for kind in ("images", "masks", "types"):
-        for path in sorted(folder.rglob(f"{kind}.npy")):
-            fold = {
-                int(n)
-                for n in re.findall(
-                    r"(?<![a-z])fold[ _-]?(\d+)",
-                    path.absolute().relative_to(folder.absolute().parent).as_posix(),
-                    re.I,
-                )
-            }
-            if len(fold) != 1:
-                raise ValueError(
-                    f"{path} names the folds {sorted(fold) or 'none'}; expected one, as in "
-                    f"{SETS['pannuke'].layout}."
-                )
-            if (*fold, kind) in found:
-                raise ValueError(
-                    f"{path} and {found[(*fold, kind)]} are both {kind} of fold {fold.pop()}; "
-                    "expected one: remove the other."
-                )
-            found[(*fold, kind)] = path
-    there = sorted({fold for fold, _ in found})
-    if not there:
-        raise FileNotFoundError(
-            f"no images.npy, masks.npy or types.npy below {folder}; expected "
-            f"{SETS['pannuke'].layout}. Found: "
-            f"{some_names(sorted(p.name for p in folder.iterdir()), 5) or 'nothing'}."
-        )
-    default = {1: "train", 2: "val", 3: "test"}
-    if folds is None and (odd := set(there) - set(default)):
-        raise ValueError(
-            f"{folder} has the folds {there}; PanNuke has 1, 2 and 3: say with "
-            f"folds={{{min(odd)}: 'train', ...}} what "
-            f"the others are."
-        )
-    folds = {int(f): s for f, s in folds.items()} if folds else {f: default[f] for f in there}
-    if odd := sorted(set(folds) - set(there)):
-        raise ValueError(f"fold {some_names(odd)} was asked for; {folder} has {some_names(there)}.")
-    if odd := sorted(set(folds.values()) - set(SPLITS.values())):
-        raise ValueError(
-            f"folds={folds} has the splits {some_names(odd)}; expected train, val or test."
-        )
+    one_of("masks", masks, ("nuclei", "classes"))
+    folder = _existing_folder(folder, SETS["pannuke"].layout)
+    found = _find_folds(folder)
+    folds = _splits_of_folds(sorted({fold for fold, _ in found}), folds, folder)
     arrays, rows, items = {}, [], []
     for fold, split in sorted(folds.items()):
-        if lost := [
-            f"{kind}.npy" for kind in ("images", "masks", "types") if (fold, kind) not in found
-        ]:
-            raise FileNotFoundError(
-                f"fold {fold} below {folder} has no {some_names(lost)}; "
-                f"expected {SETS['pannuke'].layout}."
-            )
-        images = _npy(found[fold, "images"], (-1, -1, -1, 3))
-        arrays[fold] = images, _npy(found[fold, "masks"], (-1, *images.shape[1:3], 6))
-        types = _npy(found[fold, "types"], (-1,))
-        counts = {"images": len(images), "masks": len(arrays[fold][1]), "types": len(types)}
-        if len(set(counts.values())) > 1:
-            raise ValueError(
-                f"fold {fold} has {', '.join(f'{n} {kind}' for kind, n in counts.items())}; "
-                "expected as many of each: download it again."
-            )
-        for i, tissue in enumerate(map(str, types)):
-            name = f"fold{fold}_{i:05d}_{re.sub(r'[^A-Za-z0-9]+', '-', tissue)}"
-            rows.append(
-                {
-                    "name": name,
-                    "split": split,
-                    "label": tissue,
-                    "um_per_px": um_per_px,
-                    "source": f"fold {fold}, number {i}",
-                }
-            )
-            items.append(
-                ([f"{side}/{name}.png" for side in ("image", "privileged", "instances")], (fold, i))
-            )
-    gray = (
-        {c: 50 * k for k, c in enumerate(("background", *PANNUKE_CLASSES))}
-        if masks == "classes"
-        else {"background": 0, "rim": 128, "nucleus": 255}
-    )
+        *arrays[fold], types = _read_fold(found, fold, folder)
+        more_rows, more_items = _pannuke_items(types, fold, split, um_per_px)
+        rows += more_rows
+        items += more_items
+    gray = {"background": 0, "rim": 128, "nucleus": 255}
+    if masks == "classes":
+        gray = {c: 50*k for k, c in enumerate(("background", *PANNUKE_CLASSES))}
     options = {"masks": masks, "folds": folds, "um_per_px": um_per_px, "gray": gray}
-    out, facts = _claim(
-        "pannuke", out, folder, [p for (f, _), p in found.items() if f in folds], options
-    )
+    files = [path for (fold, _), path in found.items() if fold in folds]
+    out, facts = _claim("pannuke", out, folder, files, options)
     def make(key):
-        images, ids = arrays[key[0]]
-        classes, numbers = _pannuke_nuclei(np.asarray(ids[key[1]]))
-        return (
-            _pannuke_image(np.asarray(images[key[1]]), f"image {key[1]} of fold {key[0]}"),
-            nuclear_mask(numbers) if masks == "nuclei" else (classes * 50).astype(np.uint8),
-            numbers,
-        )
+        fold, i = key
+        images, ids = arrays[fold]
+        classes, numbers = _pannuke_nuclei(np.asarray(ids[i]))
+        image = _pannuke_image(np.asarray(images[i]), f"image {i} of fold {fold}")
+        if masks == "nuclei": return image, nuclear_mask(numbers), numbers
+        return image, (classes*50).astype(np.uint8), numbers
     return _convert(out, facts, rows, items, make)
 
 # %% ../../nbs/data/nuclei_sets.ipynb #e923e582
 def read_outlines(
     path:str|Path, # XML of Aperio ImageScope
-)->tuple[list[np.ndarray], int]: # Outlines, each (V, 2) of x and y in pixels; and how many regions had fewer than three corners
+)->tuple[list[np.ndarray], int]: # Outlines (V, 2) of x, y in pixels; number of regions without area
     "The outlines of all regions of an annotation."
     try:
         regions = ElementTree.parse(path).findall(".//Region")
@@ -221,6 +229,7 @@ def read_outlines(
         )
     return outlines, len(found) - len(outlines)
 
+# %% ../../nbs/data/nuclei_sets.ipynb #304580c4
 def draw_outlines(
     outlines:Sequence[np.ndarray], # Each (V, 2), x and y in pixels of the full image
     shape:tuple[int, int], # Height and width to draw, pixels
@@ -234,6 +243,87 @@ def draw_outlines(
         numbers[polygon(y, x, shape)] = k
     return numbers
 
+# %% ../../nbs/data/nuclei_sets.ipynb #3674cb05
+def _one_per_name(paths, kind, folder):
+    by_name = {}
+    for p in paths: by_name.setdefault(Path(p).stem, []).append(p)
+    if twice := [p for ps in by_name.values() if len(ps) > 1 for p in ps]:
+        raise ValueError(
+            f"{folder} has several files of one name: {some_names(twice)}; expected one "
+            f"{kind} per name: remove the others."
+        )
+    return {name: ps[0] for name, ps in by_name.items()}
+
+def _find_outlined(folder):
+    "Images and outlines below `folder`, both by name."
+    xmls = sorted(
+        p.relative_to(folder).as_posix()
+        for p in folder.rglob("*.xml") if p.name[0] != "." and "__MACOSX" not in p.parts
+    )
+    tiffs = [p for p in _find_images(folder) if p.lower().endswith((".tif", ".tiff"))]
+    images = _one_per_name(tiffs, "image", folder)
+    outlines = _one_per_name(xmls, "outline", folder)
+    if not images or not outlines:
+        raise FileNotFoundError(
+            f"{len(images)} TIFF and {len(outlines)} XML files were found below {folder}; "
+            f"expected {SETS['monuseg'].layout}."
+        )
+    if lonely := [(images | outlines)[n] for n in sorted(images.keys() ^ outlines.keys())]:
+        raise ValueError(
+            f"{folder}: {len(lonely)} of {len(images)} images "
+            f"and {len(outlines)} outlines have no partner: {some_names(lonely)}; expected "
+            "NAME.tif and NAME.xml: add or remove them."
+        )
+    return images, outlines
+
+# %% ../../nbs/data/nuclei_sets.ipynb #fd969bf6
+def _refuse_outlined(image, xml, outlines, size, downscale):
+    "`ValueError` if an image of (width, height) pixels and its outlines cannot be used."
+    if any(n % downscale for n in size):
+        raise ValueError(
+            f"{image} has {size[0]}x{size[1]} pixels, which downscale={downscale} "
+            "does not divide: choose another."
+        )
+    def is_outside(xy): return (xy.max(0) < 0).any() or (xy.min(0) > size).any()
+    if outside := [i for i, xy in enumerate(outlines, 1) if is_outside(xy)]:
+        raise ValueError(
+            f"{xml}: outlines {some_names(outside)} lie outside the "
+            f"{size[0]}x{size[1]} pixels of the image; expected pixels of this image: was it "
+            "cut or rescaled?"
+        )
+    if not re.match(r"TCGA-\w{2}-\w{4}", Path(image).stem):
+        raise ValueError(
+            f"{image} does not begin with a TCGA patient, as in "
+            "TCGA-18-5592-01Z-00-DX1: give other sets to `tiff_pairs` or `paired_folders`."
+        )
+
+def _corners(image, w, h, side):
+    "Upper left corners (y, x) of squares that cover the image; of the whole image without `side`."
+    if not side: return [(0, 0)]
+    if side > min(w, h):
+        raise ValueError(
+            f"got side={side} for {image} of {w}x{h} pixels; expected at most {min(w, h)}."
+        )
+    def starts(n): return np.linspace(0, n - side, -(-n//side)).round().astype(int).tolist()
+    return [(y, x) for y in starts(h) for x in starts(w)]
+
+# %% ../../nbs/data/nuclei_sets.ipynb #17a97107
+_PARTS = ("image", "privileged", "instances")
+
+def _known_of(name, xml, um_per_px):
+    "What the name of an image and the folders of its outlines say."
+    split = "test" if any("test" in part.lower() for part in xml.parts[:-1]) else "train"
+    return {"group": name[:12], "split": split, "um_per_px": um_per_px}
+
+def _layers(image, outlines, downscale):
+    "The image, its nuclear mask and the numbers of the nuclei, all reduced by `downscale`."
+    h, w = (n//downscale for n in image.shape[:2])
+    if downscale > 1:
+        image = np.asarray(PILImage.fromarray(image).resize((w, h), PILImage.Resampling.LANCZOS))
+    numbers = draw_outlines(outlines, (h, w), downscale)
+    return image, nuclear_mask(numbers), numbers
+
+# %% ../../nbs/data/nuclei_sets.ipynb #5896859f
 def monuseg(
     folder:str|Path, # Folder with images (TIFF) and outlines (XML) of the same names, at any depth
     out:str|Path, # Folder of pairs to write
@@ -243,132 +333,34 @@ def monuseg(
     um_per_px:float=.25, # Micrometres per pixel as published, before `downscale`
 )->Dataset: # The pairs, see `pair_folders`; `group` is the patient
     "MoNuSeg, from outlines to pairs."
-    folder, by_name = _existing_folder(folder, SETS["monuseg"].layout), {"image": {}, "outline": {}}
-    xmls = sorted(
-        p.relative_to(folder).as_posix()
-        for p in folder.rglob("*.xml")
-        if p.name[0] != "." and "__MACOSX" not in p.parts
-    )
-    for kind, paths in (
-        ("image", [p for p in _find_images(folder) if p.lower().endswith((".tif", ".tiff"))]),
-        ("outline", xmls),
-    ):
-        for p in paths:
-            by_name[kind].setdefault(Path(p).stem, []).append(p)
-        if twice := [p for ps in by_name[kind].values() if len(ps) > 1 for p in ps]:
-            raise ValueError(
-                f"{folder} has several files of one name: {some_names(twice)}; expected one "
-                f"{kind} per "
-                f"name: remove the others."
-            )
-    images, outlines = by_name["image"], by_name["outline"]
-    if not images or not outlines:
-        raise FileNotFoundError(
-            f"{len(images)} TIFF and {len(outlines)} XML files were found below {folder}; "
-            f"expected {SETS['monuseg'].layout}."
-        )
-    if lonely := [
-        ps[0]
-        for n, ps in sorted({**images, **outlines}.items())
-        if n not in images or n not in outlines
-    ]:
-        raise ValueError(
-            f"{folder}: {len(lonely)} of {len(images)} images "
-            f"and {len(outlines)} outlines have no partner: {some_names(lonely)}; expected "
-            "NAME.tif and NAME.xml: add or remove them."
-        )
+    folder = _existing_folder(folder, SETS["monuseg"].layout)
+    images, xmls = _find_outlined(folder)
     if downscale < 1 or int(downscale) != downscale:
         raise ValueError(f"got downscale={downscale}, expected a whole number, 1 or more.")
     rows, items, drawn, dropped = [], [], {}, 0
-    for name in sorted(images):
-        size = _rgb8(folder/images[name][0]).shape[1::-1]
-        if any(n % downscale for n in size):
-            raise ValueError(
-                f"{images[name][0]} has {size[0]}x{size[1]} pixels, which downscale={downscale} "
-                "does not divide: choose another."
-            )
-        drawn[name], few = read_outlines(folder/outlines[name][0])
+    for name, image in sorted(images.items()):
+        size = _rgb8(folder/image).shape[1::-1]
+        drawn[name], few = read_outlines(folder/xmls[name])
         dropped += few
-        outside = [
-            i
-            for i, xy in enumerate(drawn[name], 1)
-            if (xy.max(0) < 0).any() or (xy.min(0) > size).any()
-        ]
-        if outside:
-            raise ValueError(
-                f"{outlines[name][0]}: outlines {some_names(outside)} lie outside the "
-                f"{size[0]}x{size[1]} pixels of the image; expected pixels of this image: was it "
-                "cut "
-                f"or rescaled?"
-            )
-        if not re.match(r"TCGA-\w{2}-\w{4}", name):
-            raise ValueError(
-                f"{images[name][0]} does not begin with a TCGA patient, as in "
-                "TCGA-18-5592-01Z-00-DX1: give other sets to "
-                f"`tiff_pairs` or `paired_folders`."
-            )
-        w, h = (n//downscale for n in size)
-        if side and side > min(w, h):
-            raise ValueError(
-                f"got side={side} for {images[name][0]} of {w}x{h} pixels; expected at most "
-                f"{min(w, h)}."
-            )
-        starts = [
-            np.linspace(0, n - side, -(-n // side)).round().astype(int).tolist() if side else [0]
-            for n in (h, w)
-        ]
-        corners = [(y, x) for y in starts[0] for x in starts[1]]
+        _refuse_outlined(image, xmls[name], drawn[name], size, downscale)
+        corners = _corners(image, *(n//downscale for n in size), side)
         names = [f"{name}_y{y:04d}_x{x:04d}" if side else name for y, x in corners]
-        split = (
-            "test"
-            if any(
-                "test" in part.lower()
-                for part in (folder.name, *Path(outlines[name][0]).parts[:-1])
-            )
-            else "train"
-        )
-        rows += [
-            {
-                "name": n,
-                "group": name[:12],
-                "split": split,
-                "um_per_px": um_per_px * downscale,
-                "source": images[name][0],
-            }
-            for n in names
-        ]
-        items.append(
-            (
-                [f"{part}/{n}.png" for n in names for part in ("image", "privileged", "instances")],
-                (name, corners),
-            )
-        )
+        known = _known_of(name, Path(folder.name, xmls[name]), um_per_px*downscale)
+        rows += [{"name": n, **known, "source": image} for n in names]
+        items.append(([f"{part}/{n}.png" for n in names for part in _PARTS], (name, corners)))
     options = {
         "side": side,
         "downscale": downscale,
-        "um_per_px": um_per_px * downscale,
+        "um_per_px": um_per_px*downscale,
         "regions": sum(map(len, drawn.values())),
         "regions_without_area": dropped,
     }
-    out, facts = _claim(
-        "monuseg",
-        out,
-        folder,
-        [folder / p[0] for kind in (images, outlines) for p in kind.values()],
-        options,
-    )
+    files = [folder/p for paths in (images, xmls) for p in paths.values()]
+    out, facts = _claim("monuseg", out, folder, files, options)
     def make(key):
-        image = _rgb8(folder/images[key[0]][0])
-        h, w = (n//downscale for n in image.shape[:2])
-        if downscale > 1:
-            image = np.asarray(
-                PILImage.fromarray(image).resize((w, h), PILImage.Resampling.LANCZOS)
-            )
-        numbers = draw_outlines(drawn[key[0]], (h, w), downscale)
-        layers = image, nuclear_mask(numbers), numbers
-        return [
-            np.ascontiguousarray(a[y : y + (side or h), x : x + (side or w)])
-            for y, x in key[1]
-            for a in layers
-        ]
+        name, corners = key
+        layers = _layers(_rgb8(folder/images[name]), drawn[name], downscale)
+        h, w = layers[0].shape[:2]
+        where = [np.s_[y:y + (side or h), x:x + (side or w)] for y, x in corners]
+        return [np.ascontiguousarray(a[part]) for part in where for a in layers]
     return _convert(out, facts, rows, items, make)

@@ -1,8 +1,8 @@
-r"""H&E beside immunofluorescence: TIFF of 16 bits and any number of channels becomes pairs of pictures
+r"""H&E beside another stain: TIFF stacks, paired folders, BCI
 
 Registered microscope images of the same tissue, as in SHIFT, become the plain folder of pairs that
-every command reads (see `containers`). Channels are chosen, not guessed, and intensities keep their
-order over the whole set:
+every command reads. The user chooses the channels, and intensities keep their order over the whole
+set. Two folders of ordinary pictures, as in BCI, are read where they lie.
 
 ```python
 over_set = tiff_pairs(
@@ -53,11 +53,11 @@ def _read_channels(path, axis):
     if a.ndim != 3 or len(others) != 1 or not -3 <= others[0] < 3:
         raise ValueError(
             f"{path} has the shape {a.shape}, axes {axes}; expected height, width and one axis of "
-            "channels: give "
-            f"channel_axis, or one plane per file."
+            "channels: give channel_axis, or one plane per file."
         )
     return np.moveaxis(a, others[0], 0)
 
+# %% ../../nbs/data/stain_sets.ipynb #4460bfb7
 def _set_windows(stacks, n, percentiles):
     """The intensities at two percentiles of all pixels of a set, for each of `n` channels; counted,
     not held in memory."""
@@ -71,13 +71,26 @@ def _set_windows(stacks, n, percentiles):
 def apply_window(
     channels:np.ndarray, # (channels, H, W)
     windows:Sequence[Sequence[float]], # For each channel the intensities that become 0 and 255
-)->np.ndarray: # (H, W) for one channel, else (H, W, 3), `uint8`; a third channel that was not asked for is 0
+)->np.ndarray: # `uint8`: (H, W) for one channel, else (H, W, 3), zeros where there are two
     "Intensities to a picture."
     out = [
         np.clip((c.astype(np.float64) - low) / (high - low) * 255, 0, 255).round().astype(np.uint8)
         for c, (low, high) in zip(channels, windows)
     ]
     return out[0] if len(out) == 1 else np.stack(out + [np.zeros_like(out[0])]*(3 - len(out)), -1)
+
+# %% ../../nbs/data/stain_sets.ipynb #ff9772aa
+def _one_side(folder, sub, suffix, alone):
+    "Paths below `folder` by name without `suffix`; in a folder `alone`, all names must end in it."
+    there = some_names(sorted(p.name for p in folder.iterdir())) or "nothing"
+    found = _by_stem(_existing_folder(folder/sub, f"{sub}/ in {folder}, which holds {there}"))
+    if alone and (odd := [p for n, p in found.items() if not n.endswith(suffix)]):
+        raise ValueError(
+            f"{folder / sub}: {len(odd)} of {len(found)} names do not end in "
+            f"{suffix!r}: {some_names(odd)}; expected all to: correct the suffix, or move these."
+        )
+    mine = {n.removesuffix(suffix): p for n, p in found.items() if n.endswith(suffix)}
+    return {n: Path(sub, p).as_posix() for n, p in mine.items()}
 
 def _match_names(folder, primary, privileged, suffixes=("", ""), compare=True):
     "Names, and the paths below `folder` of both sides; `ValueError` when one has no partner."
@@ -87,32 +100,11 @@ def _match_names(folder, primary, privileged, suffixes=("", ""), compare=True):
             f"both sides are {primary}/ with suffix {suffixes[0]!r}; expected two folders, or two "
             "suffixes."
         )
-    sides = []
-    for sub, suffix in zip((primary, privileged), suffixes):
-        found = _by_stem(
-            _existing_folder(
-                folder / sub,
-                f"{sub}/ in {folder}, which holds "
-                f"{some_names(sorted(p.name for p in folder.iterdir())) or 'nothing'}",
-            )
-        )
-        if primary != privileged and (
-            odd := [p for n, p in found.items() if not n.endswith(suffix)]
-        ):
-            raise ValueError(
-                f"{folder / sub}: {len(odd)} of {len(found)} names do not end in "
-                f"{suffix!r}: {some_names(odd)}; expected all to: correct the suffix, or move "
-                "these."
-            )
-        sides.append(
-            {
-                n.removesuffix(suffix): Path(sub, p).as_posix()
-                for n, p in found.items()
-                if n.endswith(suffix)
-            }
-        )
+    alone = primary != privileged
+    sides = [_one_side(folder, sub, s, alone) for sub, s in zip((primary, privileged), suffixes)]
     return (folder, *_pair_up(folder, sides, compare))
 
+# %% ../../nbs/data/stain_sets.ipynb #53748b7d
 def _pick(pattern, names, what):
     """What the first bracket of a regular expression finds in each name; `ValueError` names those
     in which it finds nothing."""
@@ -120,12 +112,85 @@ def _pick(pattern, names, what):
     if odd := [n for n, m in zip(names, found) if not m]:
         raise ValueError(
             f"the pattern {pattern!r} for the {what} is not in {len(odd)} of {len(names)} names: "
-            f"{some_names(odd, 3)}; "
-            f"expected it in all."
+            f"{some_names(odd, 3)}; expected it in all."
         )
     return [m[1] if m.re.groups else m[0] for m in found]
 
-def tiff_pairs(
+# %% ../../nbs/data/stain_sets.ipynb #5df257b3
+def _choose_channels(channels, n, name):
+    "One to three numbers of channels; of one or three channels, all."
+    if channels is None and n not in (1, 3):
+        raise ValueError(
+            f"{name} has {n} channels; say which become red, green and blue, as "
+            "in channels=(0, 1, 2), or which one is gray, as in channels=(0,)."
+        )
+    channels = [int(c) for c in (range(n) if channels is None else channels)]
+    if 1 <= len(channels) <= 3 and all(0 <= c < n for c in channels): return channels
+    raise ValueError(f"got channels={channels}, expected one to three from 0 to {n - 1}.")
+
+def _refuse_windows(window, percentiles, per_image):
+    "`ValueError` if the intensities are chosen in two ways, or not at all."
+    if window is not None and per_image:
+        raise ValueError("got window and per_image=True, expected one of them.")
+    if not 0 <= percentiles[0] < percentiles[1] <= 100:
+        raise ValueError(
+            f"got percentiles={percentiles}, expected two that rise, from 0 to 100."
+        )
+
+# %% ../../nbs/data/stain_sets.ipynb #96dcf5f4
+def _checked_stacks(folder, pictures, stacks, channels, axis, counted):
+    "The chosen channels of every stack; `ValueError` for one that does not fit. `counted`: in bins."
+    n = len(_read_channels(folder/stacks[0], axis))
+    for a, b in zip(pictures, stacks):
+        stack = _read_channels(folder/b, axis)
+        size = _rgb8(folder/a).shape[1::-1]
+        if stack.shape[:0:-1] != size:
+            raise ValueError(
+                f"{b} has {len(stack)} channels of {stack.shape[2]}x{stack.shape[1]} pixels "
+                f"and {a} has {size[0]}x{size[1]}; expected registered images of one size: "
+                "resample one, or say which axis holds the channels (channel_axis)."
+            )
+        if len(stack) != n:
+            raise ValueError(
+                f"{b} has {len(stack)} channels and {stacks[0]} has {n}; expected as many in all."
+            )
+        if counted and stack.dtype not in (np.uint8, np.uint16):
+            raise ValueError(
+                f"{b} has pixels of type {stack.dtype}; expected 8 or 16 bits without sign, "
+                "or a window."
+            )
+        yield stack[channels]
+
+def _windows_of(stacks, channels, window, percentiles):
+    "For each channel the intensities that become 0 and 255; every stack is checked."
+    if window is None: windows = _set_windows(stacks, len(channels), percentiles)
+    elif len(window) == len(channels) and all(len(w) == 2 and w[0] < w[1] for w in window):
+        windows = [list(map(float, w)) for w in window]
+        for _ in stacks: pass
+    else:
+        raise ValueError(
+            f"got window={window}, expected (low, high) for each of {len(channels)} channels."
+        )
+    flat = [c for c, (low, high) in zip(channels, windows) if low >= high]
+    if not flat: return windows
+    raise ValueError(
+        f"channels {some_names(flat)} are constant between the percentiles {percentiles} of "
+        "the set: leave them out, or give a window."
+    )
+
+# %% ../../nbs/data/stain_sets.ipynb #9c7c7696
+def _tiff_rows(names, stacks, um_per_px, group_pattern):
+    "The table: name, scale, source, and split and group if names hold them."
+    rows = [{"name": n, "um_per_px": um_per_px, "source": b} for n, b in zip(names, stacks)]
+    parts = [n.split("/")[0].lower() for n in names]
+    if all(p in SPLITS for p in parts):
+        rows = [r | {"split": SPLITS[p]} for r, p in zip(rows, parts)]
+    if group_pattern:
+        rows = [r | {"group": g} for r, g in zip(rows, _pick(group_pattern, names, "group"))]
+    return rows
+
+# %% ../../nbs/data/stain_sets.ipynb #24fec887
+def tiff_pairs( # noqa: PLR0913
     folder:str|Path, # Folder that holds both sides
     out:str|Path, # Folder of pairs to write
     um_per_px:float, # Micrometres per pixel of both sides
@@ -139,109 +204,31 @@ def tiff_pairs(
     # Without `window`: percentiles of each channel over the set
     percentiles:tuple[float, float]=(.1, 99.9),
     per_image:bool=False, # Percentiles of each image: images cannot be compared any more
-    # Axis of the channels, of the three that are longer than 1; None reads it from the TIFF
-    channel_axis:int|None=None,
+    channel_axis:int|None=None, # Of the three axes longer than 1, that of the channels; None: as the TIFF says
     # Regular expression whose first bracket finds the group in the name
     group_pattern:str|None=None,
 )->Dataset: # The pairs, see `pair_folders`
     "Pictures and registered TIFF stacks, to pairs."
-    folder, names, (pictures, stacks) = _match_names(
-        folder, primary, privileged, suffixes, compare=False
-    )
-    if window is not None and per_image:
-        raise ValueError("got window and per_image=True, expected one of them.")
-    if not 0 <= percentiles[0] < percentiles[1] <= 100:
-        raise ValueError(
-            f"got percentiles={percentiles}, expected two that rise, from 0 to 100."
-        )
-    first = _read_channels(folder/stacks[0], channel_axis)
-    if channels is None:
-        if len(first) not in (1, 3):
-            raise ValueError(
-                f"{stacks[0]} has {len(first)} channels; say which become red, green and blue, as "
-                "in channels=(0, 1, 2), or which one is gray, as "
-                f"in channels=(0,)."
-            )
-        channels = range(len(first))
-    channels = [int(c) for c in channels]
-    if not 1 <= len(channels) <= 3 or not all(0 <= c < len(first) for c in channels):
-        raise ValueError(
-            f"got channels={channels}, expected one to three from 0 to {len(first) - 1}."
-        )
-    if window is not None and (
-        len(window) != len(channels) or not all(len(w) == 2 and w[0] < w[1] for w in window)
-    ):
-        raise ValueError(
-            f"got window={window}, expected (low, high) for each of {len(channels)} channels."
-        )
-    def checked():
-        for a, b in zip(pictures, stacks):
-            stack = _read_channels(folder/b, channel_axis)
-            size = _rgb8(folder/a).shape[1::-1]
-            if stack.shape[:0:-1] != size:
-                raise ValueError(
-                    f"{b} has {len(stack)} channels of {stack.shape[2]}x{stack.shape[1]} pixels "
-                    f"and {a} has {size[0]}x{size[1]}; expected "
-                    "registered images of one size: resample one, or say which axis holds the "
-                    "channels (channel_axis)."
-                )
-            if len(stack) != len(first):
-                raise ValueError(
-                    f"{b} has {len(stack)} channels and {stacks[0]} has {len(first)}; expected as "
-                    "many in all."
-                )
-            if window is None and stack.dtype not in (np.uint8, np.uint16):
-                raise ValueError(
-                    f"{b} has pixels of type {stack.dtype}; expected 8 or 16 bits without sign, "
-                    "or a window."
-                )
-            yield stack[channels]
-    windows = (
-        [list(map(float, w)) for w in window]
-        if window is not None
-        else _set_windows(checked(), len(channels), percentiles)
-    )
-    for _ in checked() if window is not None else (): pass
-    if flat := [c for c, (low, high) in zip(channels, windows) if low >= high]:
-        raise ValueError(
-            f"channels {some_names(flat)} are constant between the percentiles {percentiles} of "
-            "the set: "
-            f"leave them out, or give a window."
-        )
-    parts = [n.split("/")[0].lower() for n in names]
-    rows = [{"name": n, "um_per_px": um_per_px, "source": b} for n, b in zip(names, stacks)]
-    if all(p in SPLITS for p in parts):
-        rows = [r | {"split": SPLITS[p]} for r, p in zip(rows, parts)]
-    if group_pattern:
-        rows = [r | {"group": g} for r, g in zip(rows, _pick(group_pattern, names, "group"))]
-    options = {
-        "channels": channels,
-        "window": "per image" if per_image else windows,
-        "percentiles": None if window is not None else list(percentiles),
-        "um_per_px": um_per_px,
-        "group_pattern": group_pattern,
-    }
-    out, facts = _claim(
-        "tiff_pairs", out, folder, [folder / p for p in (*pictures, *stacks)], options
-    )
+    _refuse_windows(window, percentiles, per_image)
+    folder, names, (pictures, stacks) = _match_names(folder, primary, privileged, suffixes, False)
+    def read(stack): return _read_channels(folder/stack, channel_axis)
+    channels = _choose_channels(channels, len(read(stacks[0])), stacks[0])
+    checked = _checked_stacks(folder, pictures, stacks, channels, channel_axis, window is None)
+    windows = _windows_of(checked, channels, window, percentiles)
+    options = {"channels": channels, "window": "per image" if per_image else windows}
+    options["percentiles"] = None if window is not None else list(percentiles)
+    options |= {"um_per_px": um_per_px, "group_pattern": group_pattern}
+    rows = _tiff_rows(names, stacks, um_per_px, group_pattern)
+    files = [folder/p for p in (*pictures, *stacks)]
+    out, facts = _claim("tiff_pairs", out, folder, files, options)
     def make(i):
-        stack = _read_channels(folder/stacks[i], channel_axis)[channels]
-        mine = (
-            [
-                (low, max(high, low + 1))
-                for low, high in _set_windows([stack], len(channels), percentiles)
-            ]
-            if per_image
-            else windows
-        )
+        stack, mine = read(stacks[i])[channels], windows
+        if per_image:
+            own = _set_windows([stack], len(channels), percentiles)
+            mine = [(low, max(high, low + 1)) for low, high in own]
         return _rgb8(folder/pictures[i]), apply_window(stack, mine)
-    return _convert(
-        out,
-        facts,
-        rows,
-        [((f"image/{n}.png", f"privileged/{n}.png"), i) for i, n in enumerate(names)],
-        make,
-    )
+    items = [((f"image/{n}.png", f"privileged/{n}.png"), i) for i, n in enumerate(names)]
+    return _convert(out, facts, rows, items, make)
 
 # %% ../../nbs/data/stain_sets.ipynb #002b74da
 def paired_folders(
@@ -267,6 +254,9 @@ def paired_folders(
         folder, table, f"pairs of {primary} and {privileged}", um_per_px, primary=a, privileged=b
     )
 
+
+
+# %% ../../nbs/data/stain_sets.ipynb #df1b3c4f
 def bci(
     folder:str|Path, # Folder with `HE/` and `IHC/`
     um_per_px:float=.46, # Micrometres per pixel, as published
@@ -280,3 +270,6 @@ def bci(
         split_pattern=r"_(train|test)_",
         label_pattern=r"_([0-3]\+?)$",
     )
+
+
+
