@@ -111,12 +111,13 @@ Modules:
 - `synthpi.train.steps`: What one training step does, and a large batch on a small GPU
 - `synthpi.train.trainer`: One small loop: resumable, watched, with a history to plot
 - `synthpi.train.watch`: What a run looks like while it learns: collapse, and the history
-- `synthpi.volumes.bodies`: Simulated trunks with a dozen organs, as MRI or CT shows them: volumes in which every voxel's place and organ are known
-- `synthpi.volumes.crop_lists`: The crops on which every encoder is scored: drawn once from a seed, written by the volumes' names
+- `synthpi.volumes.bodies`: Simulated trunks with a dozen organs, in MRI or CT, every voxel's organ known
+- `synthpi.volumes.crop_lists`: The crops on which every encoder is scored, drawn once and kept in a file
 - `synthpi.volumes.crop_views`: A crop seen twice, at different brightness and with holes
-- `synthpi.volumes.crops`: Random crops for training and grids of crops for inference, each with its centre in millimetres
-- `synthpi.volumes.scans`: Scans are decoded, oriented, resampled and normalised once; afterwards they are arrays on disk that know where in the body they lie
-- `synthpi.volumes.sets`: Folders of volumes in their published layouts become records; subjects are split once, in a file that moves with the data"""
+- `synthpi.volumes.crops`: Random crops for training, grids for inference, each with its centre in mm
+- `synthpi.volumes.scans`: Scans are read, oriented, resampled and normalised once, into arrays on disk
+- `synthpi.volumes.sets`: Folders of volumes in their published layouts become records, split by subject
+- `synthpi.volumes.store`: Prepared scans: one folder of arrays that know where in the body they lie"""
 
 from importlib.metadata import PackageNotFoundError, version as _version
 

@@ -1,4 +1,4 @@
-"""Simulated trunks with a dozen organs, as MRI or CT shows them: volumes in which every voxel's place and organ are known
+"""Simulated trunks with a dozen organs, in MRI or CT, every voxel's organ known
 
 `body_phantoms` draws the trunks of several subjects, each with its own size, proportions, posture
 and place in the field of view, in an MRI-like or a CT-like contrast, with the organ of every voxel.
@@ -23,6 +23,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+from ..core.checks import at_least, one_of, positive
 from ..core.files import atomic_path
 from ..core.seeds import seed_for
 
@@ -34,52 +35,32 @@ class Organ(NamedTuple):
     hu:float # Mean in the CT-like contrast, Hounsfield units
     parts:tuple # `(centre, radii, exponent)` of its superellipsoids, in coordinates of the trunk
 
+# Label k + 1 is ORGANS[k]; 0 is air
 ORGANS = (
-    Organ("fat", 210, -100, (((0, 0, 0), (0.96, 0.92, 1.06), 3.2),)),
-    Organ("muscle", 105, 50, (((0, 0, 0), (0.86, 0.80, 1.03), 3.2),)),
-    Organ(
-        "lung",
-        25,
-        -830,
-        (((0.43, 0, 0.50), (0.32, 0.55, 0.40), 2.2), ((-0.43, 0, 0.50), (0.32, 0.55, 0.40), 2.2)),
-    ),
-    Organ("heart", 118, 55, (((-0.10, 0.22, 0.36), (0.25, 0.33, 0.21), 2),)),
-    Organ(
-        "liver",
-        122,
-        58,
-        (
-            ((0.36, 0.12, -0.05), (0.42, 0.52, 0.22), 2.4),
-            ((-0.02, 0.28, 0.02), (0.26, 0.26, 0.12), 2),
-        ),
-    ),
-    Organ("spleen", 108, 52, (((-0.58, -0.22, -0.02), (0.17, 0.26, 0.19), 2),)),
-    Organ("stomach", 85, 15, (((-0.34, 0.28, -0.10), (0.22, 0.28, 0.15), 2),)),
-    Organ(
-        "kidney",
-        112,
-        48,
-        (
-            ((0.42, -0.38, -0.34), (0.14, 0.20, 0.18), 2),
-            ((-0.42, -0.38, -0.28), (0.14, 0.20, 0.18), 2),
-        ),
-    ),
-    Organ("bowel", 135, 25, (((0, 0.20, -0.52), (0.55, 0.42, 0.24), 2.6),)),
-    Organ("spine", 90, 350, (((0, -0.52, 0), (0.15, 0.20, 1.02), 2.5),)),
-    Organ("aorta", 60, 62, (((-0.06, -0.22, 0.08), (0.07, 0.09, 0.80), 2),)),
-    # Label k + 1 is ORGANS[k]; 0 is air
-    Organ("bladder", 45, 5, (((0, 0.25, -0.84), (0.22, 0.26, 0.13), 2),)),
-    Organ(
-        "pelvis",
-        80,
-        420,
-        (
-            ((0.58, -0.10, -0.82), (0.16, 0.45, 0.18), 2.3),
-            ((-0.58, -0.10, -0.82), (0.16, 0.45, 0.18), 2.3),
-        ),
-    ),
+    Organ("fat", 210, -100, (((0, 0, 0), (.96, .92, 1.06), 3.2),)),
+    Organ("muscle", 105, 50, (((0, 0, 0), (.86, .80, 1.03), 3.2),)),
+    Organ("lung", 25, -830, (
+        ((.43, 0, .50), (.32, .55, .40), 2.2), ((-.43, 0, .50), (.32, .55, .40), 2.2),
+    )),
+    Organ("heart", 118, 55, (((-.10, .22, .36), (.25, .33, .21), 2),)),
+    Organ("liver", 122, 58, (
+        ((.36, .12, -.05), (.42, .52, .22), 2.4), ((-.02, .28, .02), (.26, .26, .12), 2),
+    )),
+    Organ("spleen", 108, 52, (((-.58, -.22, -.02), (.17, .26, .19), 2),)),
+    Organ("stomach", 85, 15, (((-.34, .28, -.10), (.22, .28, .15), 2),)),
+    Organ("kidney", 112, 48, (
+        ((.42, -.38, -.34), (.14, .20, .18), 2), ((-.42, -.38, -.28), (.14, .20, .18), 2),
+    )),
+    Organ("bowel", 135, 25, (((0, .20, -.52), (.55, .42, .24), 2.6),)),
+    Organ("spine", 90, 350, (((0, -.52, 0), (.15, .20, 1.02), 2.5),)),
+    Organ("aorta", 60, 62, (((-.06, -.22, .08), (.07, .09, .80), 2),)),
+    Organ("bladder", 45, 5, (((0, .25, -.84), (.22, .26, .13), 2),)),
+    Organ("pelvis", 80, 420, (
+        ((.58, -.10, -.82), (.16, .45, .18), 2.3), ((-.58, -.10, -.82), (.16, .45, .18), 2.3),
+    )),
 )
 
+# %% ../../nbs/volumes/bodies.ipynb #10507798
 class Body(NamedTuple):
     "One simulated volume."
     name:str
@@ -87,63 +68,70 @@ class Body(NamedTuple):
     label:np.ndarray # `(X, Y, Z)` uint8, 0 is air
     affine:np.ndarray # Voxels to mm, (4, 4); the world's origin is the middle of the trunk
 
-# %% ../../nbs/volumes/bodies.ipynb #10507798
 def _smooth(rng, shape, sigma):
-    "A random field with standard deviation 1"
+    "A random field with standard deviation 1."
     x = gaussian_filter(rng.standard_normal(shape, np.float32), sigma, mode="nearest")
     return (x - x.mean())/x.std()
 
-def _body(k, shape, spacing, contrast, seed):
-    rng = np.random.default_rng(seed_for(seed, "body", k))
+def _trunk(rng, shape, spacing):
+    "Affine of the field of view, and each voxel in coordinates of the trunk."
     # of this trunk, mm
     half = np.array([165, 110, 175])*np.exp(rng.normal(0, .07, 3) + rng.normal(0, .05))
     turn, shift = rng.normal(0, .06), rng.normal(0, 9, 3)
     affine = np.diag([spacing]*3 + [1.])
     # where the field of view lies
     affine[:3, 3] = -(np.array(shape) - 1)/2*spacing + shift
-    world = np.moveaxis(np.indices(shape, np.float32), 0, -1) * np.float32(spacing) + affine[
-        :3, 3
-    ].astype(np.float32)
+    voxels = np.moveaxis(np.indices(shape, np.float32), 0, -1)
+    world = voxels*np.float32(spacing) + affine[:3, 3].astype(np.float32)
     c, s = np.cos(turn), np.sin(turn)
     u = (world @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], np.float32).T)/half.astype(np.float32)
     coarse = [max(2., 45/spacing)]*3
-    u += .035*np.stack([_smooth(rng, shape, coarse) for _ in range(3)], -1)
-    label, values = (
-        np.zeros(shape, np.uint8),
-        np.full(shape, 0.0 if contrast == "mri" else -1000.0, np.float32),
-    )
+    return affine, u + .035*np.stack([_smooth(rng, shape, coarse) for _ in range(3)], -1)
+
+# %% ../../nbs/volumes/bodies.ipynb #3645f95e
+def _inside(u, parts, moved, grown):
+    "The voxels of an organ."
+    inside = np.zeros(u.shape[:3], bool)
+    for centre, radii, e in parts:
+        middle = (np.array(centre) + moved).astype(np.float32)
+        radii = (np.array(radii)*grown).astype(np.float32)
+        inside |= (np.abs((u - middle)/radii)**np.float32(e)).sum(-1) <= 1
+    return inside
+
+def _organs(rng, u, contrast):
+    "The label of each voxel, and its mean value in this contrast."
+    label = np.zeros(u.shape[:3], np.uint8)
+    values = np.full(u.shape[:3], 0. if contrast == "mri" else -1000., np.float32)
     for n, organ in enumerate(ORGANS):
-        moved, grown, tone = (
-            rng.normal(0, 0.02, 3) * (n > 1),
-            np.exp(rng.normal(0, 0.05)) ** (n > 1),
-            rng.normal(),
-        )
-        inside = np.zeros(shape, bool)
-        for centre, radii, e in organ.parts:
-            inside |= (
-                np.abs(
-                    (u - (np.array(centre) + moved).astype(np.float32))
-                    / (np.array(radii) * grown).astype(np.float32)
-                )
-                ** np.float32(e)
-            ).sum(-1) <= 1
+        moved = rng.normal(0, .02, 3)*(n > 1)
+        grown, tone = np.exp(rng.normal(0, .05))**(n > 1), rng.normal()
+        inside = _inside(u, organ.parts, moved, grown)
         label[inside] = n + 1
         values[inside] = organ.mri*(1 + .08*tone) if contrast == "mri" else organ.hu + 10*tone
+    return label, values
+
+# %% ../../nbs/volumes/bodies.ipynb #bea43485
+def _ct(rng, values, label, fine):
+    tissue = gaussian_filter(values + 18*fine*(label > 0), .6, mode="nearest")
+    return tissue + 12*rng.standard_normal(label.shape, np.float32)
+
+def _mri(rng, values, spacing, fine):
+    gain = np.exp(rng.normal(0, .3))
+    shading = np.exp(.12*_smooth(rng, values.shape, [max(2., 90/spacing)]*3))
+    field = gaussian_filter(values*(1 + .10*fine), .6, mode="nearest")*shading
+    noise = 5*rng.standard_normal((2, *values.shape), np.float32)
+    return gain*np.hypot(field + noise[0], noise[1])
+
+def _body(k, shape, spacing, contrast, seed):
+    rng = np.random.default_rng(seed_for(seed, "body", k))
+    affine, u = _trunk(rng, shape, spacing)
+    label, values = _organs(rng, u, contrast)
     fine = _smooth(rng, shape, 1.)
-    if contrast == "ct":
-        image = gaussian_filter(
-            values + 18 * fine * (label > 0), 0.6, mode="nearest"
-        ) + 12 * rng.standard_normal(shape, np.float32)
-    else:
-        gain = np.exp(rng.normal(0, 0.3))
-        field = gaussian_filter(values * (1 + 0.10 * fine), 0.6, mode="nearest") * np.exp(
-            0.12 * _smooth(rng, shape, [max(2.0, 90 / spacing)] * 3)
-        )
-        noise = 5 * rng.standard_normal((2, *shape), np.float32)
-        # Rician, as a magnitude image's
-        image = gain * np.hypot(field + noise[0], noise[1])
+    if contrast == "ct": image = _ct(rng, values, label, fine)
+    else: image = _mri(rng, values, spacing, fine)
     return Body(f"body_{k:03d}", image.astype(np.float32), label, affine)
 
+# %% ../../nbs/volumes/bodies.ipynb #14487605
 def body_phantoms(
     n_subjects:int=8, # Volumes, one for each subject
     contrast:str="mri", # "mri", or "ct" in HU
@@ -152,13 +140,11 @@ def body_phantoms(
     seed:int=0, # Decides everything
 )->list[Body]:
     "Simulated trunks, the same for the same seed."
-    if contrast not in ("mri", "ct"):
-        raise ValueError(f"got contrast={contrast!r}, expected 'mri' or 'ct'.")
-    if n_subjects < 1 or len(shape) != 3 or min(shape) < 8 or not spacing_mm > 0:
-        raise ValueError(
-            f"got n_subjects={n_subjects}, shape={shape}, spacing_mm={spacing_mm}, expected "
-            "at least 1, three sides of 8 or more, and mm above 0."
-        )
+    one_of("contrast", contrast, ("mri", "ct"))
+    at_least(1, n_subjects, "n_subjects")
+    positive(spacing_mm, "spacing_mm")
+    if len(shape) != 3 or min(shape) < 8:
+        raise ValueError(f"got shape={shape}, expected three sides of 8 or more.")
     return [_body(k, tuple(shape), spacing_mm, contrast, seed) for k in range(n_subjects)]
 
 # %% ../../nbs/volumes/bodies.ipynb #c7844e4f
@@ -177,26 +163,19 @@ def write_bodies(
 )->Path: # The folder
     "Simulated trunks as `NAME.nii.gz` and `NAME_label.nii.gz` with subjects.csv and labels.csv."
     folder, names = Path(folder), []
+    # checks the arguments
+    first, = body_phantoms(1, contrast, shape, spacing_mm, seed)
     for k in range(n_subjects):
-        body = (
-            _body(k, tuple(shape), spacing_mm, contrast, seed)
-            if k
-            else body_phantoms(1, contrast, shape, spacing_mm, seed)[0]
-        )
+        body = _body(k, tuple(shape), spacing_mm, contrast, seed) if k else first
         _save(folder/f"{body.name}.nii.gz", np.round(body.image).astype(np.int16), body.affine)
         _save(folder/f"{body.name}_label.nii.gz", body.label, body.affine)
         names.append(body.name)
-    n_test = round(test_share*n_subjects)
+    n_train = n_subjects - round(test_share*n_subjects)
+    subjects = [(n, n, "test" if k >= n_train else "train") for k, n in enumerate(names)]
+    organs = [(k + 1, o.name) for k, o in enumerate(ORGANS)]
     tables = {
-        "subjects.csv": [
-            ("name", "subject", "split"),
-            *((n, n, "test" if k >= n_subjects - n_test else "train") for k, n in enumerate(names)),
-        ],
-        "labels.csv": [
-            ("label", "name"),
-            (0, "air"),
-            *((k + 1, o.name) for k, o in enumerate(ORGANS)),
-        ],
+        "subjects.csv": [("name", "subject", "split"), *subjects],
+        "labels.csv": [("label", "name"), (0, "air"), *organs],
     }
     for name, rows in tables.items():
         with atomic_path(folder / name) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:

@@ -1,4 +1,4 @@
-"""The crops on which every encoder is scored: drawn once from a seed, written by the volumes' names
+"""The crops on which every encoder is scored, drawn once and kept in a file
 
 When each evaluation draws its own crops, two encoders are compared on different ones, and part of
 their difference is luck. A `CropList` is drawn once: some crops of each volume, a share of them on
@@ -25,165 +25,134 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
-from ..core.checks import some_names
+from ..core.checks import at_least, one_of, some_names
 from ..core.files import atomic_path
 from ..core.seeds import seed_for
-from .crops import _batch, _starts, crop_sides
+from .crops import _batch, _least_and_most, _starts, crop_sides
 
 # %% ../../nbs/volumes/crop_lists.ipynb #52432064
 _FORMAT = "synthpi-crop-list-1"
 
-def _holds(label, start, sides, values):
-    "Which of the values a crop holds"
-    part = label[tuple(slice(max(a, 0), max(a + s, 0)) for a, s in zip(start, sides))]
-    there = np.zeros(max(values[-1], int(part.max())) + 1, bool)
-    there[part] = True
-    return there[values]
-
 @dataclass(frozen=True, eq=False)
 class CropList:
-    """Fixed crops of some volumes, volume by volume; made by `make_crop_list` and `read_crop_list`.
-    Its length is the number of crops N."""
+    "Fixed crops of some volumes, volume by volume; its length is the number of crops N."
     size:tuple[int, int, int] # Sides of a crop, voxels
     names:tuple[str, ...] # Of the volumes
-    # For each volume (K, 3), voxels of the stored array; below 0 where a volume is smaller than the
-    # crop
-    starts:tuple[np.ndarray, ...]
+    starts:tuple[np.ndarray, ...] # Of each volume's crops (K, 3), voxels of the stored array
     keys:tuple[str, ...] # For each volume, what its stored array was made from
     rule:dict # How it was drawn: `n_crops`, `positive_share`, `positive_labels`, `seed`
 
     def __len__(self): return sum(map(len, self.starts))
     def __repr__(self):
-        return (
-            f"CropList({len(self)} crops of {'x'.join(map(str, self.size))} in {len(self.names)} "
-            f"volumes, seed {self.rule.get('seed')})"
+        size, seed = "x".join(map(str, self.size)), self.rule.get("seed")
+        return f"CropList({len(self)} crops of {size} in {len(self.names)} volumes, seed {seed})"
+
+# %% ../../nbs/volumes/crop_lists.ipynb #52070826
+def _refuse(crops, store, wrong, why):
+    "`ValueError` where some volumes of the list are `wrong`."
+    if names := [n for n, bad in zip(crops.names, wrong) if bad]:
+        raise ValueError(why.format(names=some_names(names), store=store.folder))
+
+@patch
+def _volumes(self:CropList, store):
+    "Numbers of the volumes in this store, whose arrays are those of the list."
+    number = {name: i for i, name in enumerate(store.names)}
+    _refuse(self, store, [n not in number for n in self.names],
+        "{store} has no {names}, of which the list has crops; it has "
+        f"{some_names(store.names)}: give the store that the list was made for.")
+    found = [number[n] for n in self.names]
+    _refuse(self, store, [store.items[i]["key"] != key for i, key in zip(found, self.keys)],
+        "the list was made for other arrays of {names} than {store} holds (another source, "
+        "spacing, window or margin): prepare the volumes as they were then, or draw a new list.")
+    middles = [s + np.array(self.size)//2 for s in self.starts]
+    _refuse(self, store,
+        [(m < 0).any() or (m >= store.items[i]["shape"]).any() for i, m in zip(found, middles)],
+        "the list has crops of {names} with their middle outside the volume: it was changed after "
+        "it was made; draw it again.")
+    return found
+
+# %% ../../nbs/volumes/crop_lists.ipynb #807db03c
+@patch
+def _each(self:CropList, values):
+    return np.repeat(np.asarray(values), [len(s) for s in self.starts])
+
+@patch
+def volume_ids(self:CropList,
+    store, # `VolumeStore`
+)->np.ndarray: # (N,) int64, numbers in that store
+    "The volume of each crop."
+    return self._each(np.array(self._volumes(store), np.int64))
+
+@patch
+def subjects(self:CropList,
+    store, # `VolumeStore`
+)->np.ndarray: # (N,) of text
+    "The subject of each crop, the group of every fair comparison."
+    return self._each([store.subjects[i] for i in self._volumes(store)])
+
+@patch
+def positions(self:CropList,
+    store, # `VolumeStore`
+    frame:str="world_mm", # See `VolumeStore.position`
+)->np.ndarray: # (N, 3) float64
+    "The centre of each crop."
+    volumes, half = self._volumes(store), (np.array(self.size) - 1)/2
+    return np.concatenate([store.position(i, s + half, frame) for i, s in zip(volumes, self.starts)])
+
+# %% ../../nbs/volumes/crop_lists.ipynb #07eddb04
+@patch
+def batches(self:CropList,
+    store, # `VolumeStore`
+    batch:int=64, # Crops at a time
+    labels:bool=False, # Give the voxels' labels as well, `label` (K, X, Y, Z)
+    frame:str="world_mm", # What `center_mm` is counted in
+)->Iterator[dict]: # Batches as of `sample_crops`: `crop`, `center_mm`, `volume_id`
+    "The crops in their order."
+    at_least(1, batch, "batch")
+    volumes, starts = self._volumes(store), np.concatenate(self.starts)
+    owner, sides = self._each(range(len(self.names))), np.array(self.size)
+    for k in range(0, len(self), batch):
+        here, at = owner[k:k + batch], starts[k:k + batch]
+        cuts = [(volumes[v], at[here == v]) for v in np.unique(here)]
+        yield _batch(store, cuts, sides, frame, labels)
+
+def _holds(label, start, sides, values):
+    "Which of the values a crop holds."
+    part = label[tuple(slice(max(a, 0), max(a + s, 0)) for a, s in zip(start, sides))]
+    there = np.zeros(max(values[-1], int(part.max())) + 1, bool)
+    there[part] = True
+    return there[values]
+
+# %% ../../nbs/volumes/crop_lists.ipynb #0530cd54
+@patch
+def labels(self:CropList,
+    store, # `VolumeStore` with labels
+    rule:str="center", # The middle voxel lies in the region; "any": the crop holds a voxel of it
+)->tuple[list[int], np.ndarray]: # Values of the T regions, without 0; and the labels (N, T) bool
+    "Labels of the crops from the voxels; `ValueError` when there are none."
+    one_of("rule", rule, ("center", "any"))
+    volumes, sides, found = self._volumes(store), np.array(self.size), []
+    values = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
+    if not values:
+        raise ValueError(
+            f"no volume of the list has a labelled voxel in {store.folder}: prepare the "
+            "volumes with their labels."
         )
-
-    def _volumes(self, store):
-        "Numbers of the volumes in this store, whose arrays are those of the list"
-        number = {name: i for i, name in enumerate(store.names)}
-        if lost := [n for n in self.names if n not in number]:
-            raise ValueError(
-                f"{store.folder} has no {some_names(lost)}, of which the list has crops; it has "
-                f"{some_names(store.names)}: give the store that the list was made for."
-            )
-        found = [number[n] for n in self.names]
-        if odd := [
-            n for n, i, key in zip(self.names, found, self.keys) if store.items[i]["key"] != key
-        ]:
-            raise ValueError(
-                f"the list was made for other arrays of {some_names(odd)} than {store.folder} "
-                "holds (another source, spacing, window or margin): prepare the volumes as they "
-                "were then, or draw a new list."
-            )
-        half = np.array(self.size)//2
-        if odd := [
-            n
-            for n, i, s in zip(self.names, found, self.starts)
-            if (s + half < 0).any() or (s + half >= store.items[i]["shape"]).any()
-        ]:
-            raise ValueError(
-                f"the list has crops of {some_names(odd)} with their middle outside the volume: "
-                "it was changed after it was made; draw it again."
-            )
-        return found
-
-    def _each(self, values): return np.repeat(np.asarray(values), [len(s) for s in self.starts])
-
-    def volume_ids(self,
-        store, # `VolumeStore`
-    )->np.ndarray: # (N,) int64, numbers in that store
-        """The volume of each crop; `ValueError` when the store holds other arrays than those of the
-        list."""
-        return self._each(np.array(self._volumes(store), np.int64))
-
-    def subjects(self,
-        store, # `VolumeStore`
-    )->np.ndarray: # (N,) of text
-        "The subject of each crop, the group of every honest comparison."
-        return self._each([store.subjects[i] for i in self._volumes(store)])
-
-    def positions(self,
-        store, # `VolumeStore`
-        frame:str="world_mm", # See `VolumeStore.position`
-    )->np.ndarray: # (N, 3) float64
-        "The centre of each crop."
-        return np.concatenate(
-            [
-                store.position(i, s + (np.array(self.size) - 1) / 2, frame)
-                for i, s in zip(self._volumes(store), self.starts)
-            ]
-        )
-
-    def batches(self,
-        store, # `VolumeStore`
-        batch:int=64, # Crops at a time
-        labels:bool=False, # Give the voxels' labels as well, `label` (K, X, Y, Z)
-        frame:str="world_mm", # What `center_mm` is counted in
-    )->Iterator[dict]: # Batches as of `sample_crops`: `crop`, `center_mm`, `volume_id`
-        "The crops in their order."
-        if batch < 1: raise ValueError(f"got batch={batch}, expected 1 crop at a time or more.")
-        volumes, owner, starts = (
-            self._volumes(store),
-            self._each(range(len(self.names))),
-            np.concatenate(self.starts),
-        )
-        for k in range(0, len(self), batch):
-            here, at = owner[k:k + batch], starts[k:k + batch]
-            yield _batch(
-                store,
-                [(volumes[v], at[here == v]) for v in np.unique(here)],
-                np.array(self.size),
-                frame,
-                labels,
-            )
-
-    def labels(self,
-        store, # `VolumeStore` with labels
-        # "center": the middle voxel lies in the region; "any": the crop holds a voxel of it
-        rule:str="center",
-    )->tuple[list[int], np.ndarray]: # Values of the regions (T) that occur in the list's volumes, without 0; and the labels (N, T) bool
-        "Labels of the crops from the voxels; `ValueError` when there are none."
-        if rule not in ("center", "any"):
-            raise ValueError(f"got rule={rule!r}, expected 'center' or 'any'.")
-        volumes, sides, found = self._volumes(store), np.array(self.size), []
-        values = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
-        if not values:
-            raise ValueError(
-                f"no volume of the list has a labelled voxel in {store.folder}: prepare the "
-                "volumes with their labels."
-            )
-        for i, starts in zip(volumes, self.starts):
-            label = store.array(i, "label")
-            if rule == "center":
-                found.append(label[tuple((starts + sides // 2).T)][:, None] == values)
-            else:
-                found.append(np.stack([_holds(label, s, sides, values) for s in starts.tolist()]))
-        return values, np.concatenate(found)
-
-    def write(self,
-        path:str|Path, # JSON file
-    )->None:
-        """Keep the list, whole or not at all: one line for each volume, and nothing that depends on
-        this machine."""
-        head = json.dumps({"format": _FORMAT, "size": list(self.size), "rule": self.rule})
-        lines = [
-            json.dumps({"name": n, "key": k, "starts": s.tolist()})
-            for n, k, s in zip(self.names, self.keys, self.starts)
-        ]
-        with atomic_path(path) as tmp:
-            tmp.write_bytes(
-                (head[:-1] + ', "volumes": [\n' + ",\n".join(lines) + "\n]}\n").encode()
-            )
+    for i, starts in zip(volumes, self.starts):
+        label = store.array(i, "label")
+        middle = label[tuple((starts + sides//2).T)]
+        if rule == "center": found.append(middle[:, None] == values)
+        else: found.append(np.stack([_holds(label, s, sides, values) for s in starts.tolist()]))
+    return values, np.concatenate(found)
 
 # %% ../../nbs/volumes/crop_lists.ipynb #a2a6a0ab
 def _around_labels(rng, store, i, n, sides, wanted):
-    """Starts of crops around labelled voxels, (n, 3), and none when the volume has none of the
-    labels"""
-    label = store.array(i, "label")
+    "Starts of crops around labelled voxels, (n, 3); none when the volume has none of the labels."
     there = sorted(set(store.items[i]["labels"]) & set(wanted))
     if not n or not there: return np.empty((0, 3), int)
+    label = store.array(i, "label")
     flat = np.asarray(label).ravel()
     voxels = np.flatnonzero(np.isin(flat, there))
     kinds, turn = flat[voxels], np.resize(rng.permutation(there), n)
@@ -191,113 +160,101 @@ def _around_labels(rng, store, i, n, sides, wanted):
     for r in there:
         choice, rows = voxels[kinds == r], turn == r
         points[rows] = rng.choice(choice, rows.sum(), replace=rows.sum() > len(choice))
-    room = store.items[i]["shape"] - sides
-    least, most = np.where(room < 0, room//2, 0), np.where(room < 0, room//2, room)
-    return np.clip(np.stack(np.unravel_index(points, label.shape), 1) - sides//2, least, most)
+    centers = np.stack(np.unravel_index(points, label.shape), 1)
+    return np.clip(centers - sides//2, *_least_and_most(store, i, sides))
 
+# %% ../../nbs/volumes/crop_lists.ipynb #3af1b37f
+def _wanted(store, volumes, positive_share, positive_labels):
+    "The labels to lay crops around."
+    if not 0 <= positive_share <= 1:
+        raise ValueError(f"got positive_share={positive_share}, expected a share from 0 to 1.")
+    if positive_share == 0: return []
+    known = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
+    wanted = known if positive_labels is None else sorted({int(r) for r in positive_labels})
+    if positive_labels is not None and not wanted:
+        raise ValueError(
+            "got positive_labels=[], expected the labels to lay crops around, or None for all."
+        )
+    lost = sorted(set(wanted) - set(known)) if known else ["any label"]
+    if not lost: return wanted
+    raise ValueError(
+        f"no volume of the list has {some_names(lost)}; the labels there are "
+        f"{some_names(known) or 'none'}: prepare the volumes with labels, or choose others."
+    )
+
+# %% ../../nbs/volumes/crop_lists.ipynb #4224c433
 def make_crop_list(
     store, # `VolumeStore`
     volumes:Sequence[int], # Numbers of the volumes, for example `store.indices("test")`
     n_crops:int, # Of each volume
     size:int|Sequence[int], # Sides of a crop, voxels
     positive_share:float=0., # Share of a volume's crops that are laid around a labelled voxel
-    # Labels to lay them around; None is all that occur in `volumes` but 0
-    positive_labels:Sequence[int]|None=None,
+    positive_labels:Sequence[int]|None=None, # Labels to lay them around; None: all but 0
     seed:int=0, # Decides everything
 )->CropList:
-    "Draw a list; `ValueError` when that cannot be done as told."
+    "Draw a list; `ValueError` when that cannot be done as requested."
     sides, volumes = crop_sides(size), [int(i) for i in volumes]
-    if not volumes or n_crops < 1:
-        raise ValueError(
-            f"got {len(volumes)} volumes and n_crops={n_crops}, expected at least 1 of each."
-        )
+    at_least(1, len(volumes), "number of volumes")
+    at_least(1, n_crops, "n_crops")
     if odd := [i for i in volumes if not 0 <= i < len(store)]:
         raise IndexError(f"volume {odd[0]} of {len(store)}")
     if len(set(volumes)) < len(volumes):
         raise ValueError(f"got the volumes {volumes}, expected each of them once.")
-    if not 0 <= positive_share <= 1:
-        raise ValueError(f"got positive_share={positive_share}, expected a share from 0 to 1.")
-    wanted = []
-    if positive_share > 0:
-        known = sorted({r for i in volumes for r in store.items[i]["labels"]} - {0})
-        wanted = known if positive_labels is None else sorted({int(r) for r in positive_labels})
-        if positive_labels is not None and not wanted:
-            raise ValueError(
-                "got positive_labels=[], expected the labels to lay crops around, or None for "
-                "all."
-            )
-        if lost := sorted(set(wanted) - set(known)) if known else ["any label"]:
-            raise ValueError(
-                f"no volume of the list has {some_names(lost)}; the labels there are "
-                f"{some_names(known) or 'none'}: prepare the volumes with labels, or choose "
-                "others."
-            )
-    n_positive, starts = round(positive_share*n_crops), []
+    wanted = _wanted(store, volumes, positive_share, positive_labels)
+    starts = []
     for i in volumes:
         rng = np.random.default_rng(seed_for(seed, "list", store.names[i]))
-        positive = (
-            _around_labels(rng, store, i, n_positive, sides, wanted)
-            if wanted
-            else np.empty((0, 3), int)
-        )
-        starts.append(
-            np.concatenate([positive, _starts(rng, store, i, n_crops - len(positive), sides, True)])
-        )
-    rule = {
-        "n_crops": int(n_crops),
-        "positive_share": float(positive_share),
-        "positive_labels": wanted,
-        "seed": int(seed),
-    }
-    return CropList(
-        tuple(sides.tolist()),
-        tuple(store.names[i] for i in volumes),
-        tuple(starts),
-        tuple(store.items[i]["key"] for i in volumes),
-        rule,
-    )
+        positive = _around_labels(rng, store, i, round(positive_share*n_crops), sides, wanted)
+        others = _starts(rng, store, i, n_crops - len(positive), sides, True)
+        starts.append(np.concatenate([positive, others]))
+    rule = dict(n_crops=int(n_crops), positive_share=float(positive_share))
+    rule |= dict(positive_labels=wanted, seed=int(seed))
+    names, keys = [store.names[i] for i in volumes], [store.items[i]["key"] for i in volumes]
+    return CropList(tuple(sides.tolist()), tuple(names), tuple(starts), tuple(keys), rule)
 
 # %% ../../nbs/volumes/crop_lists.ipynb #4bd9f0fb
+@patch
+def write(self:CropList,
+    path:str|Path, # JSON file
+)->None:
+    "Keep the list, whole or not at all."
+    head = json.dumps({"format": _FORMAT, "size": list(self.size), "rule": self.rule})
+    volumes = zip(self.names, self.keys, self.starts)
+    lines = [json.dumps({"name": n, "key": k, "starts": s.tolist()}) for n, k, s in volumes]
+    text = head[:-1] + ', "volumes": [\n' + ",\n".join(lines) + "\n]}\n"
+    with atomic_path(path) as tmp: tmp.write_bytes(text.encode())
+
+# %% ../../nbs/volumes/crop_lists.ipynb #a3ba3f19
+def _crop_list(facts):
+    "A list from the facts of its file, with starts that are three whole numbers each."
+    sides, volumes = crop_sides(facts["size"]), facts["volumes"]
+    names, keys = tuple(v["name"] for v in volumes), tuple(v["key"] for v in volumes)
+    starts = tuple(np.array(v["starts"]) for v in volumes)
+    whole = all(s.ndim == 2 and s.shape[1] == 3 and s.dtype.kind == "i" for s in starts)
+    if not names or len(set(names)) < len(names) or not whole:
+        raise ValueError("expected volumes, each once, and three whole numbers for each crop")
+    return CropList(tuple(sides.tolist()), names, starts, keys, dict(facts["rule"]))
+
 def read_crop_list(
     path:str|Path, # Of `CropList.write`
     store=None, # `VolumeStore` that it shall fit; None leaves that to the first use
 )->CropList:
-    """A list from its file; `FileNotFoundError`, or `ValueError` when it is none, is damaged, or
-    was made for other arrays than the store's."""
+    "A list from its file; `ValueError` when it is damaged or made for other arrays."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"no crop list at {path}: make one with make_crop_list(...).write(path)."
         )
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+    try: facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): copy it again.") from error
     if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
         raise ValueError(f"{path} is no file of CropList.write (format {_FORMAT}).")
-    try:
-        sides, volumes = crop_sides(facts["size"]), facts["volumes"]
-        starts = tuple(np.array(v["starts"]) for v in volumes)
-        crops = CropList(
-            tuple(sides.tolist()),
-            tuple(v["name"] for v in volumes),
-            starts,
-            tuple(v["key"] for v in volumes),
-            dict(facts["rule"]),
-        )
+    try: crops = _crop_list(facts)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}): draw the list again, its seed "
             "makes the same one."
         ) from error
-    if (
-        not volumes
-        or len(set(crops.names)) < len(volumes)
-        or any(s.ndim != 2 or s.shape[1] != 3 or s.dtype.kind != "i" for s in starts)
-    ):
-        raise ValueError(
-            f"{path} is damaged: expected volumes, each once, and for each the starts of its "
-            "crops, three whole numbers: draw the list again, its seed makes the same one."
-        )
     if store is not None: crops._volumes(store)
     return crops

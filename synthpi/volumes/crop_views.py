@@ -21,8 +21,10 @@ __all__ = ['CROP_RECIPES', 'CropRecipe', 'CropViews']
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
+from ..core.checks import at_least, one_of
 from ..core.seeds import pixel_noise, uniform_for
 
 # %% ../../nbs/volumes/crop_views.ipynb #282ba02c
@@ -43,9 +45,9 @@ CROP_RECIPES = {
     "boxes": CropRecipe(holes=6, keep=0.5),
 }
 
-# %% ../../nbs/volumes/crop_views.ipynb #a493a592
+# %% ../../nbs/volumes/crop_views.ipynb #7f4b6ef7
 def _boxes(u, sides, shares):
-    "Whether a voxel is in one of the boxes, (B, X, Y, Z); `u` (B, holes, 6)"
+    "Whether a voxel is in one of the boxes, (B, X, Y, Z); `u` (B, holes, 6)."
     inside = torch.ones((*u.shape[:2], *sides), dtype=torch.bool, device=u.device)
     for k, n in enumerate(sides):
         length = ((shares[0] + u[..., k]*(shares[1] - shares[0]))*n).round().clamp_min(1)
@@ -55,67 +57,61 @@ def _boxes(u, sides, shares):
         inside &= on.view(*u.shape[:2], *[n if j == k else 1 for j in range(3)])
     return inside.any(1)
 
-# %% ../../nbs/volumes/crop_views.ipynb #7f4b6ef7
+# %% ../../nbs/volumes/crop_views.ipynb #c597fd18
+def _recipe(recipe):
+    "A recipe, by its name or as it is."
+    if isinstance(recipe, str): return CROP_RECIPES[one_of("recipe", recipe, CROP_RECIPES)]
+    shares = *recipe.hole, *recipe.kept, recipe.keep
+    if min(*recipe[:3], recipe.holes, *shares) >= 0 and max(shares) <= 1: return recipe
+    raise ValueError(
+        f"got {recipe}, expected numbers of 0 or more, and shares and the probability of at most 1."
+    )
+
+# %% ../../nbs/volumes/crop_views.ipynb #00c2e5d4
 class CropViews:
-    """Called on a batch of `sample_crops`, on any device: the batch with `views`, a tuple of `(B,
-    C, X, Y, Z)`, in place of `crop`. A `transform` for `Trainer`."""
+    "A batch of `sample_crops` with `views`, `(B, C, X, Y, Z)` each, in place of `crop`."
     def __init__(self,
         n_views:int=2, # Views of each crop
         recipe:CropRecipe|str="scanner", # Or a name in `CROP_RECIPES`
         seed:int=0, # First part of the key
     ):
-        if n_views < 1: raise ValueError(f"got n_views={n_views}, expected 1 or more.")
-        if isinstance(recipe, str):
-            if recipe not in CROP_RECIPES:
-                raise ValueError(
-                    f"got recipe {recipe!r}, expected a CropRecipe, or one of "
-                    f"{', '.join(CROP_RECIPES)}."
-                )
-            recipe = CROP_RECIPES[recipe]
-        low, high = (
-            min((*recipe[:3], recipe.holes, recipe.keep, *recipe.hole, *recipe.kept)),
-            max(*recipe.hole, *recipe.kept, recipe.keep),
-        )
-        if low < 0 or high > 1:
-            raise ValueError(
-                f"got {recipe}, expected numbers of 0 or more, and shares and the probability "
-                "of at most 1."
-            )
-        self.n_views, self.recipe, self.seed = n_views, recipe, seed
+        self.n_views, self.seed = at_least(1, n_views, "n_views"), seed
+        self.recipe = _recipe(recipe)
 
-    def _view(self, x:Tensor, keys, branch):
+    def _brightness(self, x, u):
         r = self.recipe
-        u = torch.as_tensor(
-            uniform_for([(self.seed, "crop view", *key, branch) for key in keys], 5 + 6 * r.holes),
-            dtype=torch.float32,
-        ).to(x.device, non_blocking=True)
         def column(k): return u[:, k].view(-1, 1, 1, 1, 1)
         if r.gamma: x = x.clamp_min(0)**(r.gamma*(2*column(0) - 1)).exp()
         if r.gain: x = x*(r.gain*(2*column(1) - 1)).exp()
         if r.noise:
             noise = pixel_noise((u[:, 2]*2**31).long(), tuple(x.shape[1:]))
             x = x + (noise - .5)*12**.5*r.noise*column(3)
-        if r.gamma or r.gain or r.noise: x = x.clamp(0, 1)
-        if r.holes:
-            u_boxes, keep = u[:, 5:].view(len(x), r.holes, 6), u[:, 4] < r.keep
-            out = _boxes(u_boxes, x.shape[2:], r.hole)
-            if r.keep:
-                out = torch.where(
-                    keep[:, None, None, None], ~_boxes(u_boxes, x.shape[2:], r.kept), out
-                )
-            x = x.masked_fill(out[:, None], 0)
-        return x
+        return x.clamp(0, 1) if r.gamma or r.gain or r.noise else x
 
-    @torch.no_grad()
-    def __call__(self, batch:dict)->dict:
-        if missing := {"crop", "volume_id", "epoch", "index"} - set(batch):
-            raise ValueError(
-                f"got a batch with {sorted(batch)}, without {sorted(missing)}; expected one "
-                "of sample_crops or crop_batches."
-            )
-        keys = list(
-            zip(*(torch.as_tensor(batch[k]).tolist() for k in ("epoch", "volume_id", "index")))
+    def _view(self, x:Tensor, keys, branch):
+        r, keys = self.recipe, [(self.seed, "crop view", *key, branch) for key in keys]
+        u = torch.as_tensor(uniform_for(keys, 5 + 6*r.holes), dtype=torch.float32)
+        u = u.to(x.device, non_blocking=True)
+        x = self._brightness(x, u)
+        if not r.holes: return x
+        corners, sides = u[:, 5:].view(len(x), r.holes, 6), x.shape[2:]
+        out = _boxes(corners, sides, r.hole)
+        if r.keep:
+            keep = (u[:, 4] < r.keep)[:, None, None, None]
+            out = torch.where(keep, ~_boxes(corners, sides, r.kept), out)
+        return x.masked_fill(out[:, None], 0)
+
+# %% ../../nbs/volumes/crop_views.ipynb #a9ef199e
+@patch
+@torch.no_grad()
+def __call__(self:CropViews, batch:dict)->dict:
+    if missing := {"crop", "volume_id", "epoch", "index"} - set(batch):
+        raise ValueError(
+            f"got a batch with {sorted(batch)}, without {sorted(missing)}; expected one "
+            "of sample_crops or crop_batches."
         )
-        with torch.autocast(batch["crop"].device.type, enabled=False):
-            views = tuple(self._view(batch["crop"].float(), keys, k) for k in range(self.n_views))
-        return {"views": views, **{k: v for k, v in batch.items() if k != "crop"}}
+    columns = [torch.as_tensor(batch[k]).tolist() for k in ("epoch", "volume_id", "index")]
+    keys = list(zip(*columns))
+    with torch.autocast(batch["crop"].device.type, enabled=False):
+        views = tuple(self._view(batch["crop"].float(), keys, k) for k in range(self.n_views))
+    return {"views": views, **{k: v for k, v in batch.items() if k != "crop"}}

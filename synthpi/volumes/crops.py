@@ -1,8 +1,8 @@
-"""Random crops for training and grids of crops for inference, each with its centre in millimetres
+"""Random crops for training, grids for inference, each with its centre in mm
 
 A step of ISImed sees some crops of each of some volumes and where they were taken. `sample_crops`
 cuts them from a `VolumeStore`, `crop_batches` serves a training run from any step on, `grid_crops`
-covers a volume for inference, and `crops_at` cuts where it is told. All give `crop` (K, 1, X, Y, Z)
+covers a volume for inference, and `crops_at` cuts at given places. All give `crop` (K, 1, X, Y, Z)
 in [0, 1], `center_mm` (K, 3) and `volume_id` (K,). Crops are cut in the main process: an array on
 disk is read faster than a worker process can send it.
 
@@ -20,65 +20,56 @@ __all__ = ['crop_sides', 'crops_at', 'sample_crops', 'CropBatches', 'crop_batche
 # %% ../../nbs/volumes/crops.ipynb #ea4d792b
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 
+from ..core.checks import at_least
 from ..core.seeds import seed_for
 
 # %% ../../nbs/volumes/crops.ipynb #fb6f8f5c
-def crop_sides(size):
-    sides = (
-        np.broadcast_to(size, 3) if np.ndim(size) in (0, 1) and np.size(size) in (1, 3) else None
-    )
-    if sides is None or sides.dtype.kind not in "iu" or sides.min() < 1:
-        raise ValueError(
-            f"got size={size!r}, expected voxels, one whole number above 0 or three."
-        )
-    return sides.astype(int)
+def crop_sides(
+    size:int|Sequence[int], # Voxels, one number or three
+)->np.ndarray: # (3,) of whole numbers
+    "The sides of a crop; `ValueError` unless they are whole numbers above 0."
+    if np.ndim(size) in (0, 1) and np.size(size) in (1, 3):
+        sides = np.broadcast_to(size, 3)
+        if sides.dtype.kind in "iu" and sides.min() >= 1: return sides.astype(int)
+    raise ValueError(f"got size={size!r}, expected voxels, one whole number above 0 or three.")
 
 def _cut(array, start, sides, out):
-    "Write a crop into `out`, which holds zeros"
-    x, y, z = start.tolist()
-    i, j, k = sides.tolist()
-    if (
-        min(x, y, z) >= 0
-        and x + i <= array.shape[0]
-        and y + j <= array.shape[1]
-        and z + k <= array.shape[2]
-    ):
-        out[:] = array[x : x + i, y : y + j, z : z + k]
-    else:
-        lo, hi = np.maximum(start, 0), np.minimum(start + sides, array.shape)
-        if (hi > lo).all():
-            out[tuple(slice(a, b) for a, b in zip(lo - start, hi - start))] = array[
-                tuple(slice(a, b) for a, b in zip(lo, hi))
-            ]
+    "Write a crop into `out`, which holds zeros."
+    lo, hi = np.maximum(start, 0), np.minimum(start + sides, array.shape)
+    if (hi <= lo).any(): return
+    (a, b, c), (d, e, f) = lo.tolist(), hi.tolist()
+    x, y, z = (lo - start).tolist()
+    out[x:x + d - a, y:y + e - b, z:z + f - c] = array[a:d, b:e, c:f]
 
-def _batch(store, cuts, sides, frame, labels):
-    "A batch of `[(volume, starts (n, 3)), ...]`"
+# %% ../../nbs/volumes/crops.ipynb #459422e8
+def _batch(store, cuts, sides, frame="world_mm", labels=False):
+    "A batch of `[(volume, starts (n, 3)), ...]`."
     n = sum(len(starts) for _, starts in cuts)
-    center, volume, at = np.empty((n, 3), np.float32), np.empty(n, np.int64), 0
     # NumPy's memory: torch.zeros, step after step, leaves holes in the heap that add up
-    values, numbers = (
-        np.zeros((n, 1, *sides), np.float32),
-        np.zeros((n, *sides), np.int64) if labels else None,
-    )
+    values = np.zeros((n, 1, *sides), np.float32)
+    numbers = np.zeros((n, *sides), np.int64) if labels else None
+    at = 0
     for i, starts in cuts:
         image, organs = store.array(i), store.array(i, "label") if labels else None
         for k, start in enumerate(starts, at):
             _cut(image, start, sides, values[k, 0])
             if labels: _cut(organs, start, sides, numbers[k])
-        center[at : at + len(starts)], volume[at : at + len(starts)] = (
-            store.position(i, starts + (sides - 1) / 2, frame),
-            i,
-        )
         at += len(starts)
     if store.scale != 1: values *= np.float32(store.scale)
-    found = {"crop": values, "center_mm": center, "volume_id": volume} | (
-        {"label": numbers} if labels else {}
-    )
+    center = [store.position(i, starts + (sides - 1)/2, frame) for i, starts in cuts]
+    found = {
+        "crop": values,
+        "center_mm": np.concatenate(center).astype(np.float32),
+        "volume_id": np.repeat([i for i, _ in cuts], [len(s) for _, s in cuts]).astype(np.int64),
+    }
+    if labels: found["label"] = numbers
     return {name: torch.from_numpy(array) for name, array in found.items()}
 
 def crops_at(
@@ -92,19 +83,18 @@ def crops_at(
     sides, points = crop_sides(size), np.asarray(center_mm, float)
     if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
         raise ValueError(f"got points of shape {points.shape}, expected finite (K, 3), in mm.")
-    return _batch(
-        store,
-        [(volume, np.rint(store.voxel(volume, points) - (sides - 1) / 2).astype(int))],
-        sides,
-        "world_mm",
-        labels,
-    )
+    starts = np.rint(store.voxel(volume, points) - (sides - 1)/2).astype(int)
+    return _batch(store, [(volume, starts)], sides, labels=labels)
 
 # %% ../../nbs/volumes/crops.ipynb #6fa698fe
-def _starts(rng, store, i, n, sides, foreground):
-    "Where random crops of a volume start, (n, 3)"
+def _least_and_most(store, i, sides):
+    "First and last start of a crop inside a volume; in its middle where it is smaller."
     room = store.items[i]["shape"] - sides
-    least, most = np.where(room < 0, room//2, 0), np.where(room < 0, room//2, room)
+    return np.where(room < 0, room//2, 0), np.where(room < 0, room//2, room)
+
+def _starts(rng, store, i, n, sides, foreground):
+    "Where random crops of a volume start, (n, 3)."
+    least, most = _least_and_most(store, i, sides)
     if not foreground: return rng.integers(least, most + 1, (n, 3))
     mask, (lo, hi) = store.array(i, "foreground"), store.items[i]["box"]
     points = np.empty((0, 3), int)
@@ -116,6 +106,7 @@ def _starts(rng, store, i, n, sides, foreground):
     else: points = np.stack(np.unravel_index(rng.choice(np.flatnonzero(mask), n), mask.shape), 1)
     return np.clip(points[:n] - sides//2, least, most)
 
+# %% ../../nbs/volumes/crops.ipynb #bb9661d7
 def sample_crops(
     store, # `VolumeStore`
     volumes:Sequence[int], # Numbers of the volumes, V of them
@@ -123,13 +114,10 @@ def sample_crops(
     size:int|Sequence[int], # Sides of a crop, voxels
     seed:int=0, # First part of the random key
     epoch:int|Sequence[int]=0, # Second part; or one for each volume
-    # What `center_mm` is counted in; in the frames `box` and `voxel_local` it is not in mm, see
-    # `VolumeStore.position`
-    frame:str="world_mm",
     foreground:bool=True, # Draw from tissue; else anywhere
-    labels:bool=False, # Give the labels as well, `label` (K, X, Y, Z)
-)->dict: # `crop` (K, 1, X, Y, Z) float32 in [0, 1], `center_mm` (K, 3) float32, and (K,) int64: `volume_id`, `epoch`, `index` in its volume; K = V*n_crops, volume by volume
-    "Random crops of some volumes, and where they were."
+    **options, # `frame` of `center_mm`, see `VolumeStore.position`; `labels=True` gives `label` too
+)->dict: # (K,) each, volume by volume: `crop`, `center_mm`, `volume_id`, `epoch`, `index` in it
+    "Random crops (K, 1, X, Y, Z) of some volumes, K = V*n_crops, and where they were."
     sides = crop_sides(size)
     epochs = [epoch]*len(volumes) if np.ndim(epoch) == 0 else list(epoch)
     if not len(volumes) or n_crops < 1 or len(epochs) != len(volumes):
@@ -140,79 +128,67 @@ def sample_crops(
     cuts = []
     for i, e in zip(map(int, volumes), map(int, epochs)):
         if not 0 <= i < len(store): raise IndexError(f"volume {i} of {len(store)}")
-        cuts.append(
-            (
-                i,
-                _starts(
-                    np.random.default_rng(seed_for(seed, "crops", e, store.names[i])),
-                    store,
-                    i,
-                    n_crops,
-                    sides,
-                    foreground,
-                ),
-            )
-        )
-    index = torch.arange(len(cuts)*n_crops)
-    return {
-        **_batch(store, cuts, sides, frame, labels),
-        "epoch": torch.tensor(epochs).repeat_interleave(n_crops),
-        "index": index % n_crops,
-    }
+        rng = np.random.default_rng(seed_for(seed, "crops", e, store.names[i]))
+        cuts.append((i, _starts(rng, store, i, n_crops, sides, foreground)))
+    batch = _batch(store, cuts, sides, **options)
+    batch["epoch"] = torch.tensor(epochs).repeat_interleave(n_crops)
+    return batch | {"index": torch.arange(len(cuts)*n_crops) % n_crops}
 
 # %% ../../nbs/volumes/crops.ipynb #0c2a29ef
+@dataclass(eq=False, repr=False)
 class CropBatches:
     "The batches of steps `start` to `steps`; made by `crop_batches`."
-    def __init__(
-        self, store, n_volumes, n_crops, size, steps, start, seed, volumes, rank, world, options
-    ):
-        self.store, self.n_crops, self.size, self.seed, self.options = (
-            store,
-            n_crops,
-            size,
-            seed,
-            options,
-        )
-        self.volumes = list(range(len(store))) if volumes is None else [int(v) for v in volumes]
-        if min(len(self.volumes), n_volumes, n_crops, steps) < 1 or not 0 <= start <= steps:
+    store:object # `VolumeStore`
+    n_volumes:int # Volumes of a step
+    n_crops:int # Crops of each
+    size:int|Sequence[int] # Sides of a crop, voxels
+    steps:int # End of the run
+    start:int # First step to serve
+    seed:int # Decides order and crops
+    volumes:Sequence[int]|None # Numbers of the volumes to use; None is all
+    rank:int # Number of this process
+    world:int # Number of processes
+    options:dict # For `sample_crops`
+
+    def __post_init__(self):
+        volumes = range(len(self.store)) if self.volumes is None else self.volumes
+        self.volumes = [int(v) for v in volumes]
+        counts = dict(volumes=len(self.volumes), n_volumes=self.n_volumes, n_crops=self.n_crops)
+        for name, count in {**counts, "steps": self.steps}.items(): at_least(1, count, name)
+        if not 0 <= self.start <= self.steps:
+            raise ValueError(f"got start={self.start}, expected 0 to steps={self.steps}.")
+        if not 0 <= self.rank < self.world or self.n_volumes < self.world:
             raise ValueError(
-                f"got {len(self.volumes)} volumes, n_volumes={n_volumes}, n_crops={n_crops}, "
-                f"steps={steps}, start={start}, expected at least 1 each, and 0 <= start "
-                "<= steps."
+                f"got rank {self.rank} of {self.world} processes and {self.n_volumes} volumes a "
+                "step, expected 0 <= rank < world, and a volume for each at least."
             )
-        if not 0 <= rank < world or n_volumes < world:
-            raise ValueError(
-                f"got rank {rank} of {world} processes and {n_volumes} volumes a step, "
-                "expected 0 <= rank < world, and a volume for each at least."
-            )
-        crop_sides(size)
-        self.n_volumes, self.steps, self.start = n_volumes, steps, start
-        share, more = divmod(n_volumes, world)
-        self.rows = range(rank*share + min(rank, more), (rank + 1)*share + min(rank + 1, more))
+        crop_sides(self.size)
 
     def __len__(self): return self.steps - self.start
 
     def __iter__(self)->Iterator[dict]:
-        order = {}
-        for step in range(self.start, self.steps):
-            rows = [divmod(step*self.n_volumes + k, len(self.volumes)) for k in self.rows]
-            order = {
-                e: order[e]
-                if e in order
-                else np.random.default_rng(seed_for(self.seed, "order", e)).permutation(
-                    self.volumes
-                )
-                for e in dict.fromkeys(e for e, _ in rows)
-            }
+        for rows in map(self._rows, range(self.start, self.steps)):
+            volumes, epochs = [self._order(e)[k] for e, k in rows], [e for e, _ in rows]
             yield sample_crops(
-                self.store,
-                [order[e][k] for e, k in rows],
-                self.n_crops,
-                self.size,
-                self.seed,
-                [e for e, _ in rows],
-                **self.options,
+                self.store, volumes, self.n_crops, self.size, self.seed, epochs, **self.options
             )
+
+# %% ../../nbs/volumes/crops.ipynb #8864cc4e
+@patch
+def _rows(self:CropBatches, step):
+    "Epoch and place in its order, for each volume that this process serves at a step."
+    share, more = divmod(self.n_volumes, self.world)
+    first = self.rank*share + min(self.rank, more)
+    mine = range(first, first + share + (self.rank < more))
+    return [divmod(step*self.n_volumes + k, len(self.volumes)) for k in mine]
+
+@patch
+def _order(self:CropBatches, epoch):
+    "The volumes in the order of an epoch; the last one is kept."
+    if getattr(self, "_kept", (None,))[0] != epoch:
+        rng = np.random.default_rng(seed_for(self.seed, "order", epoch))
+        self._kept = epoch, rng.permutation(self.volumes)
+    return self._kept[1]
 
 def crop_batches(
     store, # `VolumeStore`
@@ -222,27 +198,23 @@ def crop_batches(
     steps:int, # End of the run
     start:int=0, # First step to serve; the number of finished steps when a run is resumed
     seed:int=0, # Decides order and crops
-    # Numbers of the volumes to use, for example `store.indices("train")`; None is all
-    volumes:Sequence[int]|None=None,
-    rank:int|None=None, # Number of this training process; None asks torch.distributed
-    world:int|None=None, # Training processes that share every step; None asks torch.distributed
-    **options, # For `sample_crops`: `frame`, `foreground`, `labels`
+    volumes:Sequence[int]|None=None, # Numbers of those to use, as `store.indices("train")`; None: all
+    **options, # For `sample_crops`; and `rank`, `world` where torch.distributed is not to say
 )->CropBatches: # Has a length; each batch as of `sample_crops`
     "The batches of a training run from step `start` on."
+    rank, world = options.pop("rank", None), options.pop("world", None)
     joined = dist.is_available() and dist.is_initialized()
-    rank = rank if rank is not None else dist.get_rank() if joined else 0
-    world = world if world is not None else dist.get_world_size() if joined else 1
-    return CropBatches(
-        store, n_volumes, n_crops, size, steps, start, seed, volumes, rank, world, options
-    )
+    if rank is None: rank = dist.get_rank() if joined else 0
+    if world is None: world = dist.get_world_size() if joined else 1
+    run = steps, start, seed, volumes, rank, world
+    return CropBatches(store, n_volumes, n_crops, size, *run, options)
 
 # %% ../../nbs/volumes/crops.ipynb #c2b7a27b
 def grid_crops(
     store, # `VolumeStore`
     volume:int, # Its number
     size:int|Sequence[int], # Sides of a crop, voxels
-    # Voxels between neighbouring crops; None is the side of a crop
-    stride:int|Sequence[int]|None=None,
+    stride:int|Sequence[int]|None=None, # Voxels between neighbouring crops; None: a crop's side
     batch:int=64, # Crops at a time
     frame:str="world_mm", # What `center_mm` is counted in
     tissue:float=0., # Crops with this share of foreground or less are left out; -1 keeps all
@@ -250,16 +222,13 @@ def grid_crops(
 )->Iterator[dict]: # Batches as of `sample_crops`, with `tissue` (K,), the share of foreground
     "Crops that cover a volume's foreground box."
     sides, steps = crop_sides(size), crop_sides(size if stride is None else stride)
-    if batch < 1: raise ValueError(f"got batch={batch}, expected 1 crop at a time or more.")
+    at_least(1, batch, "batch")
     if not 0 <= volume < len(store): raise IndexError(f"volume {volume} of {len(store)}")
     lo, hi = store.items[volume]["box"]
     counts = [1 + max(0, math.ceil((b - a - s)/t)) for a, b, s, t in zip(lo, hi, sides, steps)]
     starts = lo + np.stack(np.unravel_index(np.arange(math.prod(counts)), counts), 1)*steps
-    mask, shares, out = (
-        store.array(volume, "foreground"),
-        np.empty(len(starts)),
-        np.empty(sides, bool),
-    )
+    mask, shares = store.array(volume, "foreground"), np.empty(len(starts))
+    out = np.empty(sides, bool)
     for k, start in enumerate(starts):
         out[:] = False
         _cut(mask, start, sides, out)
@@ -267,7 +236,5 @@ def grid_crops(
     keep = np.flatnonzero(shares > tissue)
     for k in range(0, len(keep), batch):
         rows = keep[k:k + batch]
-        yield {
-            **_batch(store, [(volume, starts[rows])], sides, frame, labels),
-            "tissue": torch.from_numpy(shares[rows].astype(np.float32)),
-        }
+        found = _batch(store, [(volume, starts[rows])], sides, frame, labels)
+        yield found | {"tissue": torch.from_numpy(shares[rows].astype(np.float32))}

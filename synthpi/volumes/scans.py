@@ -1,4 +1,4 @@
-"""Scans are decoded, oriented, resampled and normalised once; afterwards they are arrays on disk that know where in the body they lie
+"""Scans are read, oriented, resampled and normalised once, into arrays on disk
 
 Reading a scan costs a second, cutting a crop out of an array on disk some microseconds. So
 `prepare_volumes` does the reading once and gives a `VolumeStore`: for each volume an image in [0,
@@ -20,10 +20,12 @@ __all__ = ['WINDOWS', 'read_volume', 'resample', 'foreground', 'prepare_volumes'
 # %% ../../nbs/volumes/scans.ipynb #2a7016e8
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
 import multiprocessing
+import random
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -34,46 +36,55 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from monai.data import ITKReader, MetaTensor, NibabelReader, NrrdReader, PydicomReader
-from monai.transforms import LoadImage, Orientation, Spacing
 from scipy import ndimage
 
+from ..core.checks import at_least, existing, one_of
 from ..core.files import atomic_path, write_json
 from .sets import check_records, find_volumes, read_manifest
 from .store import _FORMAT, _sha, _TOP, _valid, _VERSION, VolumeStore
 
 # %% ../../nbs/volumes/scans.ipynb #87f301a4
-# LoadImage builds all of its readers, and one tells for each file that it has no GPU
-logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 _READERS = {
-    (".nii", ".nii.gz"): ("nibabel", "nibabel", NibabelReader, {}),
-    (".nrrd", ".nhdr"): ("nrrd", "pynrrd", NrrdReader, {}),
-    (".mha", ".mhd"): ("itk", "itk", ITKReader, {}),
-    (".dcm",): ("pydicom", "pydicom", PydicomReader, {"fname_regex": r"(?i).*\.dcm$"}),
+    (".nii", ".nii.gz"): ("nibabel", "nibabel", "NibabelReader", {}),
+    (".nrrd", ".nhdr"): ("nrrd", "pynrrd", "NrrdReader", {}),
+    (".mha", ".mhd"): ("itk", "itk", "ITKReader", {}),
+    (".dcm",): ("pydicom", "pydicom", "PydicomReader", {"fname_regex": r"(?i).*\.dcm$"}),
 }
+
+def _monai(module):
+    "A module of MONAI; importing it would move the state of `random`."
+    state = random.getstate()
+    # LoadImage builds all of its readers, and one logs for each file that it has no GPU
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    found = importlib.import_module(f"monai.{module}")
+    random.setstate(state)
+    return found
 
 def _reader(path):
     ending = ".dcm" if path.is_dir() else path.name.lower()
     for endings, (module, package, reader, options) in _READERS.items():
-        if ending.endswith(endings):
-            if not importlib.util.find_spec(module):
-                raise ImportError(
-                    f"{path} needs the package {package}, which is not installed: pip install "
-                    f"{package}"
-                )
-            return reader(**options)
-    raise ValueError(
-        f"got {path}, expected a file ending in "
-        f"{', '.join(e for es in _READERS for e in es)}, or a folder of .dcm files."
-    )
+        if not ending.endswith(endings): continue
+        if importlib.util.find_spec(module): return getattr(_monai("data"), reader)(**options)
+        raise ImportError(
+            f"{path} needs the package {package}, which is not installed: pip install {package}"
+        )
+    endings = ", ".join(e for es in _READERS for e in es)
+    raise ValueError(f"got {path}, expected a file ending in {endings}, or a folder of .dcm files.")
+
+# %% ../../nbs/volumes/scans.ipynb #3f5a224c
+def _check_steps(folder, places):
+    "Equal distances between slices at these places along their normal, mm."
+    steps = np.diff(np.sort(places))
+    if len(steps) and (steps.min() < .01 or steps.max() > 1.05*np.median(steps)):
+        raise ValueError(
+            f"the slices in {folder} are {steps.min():.2f} to {steps.max():.2f} mm apart; "
+            "expected equal distances: some are missing or come twice."
+        )
 
 def _check_series(folder):
     from pydicom import dcmread
-    heads = [
-        dcmread(p, stop_before_pixels=True)
-        for p in sorted(folder.iterdir())
-        if p.suffix.lower() == ".dcm"
-    ]
+    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() == ".dcm"]
+    heads = [dcmread(p, stop_before_pixels=True) for p in files]
     series = {str(h.SeriesInstanceUID) for h in heads}
     if len(series) > 1:
         raise ValueError(
@@ -81,37 +92,27 @@ def _check_series(folder):
             "folder of its own."
         )
     normal = np.cross(*np.reshape([float(x) for x in heads[0].ImageOrientationPatient], (2, 3)))
-    steps = np.diff(
-        np.sort([np.dot(normal, [float(x) for x in h.ImagePositionPatient]) for h in heads])
-    )
-    if len(steps) and (steps.min() < .01 or steps.max() > 1.05*np.median(steps)):
-        raise ValueError(
-            f"the slices in {folder} are {steps.min():.2f} to {steps.max():.2f} mm apart; "
-            "expected equal distances: some are missing or come twice."
-        )
+    corners = [[float(x) for x in h.ImagePositionPatient] for h in heads]
+    _check_steps(folder, [np.dot(normal, corner) for corner in corners])
 
-def read_volume(
-    path:str|Path, # File, or folder of a DICOM series
-    channel:int|None=None, # Which one of a 4D file
-)->tuple[np.ndarray, np.ndarray]: # Values `(X, Y, Z)` float32, and the affine (4, 4) from voxels to millimetres, both in RAS order
-    """One volume from a file; `ValueError` when it is not three-dimensional, not finite, empty, or
-    has no place in space; `ImportError` when its format needs a package."""
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no volume {path}.")
+# %% ../../nbs/volumes/scans.ipynb #4b65587d
+def _load(path):
+    "MONAI's image with channels first, whatever the format."
     reader = _reader(path)
     if path.is_dir(): _check_series(path)
+    load = _monai("transforms").LoadImage
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            x = LoadImage(
-                reader=reader, image_only=True, ensure_channel_first=True, dtype=np.float32
-            )(str(path))
+        options = dict(image_only=True, ensure_channel_first=True, dtype=np.float32)
+        try: x = load(reader=reader, **options)(str(path))
         except Exception as error:
             raise ValueError(
                 f"{path} could not be read ({type(error).__name__}: {str(error)[:200]}); expected "
                 "a whole volume with at least one voxel: copy it again, or leave it out."
             ) from error
-    if x.ndim == 5 and x.shape[-1] == 1: x = x[..., 0]
+    return x[..., 0] if x.ndim == 5 and x.shape[-1] == 1 else x
+
+def _check_loaded(path, x, channel):
     if x.ndim != 4 or not x.numel():
         raise ValueError(
             f"{path} has the shape {tuple(x.shape[1:])}; expected a volume (X, Y, Z) with at "
@@ -123,15 +124,24 @@ def read_volume(
             f"channel=0 to {len(x) - 1} (or sequence= of its set)."
         )
     if channel is not None and not 0 <= channel < len(x):
-        raise ValueError(f"channel {channel} of {path} was asked for, which holds {len(x)}.")
+        raise ValueError(f"got channel {channel} of {path}, expected 0 to {len(x) - 1}.")
     affine = np.asarray(x.affine, float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError(
-            f"the affine of {path} is singular: {affine[:3, :3].round(4).tolist()}; expected "
-            "three independent directions in millimetres: write the file again with its true "
-            "affine."
-        )
-    x = Orientation("RAS", labels=None)(x[channel or 0][None])
+    if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-9: return
+    raise ValueError(
+        f"the affine of {path} is singular: {affine[:3, :3].round(4).tolist()}; expected three "
+        "independent directions in millimetres: write the file again with its true affine."
+    )
+
+# %% ../../nbs/volumes/scans.ipynb #847adb7f
+def read_volume(
+    path:str|Path, # File, or folder of a DICOM series
+    channel:int|None=None, # Which one of a 4D file
+)->tuple[np.ndarray, np.ndarray]: # Values `(X, Y, Z)` float32 and affine (4, 4), voxels to mm, in RAS
+    "One volume from a file; `ValueError` when it is not a finite volume with a place in space."
+    path = existing(path)
+    x = _load(path)
+    _check_loaded(path, x, channel)
+    x = _monai("transforms").Orientation("RAS", labels=None)(x[channel or 0][None])
     values = np.asarray(x[0], np.float32)
     if bad := int((~np.isfinite(values)).sum()):
         raise ValueError(
@@ -148,20 +158,16 @@ def resample(
     nearest:bool=False, # For labels
 )->tuple[np.ndarray, np.ndarray]: # Values and affine of the new grid
     "A volume on another grid, with the same directions and the same first voxel."
-    x = MetaTensor(
-        torch.from_numpy(np.ascontiguousarray(values, np.float32))[None],
-        affine=torch.from_numpy(np.asarray(affine, float)),
-    )
-    x = Spacing(
-        tuple(spacing_mm), mode="nearest" if nearest else "bilinear", padding_mode="border"
-    )(x)
+    x = torch.from_numpy(np.ascontiguousarray(values, np.float32))[None]
+    x = _monai("data").MetaTensor(x, affine=torch.from_numpy(np.asarray(affine, float)))
+    options = dict(mode="nearest" if nearest else "bilinear", padding_mode="border")
+    x = _monai("transforms").Spacing(tuple(spacing_mm), **options)(x)
     return np.asarray(x[0], np.float32), np.asarray(x.affine, float)
 
 # %% ../../nbs/volumes/scans.ipynb #eca3f923
 def foreground(
     values:np.ndarray, # `(X, Y, Z)`, as read
-    # In units of the values; None takes a tenth of the way to the 99.5th percentile
-    threshold:float|None=None,
+    threshold:float|None=None, # In the values' unit; None: a tenth of the way to percentile 99.5
 )->np.ndarray: # `(X, Y, Z)` bool
     "Where tissue is; `ValueError` when that is nowhere."
     if threshold is None: threshold = values.min() + .1*(np.percentile(values, 99.5) - values.min())
@@ -177,213 +183,187 @@ def foreground(
     return np.stack([ndimage.binary_fill_holes(mask[..., z]) for z in range(mask.shape[2])], -1)
 
 # %% ../../nbs/volumes/scans.ipynb #88dda12d
+def _read_label(record, root, values, affine):
+    "The labels of an image, or None."
+    if not record["label"]: return None
+    label, other = read_volume(root/record["label"])
+    if label.shape != values.shape:
+        raise ValueError(
+            f"the label {record['label']} has the shape {label.shape} and its image "
+            f"{values.shape}; expected a label for every voxel."
+        )
+    if not np.allclose(other, affine, atol=.1):
+        raise ValueError(
+            f"the label {record['label']} lies elsewhere than its image: their affines differ "
+            f"by up to {np.abs(other - affine).max():.3g}."
+        )
+    if (label != np.round(label)).any() or label.min() < 0:
+        odd = label[(label != np.round(label)) | (label < 0)][0]
+        raise ValueError(
+            f"the label {record['label']} has values such as {odd}; expected 0, 1, 2, ..."
+        )
+    return label
+
+# %% ../../nbs/volumes/scans.ipynb #5a80d9e7
 # Named CT windows, HU
 WINDOWS = {"ct": (-1000., 1000.), "soft tissue": (-160., 240.), "lung": (-1350., 150.)}
 
+def _levels(path, values, mask, s):
+    "The values that become 0 and 1."
+    low, high = s["window"] or (float(q) for q in np.percentile(values[mask], s["percentiles"]))
+    if low < high: return low, high
+    raise ValueError(
+        f"{path} has {low:.4g} at percentile {s['percentiles'][0]} and {high:.4g} at percentile "
+        f"{s['percentiles'][1]} of its foreground: it is constant, and holds no position."
+    )
+
+def _box(mask):
+    "First voxel of the foreground, and the one after its last, along each axis."
+    inside = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {k}))) for k in range(3)]
+    return np.array([i[0] for i in inside]), np.array([i[-1] + 1 for i in inside])
+
+# %% ../../nbs/volumes/scans.ipynb #4035d6f6
+def _stored(image, label, mask, dtype):
+    "The arrays of an item, from an image in [0, 1]."
+    top = _TOP[dtype]
+    arrays = {"image": (np.round(image*top) if top > 1 else image).astype(dtype), "foreground": mask}
+    if label is not None: arrays["label"] = label.astype(np.min_scalar_type(int(label.max())))
+    return arrays
+
 def _arrays(record, root, s):
-    "The arrays of an item and what is known of them"
+    "The arrays of an item and what is known of them."
     path = root/record["image"]
     values, affine = read_volume(path, record["channel"])
-    arrays, label = {}, None
-    if record["label"]:
-        label, other = read_volume(root/record["label"])
-        if label.shape != values.shape:
-            raise ValueError(
-                f"the label {record['label']} has the shape {label.shape} and its image "
-                f"{values.shape}; expected a label for every voxel."
-            )
-        if not np.allclose(other, affine, atol=0.1):
-            raise ValueError(
-                f"the label {record['label']} lies elsewhere than its image: their affines differ "
-                f"by up to {np.abs(other - affine).max():.3g}."
-            )
-        if (label != np.round(label)).any() or label.min() < 0:
-            raise ValueError(
-                f"the label {record['label']} has values such as "
-                f"{label[(label != np.round(label)) | (label < 0)][0]}; expected 0, 1, 2, ..."
-            )
+    label = _read_label(record, root, values, affine)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if s["spacing_mm"] and not np.allclose(spacing, s["spacing_mm"], rtol=1e-4):
         if label is not None: label = resample(label, affine, s["spacing_mm"], nearest=True)[0]
         values, affine = resample(values, affine, s["spacing_mm"])
-    threshold = (
-        s["foreground_above"]
-        if s["foreground_above"] is not None
-        else -500.0
-        if s["window"]
-        else None
-    )
+    threshold = s["foreground_above"]
+    if threshold is None and s["window"]: threshold = -500.
     mask = foreground(values, threshold)
-    low, high = s["window"] or (float(q) for q in np.percentile(values[mask], s["percentiles"]))
-    if not low < high:
-        raise ValueError(
-            f"{path} has {low:.4g} at percentile {s['percentiles'][0]} and {high:.4g} at "
-            f"percentile {s['percentiles'][1]} of its foreground: it is constant, and holds no "
-            "position."
-        )
-    inside = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {k}))) for k in range(3)]
-    start, stop = (
-        np.array([f(i[0], i[-1] + 1) for i in inside]) for f in (lambda a, b: a, lambda a, b: b)
-    )
+    low, high = _levels(path, values, mask, s)
+    start, stop = _box(mask)
     lo, hi = np.maximum(start - s["margin"], 0), np.minimum(stop + s["margin"], values.shape)
     keep = tuple(slice(a, b) for a, b in zip(lo, hi))
     image = np.clip((values[keep] - low)/(high - low), 0, 1)
-    top = _TOP[s["dtype"]]
-    arrays["image"] = (np.round(image*top) if top > 1 else image).astype(s["dtype"])
-    arrays["foreground"] = mask[keep]
-    if label is not None: arrays["label"] = label[keep].astype(np.min_scalar_type(int(label.max())))
+    arrays = _stored(image, None if label is None else label[keep], mask[keep], s["dtype"])
     affine = affine.copy()
     # the array begins here now, and its voxels stay where they were
     affine[:3, 3] = (affine @ [*lo, 1])[:3]
-    return arrays, {
-        "shape": arrays["image"].shape,
-        "affine": affine,
-        "box": [start - lo, stop - lo],
-        "low": low,
-        "high": high,
-        "labels": [] if label is None else np.unique(arrays["label"]).tolist(),
-    }
+    labels = [] if label is None else np.unique(arrays["label"]).tolist()
+    box = [start - lo, stop - lo]
+    return arrays, dict(shape=image.shape, affine=affine, box=box, low=low, high=high, labels=labels)
+
+# %% ../../nbs/volumes/scans.ipynb #8f9f0bf1
+def _key(record, sources, s):
+    facts = [_VERSION, record["name"], sources, record["channel"], s]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+def _write_item(folder, arrays, facts):
+    "Arrays, and last the facts with the arrays' checksums."
+    shutil.rmtree(folder, ignore_errors=True)
+    for kind, array in arrays.items():
+        with atomic_path(folder/f"{kind}.npy") as tmp: np.save(tmp, np.ascontiguousarray(array))
+    sums = {f"{kind}.npy": _sha(folder/f"{kind}.npy") for kind in arrays}
+    write_json(folder/"item.json", facts | {"sha256": sums})
 
 def _prepare(record, root, out, s):
-    "Make or keep one item; the reason if that fails"
+    "Prepare or keep one item: its name, whether it was prepared, and the reason if that failed."
     torch.set_num_threads(1)
-    folder = out/"items"/record["name"].replace("/", "__")
+    name, files = record["name"], [root/p for p in (record["image"], record["label"]) if p]
+    folder = out/"items"/name.replace("/", "__")
     try:
-        sources = [
-            _sha(root / p) if (root / p).exists() else "missing"
-            for p in (record["image"], record["label"])
-            if p
-        ]
-        key = hashlib.sha256(
-            json.dumps(
-                [_VERSION, record["name"], sources, record["channel"], s], sort_keys=True
-            ).encode()
-        ).hexdigest()
-        if _valid(folder, key): return record["name"], False, None
+        sources = [_sha(p) if p.exists() else "missing" for p in files]
+        key = _key(record, sources, s)
+        if _valid(folder, key): return name, False, None
         arrays, facts = _arrays(record, root, s)
-        # not before: what cannot be prepared leaves what was there
-        shutil.rmtree(folder, ignore_errors=True)
-        for kind, array in arrays.items():
-            with atomic_path(folder/f"{kind}.npy") as tmp: np.save(tmp, np.ascontiguousarray(array))
-        write_json(
-            folder / "item.json",
-            {
-                "name": record["name"],
-                **facts,
-                "key": key,
-                "source_sha256": sources,
-                "sha256": {f"{k}.npy": _sha(folder / f"{k}.npy") for k in arrays},
-            },
-        )
-    except (ValueError, FileNotFoundError) as error: return record["name"], False, str(error)
-    return record["name"], True, None
+        _write_item(folder, arrays, {"name": name, **facts, "key": key, "source_sha256": sources})
+    except (ValueError, FileNotFoundError) as error: return name, False, str(error)
+    return name, True, None
 
-# %% ../../nbs/volumes/scans.ipynb #5a80d9e7
-def prepare_volumes(
-    # Folder of volumes (see `find_volumes`), table (see `read_manifest`), or records
-    source:str|Path|Sequence[dict],
-    out:str|Path, # Folder of the store; what is there already is kept, and taken if it fits
-    # Edge of a voxel, or one per axis; None keeps each volume's own
-    spacing_mm:float|Sequence[float]|None=None,
-    # For CT: HU that become 0 and 1, or one of `WINDOWS`; None takes the percentiles
-    window:str|tuple[float, float]|None=None,
-    # Of the foreground, that become 0 and 1; what lies outside is clipped
-    percentiles:tuple[float, float]=(.5, 99.5),
-    # Threshold of the foreground in the file's units; None: see `foreground`, and -500 HU with a
-    # window
-    foreground_above:float|None=None,
-    margin:int=8, # Voxels kept around the foreground
-    dtype:str="uint8", # As which [0, 1] is stored: "uint8" (256 levels), "uint16" or "float32"
-    preset:str|None=None, # Layout of a folder, see `find_volumes`
-    sequence:str|int|None=None, # Which sequence, see `find_volumes`
-    # What the paths of records are relative to; None is the folder, the table's folder, or here
-    root:str|Path|None=None,
-    # Processes; 0 prepares in this one. With more, a script needs `if __name__ == "__main__":`
-    workers:int=0,
-): # The `VolumeStore` in that folder
-    """Volumes on disk, decoded, oriented, resampled and normalised once; `ValueError` with all
-    reasons when some cannot be."""
-    if isinstance(source, (str, Path)):
-        source = Path(source)
-        records = (
-            read_manifest(source) if source.is_file() else find_volumes(source, preset, sequence)
-        )
-        root = Path(root or (source.parent if source.is_file() else source))
-    else: records, root = check_records(source), Path(root or ".")
-    if isinstance(window, str):
-        if window not in WINDOWS:
-            raise ValueError(
-                f"got window={window!r}, expected two numbers in HU, or one of "
-                f"{', '.join(WINDOWS)}."
-            )
-        window = WINDOWS[window]
+# %% ../../nbs/volumes/scans.ipynb #86bd38f3
+def _check_settings(spacing_mm, window, percentiles, foreground_above, margin, dtype):
+    "The settings of a store, ready for JSON."
+    if isinstance(window, str): window = WINDOWS[one_of("window", window, WINDOWS)]
+    if window is not None and not (len(window) == 2 and window[0] < window[1]):
+        raise ValueError(f"got window={window}, expected a lower and a higher number in HU.")
     spacing = None if spacing_mm is None else [float(x) for x in np.broadcast_to(spacing_mm, 3)]
     if spacing and not (np.isfinite(spacing).all() and min(spacing) > 0):
         raise ValueError(
             f"got spacing_mm={spacing_mm}, expected millimetres above 0, one number or three."
         )
-    if window is not None and not (len(window) == 2 and window[0] < window[1]):
-        raise ValueError(f"got window={window}, expected a lower and a higher number in HU.")
     if not 0 <= percentiles[0] < percentiles[1] <= 100:
-        raise ValueError(
-            f"got percentiles={percentiles}, expected two in order, from 0 to 100."
-        )
-    if dtype not in _TOP or margin < 0:
-        raise ValueError(
-            f"got dtype={dtype!r}, margin={margin}, expected one of {', '.join(_TOP)}, and 0 "
-            "or more."
-        )
-    settings = {
+        raise ValueError(f"got percentiles={percentiles}, expected two in order, from 0 to 100.")
+    return {
         "spacing_mm": spacing,
         "window": window and [float(x) for x in window],
         "percentiles": [float(x) for x in percentiles],
         "foreground_above": foreground_above,
-        "margin": int(margin),
-        "dtype": dtype,
+        "margin": int(at_least(0, margin, "margin")),
+        "dtype": one_of("dtype", dtype, _TOP),
     }
-    out = Path(out)
-    if out.exists() and (
-        not out.is_dir()
-        or any(p.name not in ("store.json", "items", ".lock") for p in out.iterdir())
-    ):
+
+# %% ../../nbs/volumes/scans.ipynb #4fedcac6
+def _prepare_all(jobs, workers):
+    "Results of `_prepare`, by this process or by `workers` others."
+    if not workers: return [_prepare(*job) for job in jobs]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), spawn) as pool:
+        try: return [f.result() for f in as_completed([pool.submit(_prepare, *job) for job in jobs])]
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that prepared volumes was ended from outside, perhaps for "
+                f"want of memory ({workers} workers): call again, with fewer workers; "
+                "what is done is kept."
+            ) from error
+
+def _check_results(results):
+    failed = sorted((name, why) for name, _, why in results if why)
+    if not failed: return
+    more = f"\n... and {len(failed) - 20} more"*(len(failed) > 20)
+    raise ValueError(
+        f"{len(failed)} of {len(results)} volumes could not be prepared; correct them or leave "
+        "them out, and call again:\n" + "\n".join(f"{name}: {why}" for name, why in failed[:20]) + more
+    )
+
+# %% ../../nbs/volumes/scans.ipynb #1b74f1b9
+def _records(source, preset, sequence, root):
+    "Checked records, and the folder that their paths are relative to."
+    if not isinstance(source, (str, Path)): return check_records(source), Path(root or ".")
+    source = Path(source)
+    if source.is_file(): return read_manifest(source), Path(root or source.parent)
+    return find_volumes(source, preset, sequence), Path(root or source)
+
+def prepare_volumes( # noqa: PLR0913
+    source:str|Path|Sequence[dict], # Folder of volumes, table (see `read_manifest`), or records
+    out:str|Path, # Folder of the store; what is there already is kept, and taken if it fits
+    spacing_mm:float|Sequence[float]|None=None, # Edge of a voxel, or one per axis; None: as read
+    window:str|tuple[float, float]|None=None, # CT: HU that become 0 and 1, or one of `WINDOWS`
+    percentiles:tuple[float, float]=(.5, 99.5), # Else these of the foreground become 0 and 1
+    foreground_above:float|None=None, # Threshold, file's units; None: -500 HU, or see `foreground`
+    margin:int=8, # Voxels kept around the foreground
+    dtype:str="uint8", # As which [0, 1] is stored: "uint8" (256 levels), "uint16" or "float32"
+    preset:str|None=None, # Layout of a folder, see `find_volumes`
+    sequence:str|int|None=None, # Which sequence, see `find_volumes`
+    root:str|Path|None=None, # What the records' paths are relative to; None: folder, table's, or here
+    workers:int=0, # Processes; 0: this one. A script with more needs `if __name__ == "__main__":`
+): # The `VolumeStore` in that folder
+    "Volumes on disk, prepared once; `ValueError` with all reasons when some cannot be."
+    records, root = _records(source, preset, sequence, root)
+    s, out = _check_settings(spacing_mm, window, percentiles, foreground_above, margin, dtype), Path(out)
+    ours = {"store.json", "items", ".lock"}
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - ours):
         raise ValueError(
             f"{out} holds other things than a store of volumes: choose an empty or new folder."
         )
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out/".lock", timeout=3600):
-        # no store while it is being made
+        # no store while it is being prepared
         with contextlib.suppress(FileNotFoundError): (out/"store.json").unlink()
-        jobs = [(r, root, out, settings) for r in records]
-        if workers:
-            with ProcessPoolExecutor(
-                min(workers, len(jobs)), multiprocessing.get_context("spawn")
-            ) as pool:
-                try:
-                    results = [
-                        f.result()
-                        for f in as_completed([pool.submit(_prepare, *job) for job in jobs])
-                    ]
-                except BrokenProcessPool as error:
-                    raise OSError(
-                        "a process that prepared volumes was ended from outside, perhaps for "
-                        f"want of memory ({workers} workers): call again, with fewer workers; "
-                        "what is done is kept."
-                    ) from error
-        else: results = [_prepare(*job) for job in jobs]
-        if failed := sorted((name, why) for name, _, why in results if why):
-            raise ValueError(
-                f"{len(failed)} of {len(records)} volumes could not be prepared; correct them or "
-                "leave them out, and call again:\n"
-                + "\n".join(f"{name}: {why}" for name, why in failed[:20])
-                + f"\n... and {len(failed) - 20} more" * (len(failed) > 20)
-            )
-        write_json(
-            out / "store.json",
-            {
-                "format": _FORMAT,
-                "settings": settings,
-                "made": sum(made for _, made, _ in results),
-                "volumes": [{k: r[k] for k in ("name", "subject", "split")} for r in records],
-            },
-        )
+        results = _prepare_all([(r, root, out, s) for r in records], workers)
+        _check_results(results)
+        made = sum(made for _, made, _ in results)
+        volumes = [{k: r[k] for k in ("name", "subject", "split")} for r in records]
+        write_json(out/"store.json", dict(format=_FORMAT, settings=s, made=made, volumes=volumes))
     return VolumeStore(out)

@@ -1,4 +1,4 @@
-"""Folders of volumes in their published layouts become records; subjects are split once, in a file that moves with the data
+"""Folders of volumes in their published layouts become records, split by subject
 
 A *record* names one volume: `name`, `image` and perhaps `label` (paths relative to the set's
 folder), `subject`, perhaps `split`, and perhaps `channel` of a 4D file. `find_volumes` makes
@@ -12,7 +12,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/volumes/sets.html.md"""
 
 # %% auto #0
 __all__ = ['ENDINGS', 'PRESETS', 'check_records', 'find_volumes', 'read_manifest', 'label_names', 'split_subjects',
-           'write_splits', 'read_splits']
+           'write_splits']
 
 # %% ../../nbs/volumes/sets.ipynb #7155673a
 import csv
@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..core.checks import some_names
+from ..core.checks import one_of, some_names
 from ..core.files import write_json
 from ..core.seeds import seed_for
 
@@ -34,123 +34,132 @@ ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PRESETS = ("plain", "msd", "brats", "autopet") # Layouts that `find_volumes` knows
 _KEYS = ("name", "image", "label", "subject", "split", "channel")
 
-def check_records(
-    records:Sequence[dict], # As described above; `subject` is the name where it is missing
-)->list[dict]: # Copies with all keys of a record
-    """Complete records; `ValueError` when a name is not relative or comes twice, or a subject is in
-    two splits."""
-    if not len(records):
-        raise ValueError("got 0 volumes, expected at least one record with name and image.")
-    done = []
-    for k, r in enumerate(records):
-        if extra := sorted(set(r) - set(_KEYS)):
-            raise ValueError(
-                f"record {k} has the entries {some_names(extra)}; expected some of "
-                f"{', '.join(_KEYS)}."
-            )
-        if not r.get("name") or not r.get("image"):
-            raise ValueError(f"record {k} is {r}; expected a name and an image at least.")
-        name, channel = str(r["name"]), r.get("channel")
-        if (
-            PurePosixPath(name).is_absolute()
-            or ".." in PurePosixPath(name).parts
-            or not re.fullmatch(r"[\w.+\- /]+", name)
-            or name[0] in ". "
-        ):
-            raise ValueError(
-                f"got the name {name!r}, expected a relative one of letters, digits and "
-                "._+-/, such as 'patient_1/study_2'."
-            )
-        done.append(
-            {
-                "name": name,
-                "image": str(r["image"]),
-                "label": str(r.get("label") or ""),
-                "subject": str(r.get("subject") or name),
-                "split": str(r.get("split") or ""),
-                "channel": None if channel in (None, "") else int(channel),
-            }
+def _is_relative(name):
+    path = PurePosixPath(name)
+    leaves = path.is_absolute() or ".." in path.parts or name[0] in ". "
+    return not leaves and re.fullmatch(r"[\w.+\- /]+", name) is not None
+
+def _complete(k, r):
+    "Record number `k` with all keys."
+    if extra := sorted(set(r) - set(_KEYS)):
+        raise ValueError(
+            f"record {k} has the entries {some_names(extra)}; expected some of {', '.join(_KEYS)}."
         )
-    twice = [
-        n for n, c in Counter(r["name"].replace("/", "__").lower() for r in done).items() if c > 1
-    ]
-    if twice:
+    if not r.get("name") or not r.get("image"):
+        raise ValueError(f"record {k} is {r}; expected a name and an image at least.")
+    name, channel = str(r["name"]), r.get("channel")
+    if not _is_relative(name):
+        raise ValueError(
+            f"got the name {name!r}, expected a relative one of letters, digits and "
+            "._+-/, such as 'patient_1/study_2'."
+        )
+    text = {key: str(r.get(key) or "") for key in ("image", "label", "split")}
+    return {
+        "name": name, "image": text["image"], "label": text["label"],
+        "subject": str(r.get("subject") or name), "split": text["split"],
+        "channel": None if channel in (None, "") else int(channel),
+    }
+
+# %% ../../nbs/volumes/sets.ipynb #6db5ca03
+def _check_twice(records):
+    counts = Counter(r["name"].replace("/", "__").lower() for r in records)
+    if twice := [n for n, c in counts.items() if c > 1]:
         raise ValueError(
             f"the names {some_names(twice)} come more than once; each volume needs its own, upper "
             "and lower case being the same."
         )
+
+def _check_torn(records):
     splits = {}
-    for r in done: splits.setdefault(r["subject"], {})[r["split"]] = r["name"]
-    if torn := {s: found for s, found in splits.items() if len(found) > 1}:
-        s, found = next(iter(torn.items()))
-        raise ValueError(
-            f"{len(torn)} subjects are in more than one split, for example {s!r}: "
-            + ", ".join(f"{n} in {split or 'none'!r}" for split, n in found.items())
-            + ". All volumes of a subject belong into one: correct the table, or divide anew with "
-              "split_subjects."
-        )
+    for r in records: splits.setdefault(r["subject"], {})[r["split"]] = r["name"]
+    torn = {s: found for s, found in splits.items() if len(found) > 1}
+    if not torn: return
+    s, found = next(iter(torn.items()))
+    places = ", ".join(f"{n} in {split or 'none'!r}" for split, n in found.items())
+    raise ValueError(
+        f"{len(torn)} subjects are in more than one split, for example {s!r}: {places}. "
+        "All volumes of a subject belong into one: correct the table, or divide anew with "
+        "split_subjects."
+    )
+
+def check_records(
+    records:Sequence[dict], # As described above; `subject` is the name where it is missing
+)->list[dict]: # Copies with all keys of a record
+    "Complete records; `ValueError` when a name or a subject's split is wrong."
+    if not len(records):
+        raise ValueError("got 0 volumes, expected at least one record with name and image.")
+    done = [_complete(k, r) for k, r in enumerate(records)]
+    _check_twice(done)
+    _check_torn(done)
     return done
 
 # %% ../../nbs/volumes/sets.ipynb #66ad623d
 def _ending(path): return next((e for e in ENDINGS if path.name.lower().endswith(e)), None)
 
 def _series(folder):
-    "Folders that hold DICOM files"
-    return sorted(
-        {p.parent for p in folder.rglob("*") if p.suffix.lower() == ".dcm" and p.is_file()}
-    )
+    "Folders that hold DICOM files."
+    files = (p for p in folder.rglob("*") if p.suffix.lower() == ".dcm" and p.is_file())
+    return sorted({p.parent for p in files})
 
-def _plain(folder):
-    found = {}
-    for p in [
-        *sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p)),
-        *_series(folder),
-    ]:
-        name = p.relative_to(folder).as_posix()
-        name = name[: -len(_ending(p))] if p.is_file() else name
-        if any(x.startswith(".") for x in name.split("/")):
-            continue
+def _volume_files(folder):
+    "Path by name of every volume and label below a folder, hidden ones left out."
+    files, found = sorted(p for p in folder.rglob("*") if p.is_file() and _ending(p)), {}
+    for p in [*files, *_series(folder)]:
+        path = p.relative_to(folder).as_posix()
+        name = path[:-len(_ending(p))] if p.is_file() else path
+        if any(x.startswith(".") for x in name.split("/")): continue
         if name in found:
-            raise ValueError(
-                f"{found[name]} and {p.name} are both called {name}: keep one of them."
-            )
-        found[name] = p.relative_to(folder).as_posix()
+            raise ValueError(f"{found[name]} and {p.name} are both called {name}: keep one of them.")
+        found[name] = path
+    return found
+
+def _read_csv(path):
+    "Rows of a table, as dictionaries."
+    with open(path, newline="", encoding="utf-8-sig") as f: return list(csv.DictReader(f))
+
+def _read_json(path, advice=""):
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error: raise ValueError(f"{path} is not JSON ({error}){advice}.") from error
+
+# %% ../../nbs/volumes/sets.ipynb #c7034939
+def _subjects(folder, names):
+    "Rows of `subjects.csv` by name; empty where there is none."
+    path = folder/"subjects.csv"
+    if not path.is_file(): return {}
+    rows = _read_csv(path)
+    if not rows or "name" not in rows[0]:
+        raise ValueError(
+            f"{path} has the columns {some_names(rows[0]) if rows else 'none'}; expected name, and "
+            "perhaps subject and split."
+        )
+    table = {r["name"]: r for r in rows}
+    if odd := sorted(set(table) ^ set(names)):
+        raise ValueError(
+            f"subjects.csv and the files of {folder} differ in {some_names(odd)}: give every "
+            "volume one row."
+        )
+    return table
+
+def _plain(folder, sequence):
+    if sequence is not None:
+        raise ValueError(f"got sequence={sequence!r}; a plain folder has one volume per name.")
+    found = _volume_files(folder)
     names = [n for n in found if not (n.endswith("_label") and n[:-6] in found)]
     if lost := [n for n in names if n.endswith("_label")]:
         raise ValueError(
             f"{some_names(lost)}: labels without an image of the same name; add the image or "
             "remove the label."
         )
-    table = {}
-    if (folder/"subjects.csv").is_file():
-        with open(folder / "subjects.csv", newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f))
-        if not rows or "name" not in rows[0]:
-            raise ValueError(
-                f"{folder / 'subjects.csv'} has the columns "
-                f"{some_names(rows[0]) if rows else 'none'}; expected name, and perhaps subject "
-                "and split."
-            )
-        table = {r["name"]: r for r in rows}
-        if odd := sorted(set(table) ^ set(names)):
-            raise ValueError(
-                f"subjects.csv and the files of {folder} differ in {some_names(odd)}: give every "
-                "volume one row."
-            )
-    return [
-        {
-            "name": n,
-            "image": found[n],
-            "label": found.get(f"{n}_label", ""),
-            "subject": table.get(n, {}).get("subject", ""),
-            "split": table.get(n, {}).get("split", ""),
-        }
-        for n in names
-    ]
+    table, records = _subjects(folder, names), []
+    for n in names:
+        row, label = table.get(n, {}), found.get(f"{n}_label", "")
+        more = {key: row.get(key, "") for key in ("subject", "split")}
+        records.append({"name": n, "image": found[n], "label": label, **more})
+    return records
 
-# %% ../../nbs/volumes/sets.ipynb #c7034939
+# %% ../../nbs/volumes/sets.ipynb #a4cb1484
 def _choose(sequence, names, where):
-    "The number of a sequence by its name or number"
+    "The number of a sequence by its name or number."
     known = ", ".join(f"{k} {n}" for k, n in enumerate(names))
     if sequence is None:
         if len(names) == 1: return 0
@@ -158,188 +167,146 @@ def _choose(sequence, names, where):
             f"{where} has {len(names)} sequences ({known}): choose one with sequence=, by its "
             "name or number."
         )
-    hits = [
-        k
-        for k, n in enumerate(names)
-        if str(sequence).lower() == n.lower() or str(sequence) == str(k)
-    ]
+    wanted = str(sequence).lower()
+    hits = [k for k, n in enumerate(names) if wanted in (n.lower(), str(k))]
     if len(hits) != 1: raise ValueError(f"got sequence={sequence!r}; {where} has {known}.")
     return hits[0]
 
-def _msd(folder, sequence):
-    try:
-        facts = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{folder / 'dataset.json'} is not JSON ({error}): copy it again."
-        ) from error
-    names = facts.get("channel_names") or facts.get("modality") or {"0": "image"}
-    names = [str(names[k]) for k in sorted(names, key=int)]
-    k = _choose(sequence, names, folder/"dataset.json")
-    files = {
-        p.relative_to(folder).as_posix()
-        for p in folder.glob("*Tr/*")
-        if _ending(p) and not p.name.startswith(".")
-    }
+def _msd_cases(facts, files):
+    "Image and label of each case, from the list in dataset.json or from the label files."
     cases = facts.get("training")
     if isinstance(cases, list) and cases and isinstance(cases[0], dict):
-        cases = [
-            (
-                str(PurePosixPath(c["image"])),
-                str(PurePosixPath(c["label"])) if c.get("label") else "",
-            )
-            for c in cases
-        ]
-    else:
-        cases = [
-            (f"imagesTr/{PurePosixPath(p).name}", p)
-            for p in sorted(files)
-            if p.startswith("labelsTr/")
-        ]
-    records = []
-    for image, label in cases:
-        end = _ending(Path(image)) or ""
-        single = f"{image[:len(image) - len(end)]}_{k:04d}{end}"
-        if image in files: path, channel = image, k if len(names) > 1 else None
-        elif single in files: path, channel = single, None
-        else: raise FileNotFoundError(f"{folder/image} is not there, nor is "
-                                      f"{PurePosixPath(single).name}; dataset.json names it: was "
-                                      "the download complete?")
-        if label and label not in files:
-            raise FileNotFoundError(
-                f"{folder / label} is not there, and dataset.json names it: was the download "
-                "complete?"
-            )
-        records.append(
-            {
-                "name": PurePosixPath(image).name[: -len(end)],
-                "image": path,
-                "label": label,
-                "channel": channel,
-            }
-        )
-    return records
+        def path(case, key): return str(PurePosixPath(case[key])) if case.get(key) else ""
+        return [(str(PurePosixPath(c["image"])), path(c, "label")) for c in cases]
+    labels = sorted(p for p in files if p.startswith("labelsTr/"))
+    return [(f"imagesTr/{PurePosixPath(p).name}", p) for p in labels]
 
-# %% ../../nbs/volumes/sets.ipynb #9d1cacd0
-_BRATS = {
-    "t1": ("t1", "t1n"),
-    "t1ce": ("t1ce", "t1c"),
-    "t2": ("t2", "t2w"),
-    "flair": ("flair", "t2f"),
-}
-
-def _brats(folder, sequence):
-    found = {}
-    for p in sorted(folder.rglob("*.nii*")):
-        m = re.fullmatch(
-            r"(.+)[_-](t1|t1n|t1ce|t1c|t2|t2w|flair|t2f|seg)\.nii(?:\.gz)?", p.name, re.IGNORECASE
-        )
-        if m and p.is_file():
-            found.setdefault((p.parent, m[1]), {})[m[2].lower()] = p.relative_to(folder).as_posix()
-    if not found:
-        raise FileNotFoundError(
-            f"no SUBJECT/SUBJECT_t1.nii.gz or the like below {folder}; expected the layout of "
-            "BraTS."
-        )
-    there = [
-        s
-        for s, other in _BRATS.items()
-        if any(o in files for files in found.values() for o in other)
-    ]
-    alias = next((s for s, other in _BRATS.items() if str(sequence).lower() in other), sequence)
-    endings = _BRATS[there[_choose(alias, there, folder)]]
-    records = []
-    for (place, name), files in found.items():
-        image = next((files[e] for e in endings if e in files), None)
-        if image is None:
-            raise FileNotFoundError(
-                f"{place} has no {' or '.join(endings)}; it has {some_names(files)}: was the "
-                "download complete?"
-            )
-        subject = m[1] if (m := re.fullmatch(r"(BraTS-[A-Za-z]+-\d+)-\d+", name)) else name
-        records.append(
-            {"name": name, "image": image, "label": files.get("seg", ""), "subject": subject}
-        )
-    return records
-
-def _autopet(folder, sequence):
-    studies = sorted(
-        {p.parent for p in folder.rglob("*") if re.fullmatch(r"(CTres|SUV)\.nii(\.gz)?", p.name)}
+# %% ../../nbs/volumes/sets.ipynb #0f4fa3f1
+def _msd_image(folder, files, image, k, n):
+    "Path of sequence `k` of `n`, and its channel where they share a file."
+    if image in files: return image, k if n > 1 else None
+    end = _ending(Path(image)) or ""
+    single = f"{image[:len(image) - len(end)]}_{k:04d}{end}"
+    if single in files: return single, None
+    raise FileNotFoundError(
+        f"{folder/image} is not there, nor is {PurePosixPath(single).name}; dataset.json names "
+        "it: was the download complete?"
     )
-    if not studies:
-        raise FileNotFoundError(
-            f"no PATIENT/STUDY/CTres.nii.gz below {folder}; expected the layout of autoPET."
-        )
-    wanted = ("CTres", "SUV")[
-        _choose("CTres" if str(sequence).lower() == "ct" else sequence, ["CTres", "SUV"], folder)
-    ]
-    records = []
-    for study in studies:
-        place = study.relative_to(folder)
-        if len(place.parts) < 2:
-            raise ValueError(
-                f"{study} is a study without a patient; expected PATIENT/STUDY/CTres.nii.gz: give "
-                "the folder that holds the patients."
-            )
-        def pick(stem):
-            return next(
-                (
-                    p.relative_to(folder).as_posix()
-                    for p in (study / f"{stem}.nii.gz", study / f"{stem}.nii")
-                    if p.is_file()
-                ),
-                "",
-            )
-        if not pick(wanted):
-            raise FileNotFoundError(f"{study} has no {wanted}.nii.gz: was the download complete?")
-        records.append(
-            {
-                "name": "/".join(place.parts[-2:]),
-                "image": pick(wanted),
-                "label": pick("SEG"),
-                "subject": place.parts[-2],
-            }
-        )
-    return records
 
-# %% ../../nbs/volumes/sets.ipynb #2d50d987
-def find_volumes(
-    folder:str|Path, # Of the set
-    preset:str|None=None, # One of `PRESETS`; None takes the layout from the files
-    # Which one, where a set has several: "T1w", "flair", "CT", or its number
-    sequence:str|int|None=None,
-)->list[dict]: # Checked records, paths relative to `folder`
-    """Records of a folder of volumes; `FileNotFoundError` or `ValueError` when it is not whole, or
-    a sequence has to be chosen."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: give the one that holds the volumes.")
-    if preset is None:
-        if (folder/"dataset.json").is_file(): preset = "msd"
-        elif any(folder.rglob("CTres.nii*")): preset = "autopet"
-        elif any(folder.rglob("*[_-]t1.nii*")) or any(folder.rglob("*[_-]t1n.nii*")): preset = "brats"
-        else: preset = "plain"
-    if preset not in PRESETS:
-        raise ValueError(f"got preset={preset!r}, expected one of {', '.join(PRESETS)}.")
-    if preset == "msd" and not (folder / "dataset.json").is_file():
+def _msd(folder, sequence):
+    path = folder/"dataset.json"
+    if not path.is_file():
         raise FileNotFoundError(
             f"no dataset.json in {folder}; expected the layout of the Medical Segmentation "
             "Decathlon."
         )
-    if preset == "plain" and sequence is not None:
-        raise ValueError(f"got sequence={sequence!r}; a plain folder has one volume per name.")
-    records = (
-        _plain(folder)
-        if preset == "plain"
-        else {"msd": _msd, "brats": _brats, "autopet": _autopet}[preset](folder, sequence)
+    facts = _read_json(path, ": copy it again")
+    names = facts.get("channel_names") or facts.get("modality") or {"0": "image"}
+    names = [str(names[k]) for k in sorted(names, key=int)]
+    k, there = _choose(sequence, names, path), folder.glob("*Tr/*")
+    there = [p for p in there if _ending(p) and not p.name.startswith(".")]
+    files, records = {p.relative_to(folder).as_posix() for p in there}, []
+    for image, label in _msd_cases(facts, files):
+        found, channel = _msd_image(folder, files, image, k, len(names))
+        if label and label not in files:
+            raise FileNotFoundError(
+                f"{folder/label} is not there, and dataset.json names it: was the download "
+                "complete?"
+            )
+        name = PurePosixPath(image).name
+        name = name[:-len(_ending(Path(image)) or "")]
+        records.append({"name": name, "image": found, "label": label, "channel": channel})
+    return records
+
+# %% ../../nbs/volumes/sets.ipynb #48039090
+_BRATS = {"t1": ("t1", "t1n"), "t1ce": ("t1ce", "t1c"), "t2": ("t2", "t2w"), "flair": ("flair", "t2f")}
+_BRATS_FILE = r"(.+)[_-](t1|t1n|t1ce|t1c|t2|t2w|flair|t2f|seg)\.nii(?:\.gz)?"
+
+def _brats_files(folder):
+    "Files by ending, for each folder and examination."
+    found = {}
+    for p in sorted(folder.rglob("*.nii*")):
+        m = re.fullmatch(_BRATS_FILE, p.name, re.IGNORECASE)
+        if not m or not p.is_file(): continue
+        found.setdefault((p.parent, m[1]), {})[m[2].lower()] = p.relative_to(folder).as_posix()
+    if found: return found
+    raise FileNotFoundError(
+        f"no SUBJECT/SUBJECT_t1.nii.gz or the like below {folder}; expected the layout of BraTS."
     )
-    if not records:
+
+def _brats(folder, sequence):
+    found, records = _brats_files(folder), []
+    endings = {ending for files in found.values() for ending in files}
+    there = [s for s, names in _BRATS.items() if endings & set(names)]
+    alias = next((s for s, names in _BRATS.items() if str(sequence).lower() in names), sequence)
+    wanted = _BRATS[there[_choose(alias, there, folder)]]
+    for (place, name), files in found.items():
+        image = next((files[e] for e in wanted if e in files), None)
+        if image is None:
+            raise FileNotFoundError(
+                f"{place} has no {' or '.join(wanted)}; it has {some_names(files)}: was the "
+                "download complete?"
+            )
+        subject = m[1] if (m := re.fullmatch(r"(BraTS-[A-Za-z]+-\d+)-\d+", name)) else name
+        label = files.get("seg", "")
+        records.append({"name": name, "image": image, "label": label, "subject": subject})
+    return records
+
+# %% ../../nbs/volumes/sets.ipynb #9d1cacd0
+def _file_of(folder, study, stem):
+    "The file of a study, relative to the folder of the set; empty where there is none."
+    files = (study/f"{stem}.nii.gz", study/f"{stem}.nii")
+    return next((p.relative_to(folder).as_posix() for p in files if p.is_file()), "")
+
+def _autopet(folder, sequence):
+    files = (p for p in folder.rglob("*") if re.fullmatch(r"(CTres|SUV)\.nii(\.gz)?", p.name))
+    studies = sorted({p.parent for p in files})
+    if not studies:
         raise FileNotFoundError(
-            f"no volumes below {folder}; expected files ending in {', '.join(ENDINGS)}, or "
-            "folders of .dcm files. Found: "
-            f"{some_names(sorted(p.name for p in folder.iterdir())) or 'nothing'}."
+            f"no PATIENT/STUDY/CTres.nii.gz below {folder}; expected the layout of autoPET."
         )
-    return check_records(records)
+    names = ["CTres", "SUV"]
+    wanted = names[_choose("CTres" if str(sequence).lower() == "ct" else sequence, names, folder)]
+    records = []
+    for study in studies:
+        parts = study.relative_to(folder).parts
+        if len(parts) < 2:
+            raise ValueError(
+                f"{study} is a study without a patient; expected PATIENT/STUDY/CTres.nii.gz: give "
+                "the folder that holds the patients."
+            )
+        image, label = (_file_of(folder, study, stem) for stem in (wanted, "SEG"))
+        if not image:
+            raise FileNotFoundError(f"{study} has no {wanted}.nii.gz: was the download complete?")
+        name = "/".join(parts[-2:])
+        records.append({"name": name, "image": image, "label": label, "subject": parts[-2]})
+    return records
+
+# %% ../../nbs/volumes/sets.ipynb #bea40370
+_LAYOUTS = {"plain": _plain, "msd": _msd, "brats": _brats, "autopet": _autopet}
+
+def _layout(folder):
+    if (folder/"dataset.json").is_file(): return "msd"
+    if any(folder.rglob("CTres.nii*")): return "autopet"
+    old, new = folder.rglob("*[_-]t1.nii*"), folder.rglob("*[_-]t1n.nii*")
+    return "brats" if any(old) or any(new) else "plain"
+
+def find_volumes(
+    folder:str|Path, # Of the set
+    preset:str|None=None, # One of `PRESETS`; None takes the layout from the files
+    sequence:str|int|None=None, # Which one, where there are several: "T1w", "CT", or its number
+)->list[dict]: # Checked records, paths relative to `folder`
+    "Records of a folder of volumes."
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: give the one that holds the volumes.")
+    preset = one_of("preset", preset or _layout(folder), PRESETS)
+    if records := _LAYOUTS[preset](folder, sequence): return check_records(records)
+    raise FileNotFoundError(
+        f"no volumes below {folder}; expected files ending in {', '.join(ENDINGS)}, or "
+        "folders of .dcm files. Found: "
+        f"{some_names(sorted(p.name for p in folder.iterdir())) or 'nothing'}."
+    )
 
 # %% ../../nbs/volumes/sets.ipynb #0fa9c778
 def read_manifest(
@@ -347,65 +314,54 @@ def read_manifest(
 )->list[dict]: # Checked records
     "Records of a table; `ValueError` when it is none."
     path = Path(path)
-    if path.suffix.lower() == ".json":
-        try: records = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error: raise ValueError(f"{path} is not JSON ({error}).") from error
-        if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-            raise ValueError(
-                f"{path} is no list of records; expected [{{\"name\": ..., \"image\": ...}}, ...]."
-            )
-    elif path.suffix.lower() == ".csv":
-        with open(path, newline="", encoding="utf-8-sig") as f: records = list(csv.DictReader(f))
-    else: raise ValueError(f"got {path}, expected a folder of volumes, or a table ending in "
-                           ".csv or .json.")
-    return check_records(records)
+    if path.suffix.lower() == ".csv": return check_records(_read_csv(path))
+    if path.suffix.lower() != ".json":
+        raise ValueError(
+            f"got {path}, expected a folder of volumes, or a table ending in .csv or .json."
+        )
+    records = _read_json(path)
+    if isinstance(records, list) and all(isinstance(r, dict) for r in records):
+        return check_records(records)
+    raise ValueError(
+        f"{path} is no list of records; expected [{{\"name\": ..., \"image\": ...}}, ...]."
+    )
 
 # %% ../../nbs/volumes/sets.ipynb #599b120d
+def _label_pairs(folder):
+    "Labels and names, in whichever order the file has them."
+    if (folder/"labels.csv").is_file():
+        return [(r["label"], r["name"]) for r in _read_csv(folder/"labels.csv")]
+    if not (folder/"dataset.json").is_file(): return []
+    pairs = _read_json(folder/"dataset.json").get("labels", {}).items()
+    return [pair if str(pair[0]).isdigit() else pair[::-1] for pair in pairs]
+
 def label_names(
     folder:str|Path, # Of the set; or its table, beside which the names lie
 )->dict[int, str]: # Name by label; empty where the set gives none
     "The names of the labels; `ValueError` when the file that should give them cannot be read."
     folder = Path(folder)
     folder = folder if folder.is_dir() else folder.parent
-    try:
-        if (folder/"labels.csv").is_file():
-            with open(folder / "labels.csv", newline="", encoding="utf-8-sig") as f:
-                return {int(r["label"]): r["name"] for r in csv.DictReader(f)}
-        if (folder/"dataset.json").is_file():
-            pairs = (
-                json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-                .get("labels", {})
-                .items()
-            )
-            return {
-                int(a): b
-                for a, b in (pair if str(pair[0]).isdigit() else pair[::-1] for pair in pairs)
-            }
+    try: return {int(label): name for label, name in _label_pairs(folder)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"the names of the labels in {folder} could not be read ({type(error).__name__}: "
             f"{error}); expected labels.csv with the columns label and name, or dataset.json with "
             "numbers and names."
         ) from error
-    return {}
 
 # %% ../../nbs/volumes/sets.ipynb #1384df2a
 def split_subjects(
-    records:Sequence[dict], # Records; their own splits are not looked at
-    # Share of the subjects by split; None is 0.6, 0.2 and 0.2 for train, val and test
-    shares:dict[str, float]|None=None,
+    records:Sequence[dict], # Records; their own splits are ignored
+    shares:dict[str, float]|None=None, # Of the subjects; None: train 0.6, val 0.2, test 0.2
     seed:int=0, # Decides which
 )->list[dict]: # The records, with `split`
     "Divide records by subject; `ValueError` when a split would be empty."
-    records, shares = (
-        check_records([{**r, "split": ""} for r in records]),
-        shares or {"train": 0.6, "val": 0.2, "test": 0.2},
-    )
+    records = check_records([{**r, "split": ""} for r in records])
+    shares = shares or {"train": .6, "val": .2, "test": .2}
     if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) <= 0:
         raise ValueError(f"got the shares {shares}, expected positive ones that add to 1.")
-    subjects = sorted(
-        {r["subject"] for r in records}, key=lambda s: (seed_for(seed, "split", s), s)
-    )
+    subjects = {r["subject"] for r in records}
+    subjects = sorted(subjects, key=lambda s: (seed_for(seed, "split", s), s))
     cuts = np.round(np.cumsum([0, *shares.values()])*len(subjects)).astype(int)
     if (np.diff(cuts) < 1).any():
         raise ValueError(
@@ -415,51 +371,17 @@ def split_subjects(
     split = {s: name for name, a, b in zip(shares, cuts, cuts[1:]) for s in subjects[a:b]}
     return check_records([{**r, "split": split[r["subject"]]} for r in records])
 
-_FORMAT = "synthpi-splits-1"
-
+# %% ../../nbs/volumes/sets.ipynb #83671ef3
 def write_splits(
     path:str|Path, # JSON file to write
     records:Sequence[dict], # Records with splits
 )->None:
-    "Keep a division: names and subjects by split, nothing that depends on this machine."
+    "Keep a division: names and subjects by split."
     records = check_records(records)
     if without := [r["name"] for r in records if not r["split"]]:
         raise ValueError(
             f"{some_names(without)} have no split: divide the records first, with split_subjects."
         )
-    splits = {
-        s: {r["name"]: r["subject"] for r in records if r["split"] == s}
-        for s in dict.fromkeys(r["split"] for r in records)
-    }
-    write_json(path, {"format": _FORMAT, "splits": splits})
-
-def read_splits(
-    path:str|Path, # Of `write_splits`
-    records:Sequence[dict], # To be divided as the file says
-)->list[dict]: # The records, with `split`
-    """Divide records as they were; `ValueError` when a volume is missing in the file, or a subject
-    there and here differs."""
-    records = check_records([{**r, "split": ""} for r in records])
-    try: facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no file of write_splits (format {_FORMAT}).")
-    known = {}
-    for split, names in facts["splits"].items():
-        for name, subject in names.items():
-            if name in known:
-                raise ValueError(
-                    f"{path} has {name} in {known[name][0]!r} and in {split!r}; expected each "
-                    "volume once."
-                )
-            known[name] = (split, subject)
-    if lost := [r["name"] for r in records if r["name"] not in known]:
-        raise ValueError(
-            f"{path} says nothing of {some_names(lost)}: divide anew, or leave these out."
-        )
-    if odd := [r["name"] for r in records if known[r["name"]][1] != r["subject"]]:
-        raise ValueError(
-            f"{path} gives {some_names(odd)} another subject than these records: was a volume "
-            "renamed?"
-        )
-    return check_records([{**r, "split": known[r["name"]][0]} for r in records])
+    splits = {}
+    for r in records: splits.setdefault(r["split"], {})[r["name"]] = r["subject"]
+    write_json(path, {"format": "synthpi-splits-1", "splits": splits})

@@ -282,7 +282,7 @@ def test_volumes_without_crops_are_told(store, tmp_path):
 @pytest.mark.parametrize("wrong, error, message", [
     ({"encoder": "encoder.safetensors"}, TypeError, "open a file with load_encoder"), ({"encoder": make_encoder("resnet10_narrow")}, ValueError, "3 channels in 2 dimensions"), ({"out": "e.csv"}, ValueError, "ends in .parquet"),
     ({"size": 0}, ValueError, "size=0"), ({"stride": 0}, ValueError, "size=0"), ({"volumes": []}, ValueError, "one at least"), ({"volumes": [1, 1]}, ValueError, "each once"), ({"volumes": [6]}, IndexError, "volume 6 of 6"), ({"volumes": [-1]}, IndexError, "volume -1"),
-    ({"frame": "mm"}, ValueError, "frame='mm'"), ({"labels": "all"}, ValueError, "labels='all'"), ({"labels": ["center", "some"]}, ValueError, "some"), ({"device": "tpu"}, ValueError, "device 'tpu'"), ({"batch": 0}, ValueError, "batch=0")])
+    ({"frame": "mm"}, ValueError, "frame 'mm'"), ({"labels": "all"}, ValueError, "labels='all'"), ({"labels": ["center", "some"]}, ValueError, "some"), ({"device": "tpu"}, ValueError, "device 'tpu'"), ({"batch": 0}, ValueError, "batch=0")])
 def test_wrong_arguments(store, tmp_path, wrong, error, message):
     args = {
         "encoder": Failing(0, AssertionError("computed")),

@@ -253,10 +253,17 @@ def test_more_volumes_in_another_order_do_not_matter(bodies, store, tmp_path):
     )
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: d.update(format="synthpi-crop-list-9"), "no file of CropList.write"), (lambda d: d.pop("size"), "damaged"), (lambda d: d.update(volumes=[]), "damaged"),
-    (lambda d: d["volumes"][0].pop("key"), "damaged"), (lambda d: d["volumes"][0]["starts"].append([1, 2]), "damaged"), (lambda d: d["volumes"][0].update(starts=[[1.5, 2, 3]]), "three whole numbers"),
-    (lambda d: d["volumes"].append(d["volumes"][0]), "each once"), (lambda d: d.update(size=[8, 8]), "damaged"), (lambda d: d["volumes"][0]["starts"].append([900, 0, 0]), "middle outside the volume"),
-    (lambda d: d["volumes"][0]["starts"].append([0, -5, 0]), "middle outside the volume")])
+    (lambda d: d.update(format="synthpi-crop-list-9"), "no file of CropList.write"),
+    (lambda d: d.pop("size"), "damaged"),
+    (lambda d: d.update(volumes=[]), "damaged"),
+    (lambda d: d["volumes"][0].pop("key"), "damaged"),
+    (lambda d: d["volumes"][0]["starts"].append([1, 2]), "damaged"),
+    (lambda d: d["volumes"][0].update(starts=[[1.5, 2, 3]]), "three whole numbers"),
+    (lambda d: d["volumes"].append(d["volumes"][0]), "each once"),
+    (lambda d: d.update(size=[8, 8]), "damaged"),
+    (lambda d: d["volumes"][0]["starts"].append([900, 0, 0]), "middle outside the volume"),
+    (lambda d: d["volumes"][0]["starts"].append([0, -5, 0]), "middle outside the volume"),
+])
 def test_damaged_files(store, tmp_path, change, message):
     make_crop_list(store, [0, 1], 3, 8).write(tmp_path/"c.json")
     facts = json.loads((tmp_path/"c.json").read_text())
@@ -271,8 +278,15 @@ def test_files_that_are_none(store, tmp_path):
         (tmp_path/"c.json").write_text(text)
         with pytest.raises(ValueError, match=message): read_crop_list(tmp_path/"c.json", store)
 
-@pytest.mark.parametrize("wrong, message", [({"volumes": []}, "0 volumes"), ({"n_crops": 0}, "n_crops=0"), ({"volumes": [1, 1]}, "each of them once"), ({"positive_share": 1.2}, "positive_share=1.2"),
-    ({"size": 0}, "size=0"), ({"positive_share": .5, "positive_labels": [77]}, "no volume of the list has 77; the labels there are 1, 2"), ({"positive_share": .5, "positive_labels": []}, "positive_labels")])
+@pytest.mark.parametrize("wrong, message", [
+    ({"volumes": []}, "number of volumes=0"),
+    ({"n_crops": 0}, "n_crops=0"),
+    ({"volumes": [1, 1]}, "each of them once"),
+    ({"positive_share": 1.2}, "positive_share=1.2"),
+    ({"size": 0}, "size=0"),
+    ({"positive_share": .5, "positive_labels": [77]}, "list has 77; the labels there are 1, 2"),
+    ({"positive_share": .5, "positive_labels": []}, "positive_labels"),
+])
 def test_wrong_arguments(store, wrong, message):
     with pytest.raises(ValueError, match=message):
         make_crop_list(**{"store": store, "volumes": [0], "n_crops": 4, "size": 8, **wrong})
@@ -280,9 +294,9 @@ def test_wrong_arguments(store, wrong, message):
 def test_wrong_uses(bodies, store, tmp_path):
     with pytest.raises(IndexError, match="volume 9 of 4"): make_crop_list(store, [9], 4, 8)
     crops = make_crop_list(store, [0], 4, 8)
-    with pytest.raises(ValueError, match="rule='middle'"): crops.labels(store, "middle")
+    with pytest.raises(ValueError, match="got rule 'middle'"): crops.labels(store, "middle")
     with pytest.raises(ValueError, match="batch=0"): next(crops.batches(store, 0))
-    with pytest.raises(ValueError, match="frame='mm'"): crops.positions(store, "mm")
+    with pytest.raises(ValueError, match="got frame 'mm'"): crops.positions(store, "mm")
     bare = prepare_volumes(
         [{"name": "body_000", "image": "body_000.nii.gz"}], tmp_path / "s", root=bodies
     )
