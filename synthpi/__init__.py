@@ -28,7 +28,8 @@ Modules:
 - `synthpi.data.splits`: Every image looked at once; splits that keep patients whole
 - `synthpi.data.stain_sets`: H&E beside immunofluorescence: TIFF of 16 bits and any number of channels becomes pairs of pictures
 - `synthpi.data.views`: From a record to the augmented images that enter the branches
-- `synthpi.evaluate.crossval`: Grouped folds, an inner choice of C, and intervals in which subjects are drawn again
+- `synthpi.evaluate.budget`: How many labels does an encoder save?
+- `synthpi.evaluate.crossval`: Grouped folds, an inner choice of C, and intervals over subjects
 - `synthpi.evaluate.feature_cache`: Features read once, and found again for the same encoder and the same images
 - `synthpi.evaluate.features`: Images through a frozen encoder, and features that need none
 - `synthpi.evaluate.intervals`: Scores with intervals over patients and training seeds, and error reduction
