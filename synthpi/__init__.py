@@ -36,7 +36,7 @@ Modules:
 - `synthpi.evaluate.logistic`: All folds, values of C and targets solved at once, to scikit-learn's optimum
 - `synthpi.evaluate.probes`: Logistic regression, the small network of the TriDeNT papers, and nearest neighbours
 - `synthpi.evaluate.ranks`: What can be said about an embedding without a single label
-- `synthpi.evaluate.regression`: Ridge regression on subjects that the fit has not seen, with intervals over subjects
+- `synthpi.evaluate.regression`: Quantities and positions from frozen features, on subjects that the fit has not seen
 - `synthpi.evaluate.scores`: Accuracy, balanced accuracy, macro-F1, recall and AUC
 - `synthpi.evaluate.significance`: Paired tests over folds, over answers and over subjects, and Holm's adjustment
 - `synthpi.evaluate.tables`: One table of all arms, with intervals and paired tests
