@@ -42,14 +42,15 @@ Modules:
 - `synthpi.data.splits`: Every image looked at once; splits that keep patients whole
 - `synthpi.data.stain_sets`: H&E beside immunofluorescence: TIFF of 16 bits and any number of channels becomes pairs of pictures
 - `synthpi.data.views`: From a record to the augmented images that enter the branches
-- `synthpi.evaluate.crossval`: Grouped folds, an inner choice of C, and intervals in which subjects are drawn again
+- `synthpi.evaluate.budget`: How many labels does an encoder save?
+- `synthpi.evaluate.crossval`: Grouped folds, an inner choice of C, and intervals over subjects
 - `synthpi.evaluate.feature_cache`: Features read once, and found again for the same encoder and the same images
 - `synthpi.evaluate.features`: Images through a frozen encoder, and features that need none
 - `synthpi.evaluate.intervals`: Scores with intervals over patients and training seeds, and error reduction
 - `synthpi.evaluate.logistic`: All folds, values of C and targets solved at once, to scikit-learn's optimum
 - `synthpi.evaluate.probes`: Logistic regression, the small network of the TriDeNT papers, and nearest neighbours
 - `synthpi.evaluate.ranks`: What can be said about an embedding without a single label
-- `synthpi.evaluate.regression`: Ridge regression on subjects that the fit has not seen, with intervals over subjects
+- `synthpi.evaluate.regression`: Quantities and positions from frozen features, on subjects that the fit has not seen
 - `synthpi.evaluate.scores`: Accuracy, balanced accuracy, macro-F1, recall and AUC
 - `synthpi.evaluate.significance`: Paired tests over folds, over answers and over subjects, and Holm's adjustment
 - `synthpi.evaluate.tables`: One table of all arms, with intervals and paired tests

@@ -244,10 +244,9 @@ def check_features(
 
 def encode_labels(
     y:np.ndarray, # Labels (N,), integers, strings or bool; or targets (N, T) bool
-# (N,) classes 0 to n - 1 and their labels; or zeros and ones (N, 1) or (N, T) where a single logit
-# decides, with the two labels or None
-)->tuple[np.ndarray, np.ndarray|None]:
-    "Labels as numbers; `ValueError` unless there are two classes at least."
+)->tuple[np.ndarray, np.ndarray|None]: # Numbers; labels in their order, None for targets
+    """Labels as classes (N,), or as zeros and ones (N, 1) or (N, T) where a single logit decides;
+    `ValueError` unless there are two classes at least."""
     y = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
     if y.ndim == 2 and y.shape[1]:
         if y.dtype != bool and not np.isin(y, (0, 1)).all():
@@ -330,6 +329,21 @@ def _deviations(shared:dict, unit:np.ndarray)->np.ndarray:
     inverse = shared["inverse"].cpu().numpy()
     return np.where(inverse > 0, unit/np.where(inverse > 0, inverse, 1), 1.)
 
+# %% ../../nbs/evaluate/logistic.ipynb #3e268f5c
+def _in_batches(problems:_Problems, penalties:Tensor, L:int, tol, max_iter, memory)->list[np.ndarray]:
+    "What `_solve` gives, for as many problems at a time as fit into the memory"
+    size = max(1, int(memory//(8*30*L*(problems.x.shape[1] + 1))))
+    starts = [slice(i, i + size) for i in range(0, len(problems.fold), size)]
+    parts = [_solve(problems[rows], penalties[rows], L, tol, max_iter) for rows in starts]
+    return [torch.cat(v).cpu().numpy() for v in zip(*parts)]
+
+def _warn_late(late:int, n:int, max_iter:int):
+    if not late: return
+    warnings.warn(
+        f"{late} of {n} fits stopped at {max_iter} passes: raise max_iter, or leave out the "
+        "largest values of C."
+    )
+
 # %% ../../nbs/evaluate/logistic.ipynb #ff9a5ec3
 def fit_logistic(
     x:np.ndarray, # Features (N, R)
@@ -360,7 +374,8 @@ def fit_logistic(
     )
     form = len(train), Cs.shape[1], T*L
     coef, intercept = np.full((*Cs.shape, L, x.shape[1]), np.nan), np.full((*Cs.shape, L), np.nan)
-    objective, passes, done = np.full(Cs.shape, np.nan), np.zeros(Cs.shape, np.int64), np.zeros(Cs.shape, bool)
+    objective = np.full(Cs.shape, np.nan)
+    passes, done = np.zeros(Cs.shape, np.int64), np.zeros(Cs.shape, bool)
     if len(fold):
         found = _in_batches(problems, penalties, L, tol, max_iter, memory)
         w, objective[where], passes[where], done[where] = found
@@ -369,18 +384,3 @@ def fit_logistic(
     coef, intercept = coef.reshape(*form, -1), intercept.reshape(form)
     scale = _deviations(shared, unit)
     return Logistic(coef, intercept, scale, Cs.copy(), objective, passes, done, classes)
-
-# %% ../../nbs/evaluate/logistic.ipynb #3e268f5c
-def _in_batches(problems:_Problems, penalties:Tensor, L:int, tol, max_iter, memory)->list[np.ndarray]:
-    "What `_solve` gives, for as many problems at a time as fit into the memory"
-    size = max(1, int(memory//(8*30*L*(problems.x.shape[1] + 1))))
-    starts = [slice(i, i + size) for i in range(0, len(problems.fold), size)]
-    parts = [_solve(problems[rows], penalties[rows], L, tol, max_iter) for rows in starts]
-    return [torch.cat(v).cpu().numpy() for v in zip(*parts)]
-
-def _warn_late(late:int, n:int, max_iter:int):
-    if not late: return
-    warnings.warn(
-        f"{late} of {n} fits stopped at {max_iter} passes: raise max_iter, or leave out the "
-        "largest values of C."
-    )

@@ -1,10 +1,9 @@
 """What can be said about an embedding without a single label
 
-Labels are not needed to see a collapse. Three published measures read it off the spectrum of the
-embeddings, and each is blind to something: `rankme` counts the dimensions in use, `lidar` counts
-those that tell objects apart in spite of augmentation, and `alpha_req` says how steeply the
-spectrum falls. None of them says whether the dimensions hold what you are looking for; a probe
-does:
+A collapse can be seen without labels. Three published measures read it from the spectrum of the
+embeddings, and each is blind to something: `rankme` counts the dimensions in use, `lidar` counts those
+that tell objects apart in spite of augmentation, and `alpha_req` says how steeply the spectrum falls.
+None of them says whether the dimensions hold what you are looking for; a probe does.
 
 ```python
 # 500 objects, 4 views

@@ -1,9 +1,10 @@
-"""Ridge regression on subjects that the fit has not seen, with intervals over subjects
+"""Quantities and positions from frozen features, on subjects that the fit has not seen
 
-A class is not all that an encoder can know of a tissue. How many nuclei there are, how large they
-are, which share of the area they cover: such quantities are read from frozen features by a ridge
-regression, on patients that the fit has not seen. `cross_regress` gives the predictions,
-`r2_interval` says how much of the variation they explain:
+A class is not all that an encoder can know of a tissue: how many nuclei there are, which share of the
+area they cover, where a crop lies in the body. Such quantities are read from frozen features by ridge
+regression, on subjects that the fit has not seen. `cross_regress` gives predictions out of fold, and
+`r2_interval` says how much of the variation they explain. `position_probe` does the same for positions,
+with a training and a test set of its own.
 
 Docs: https://synthpi.github.io/synthpi/nbs/evaluate/regression.html.md"""
 
@@ -27,38 +28,54 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from ..core.checks import check_finite, positive, some_names
+from ..core.groups import group_codes, group_sums, jackknife_variance, multinomial_counts
 from ..core.seeds import seed_for
 
+# %% ../../nbs/evaluate/regression.ipynb #28f3b39f
+def _r2(true:np.ndarray, predicted:np.ndarray)->np.ndarray:
+    "Coefficient of determination of every column, (..., A)"
+    return 1 - ((true - predicted)**2).sum(-2)/((true - true.mean(0))**2).sum(0)
+
 # %% ../../nbs/evaluate/regression.ipynb #f998f454
+def _check_rows(x, y, groups):
+    x, y, groups = np.asarray(x, np.float64), np.asarray(y, np.float64), np.asarray(groups)
+    bad = x.ndim != 2 or not x.size or y.ndim not in (1, 2)
+    if bad or len(y) != len(x) or groups.shape != (len(x),):
+        raise ValueError(
+            f"got features of shape {x.shape}, quantities of shape {y.shape} and groups of shape "
+            f"{groups.shape}, expected (N, R), (N,) or (N, T), and (N,)."
+        )
+    check_finite(x, "features")
+    check_finite(y.reshape(len(y), -1), "quantities")
+    return x, y, groups
+
+def _shuffled_codes(groups:np.ndarray, folds:int, seed:int)->np.ndarray:
+    "Groups as numbers in a random order: GroupKFold deals by size, then by name"
+    names = np.unique(groups)
+    if len(names) < 3:
+        raise ValueError(
+            f"got {len(names)} groups, expected three or more: one to predict, and two to choose "
+            "the penalty on."
+        )
+    if not 2 <= folds <= len(names):
+        raise ValueError(f"got folds={folds} for {len(names)} groups, expected 2 to {len(names)}.")
+    order = np.random.default_rng(seed_for(seed, "folds")).permutation(len(names))
+    return order[np.searchsorted(names, groups)]
+
+# %% ../../nbs/evaluate/regression.ipynb #3056225a
 @dataclass(frozen=True)
 class Regression:
     "What `cross_regress` found; T quantities."
-    # (N, T), each row by a fit that has not seen its group; (N,) if one quantity arrived
+    # (N, T), each row by a fit that has not seen its group; (N,) for a single quantity (N,)
     predicted:np.ndarray
     r2:np.ndarray # (T,) over all rows together
     alpha:np.ndarray # (T, K) penalty chosen for each fold
     fold:np.ndarray # (N,) 0 to K - 1
 
-def _check_rows(x, y, groups):
-    x, y, groups = np.asarray(x, np.float64), np.asarray(y, np.float64), np.asarray(groups)
-    if (
-        x.ndim != 2
-        or not x.size
-        or y.ndim not in (1, 2)
-        or len(y) != len(x)
-        or groups.shape != (len(x),)
-    ):
-        raise ValueError(
-            f"got features of shape {x.shape}, quantities of shape {y.shape} and groups of shape "
-            f"{groups.shape}, expected (N, R), (N,) or (N, T), and (N,)."
-        )
-    for name, a in (("features", x), ("quantities", y)):
-        if bad := int((~np.isfinite(a.reshape(len(a), -1)).all(1)).sum()):
-            raise ValueError(
-                f"{bad} of {len(a)} rows of {name} are not finite; leave them out, or look at "
-                "where they come from."
-            )
-    return x, y, groups
+def _search(alphas, inner:int)->GridSearchCV:
+    ridge, penalties = make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": list(alphas)}
+    return GridSearchCV(ridge, penalties, scoring="neg_mean_squared_error", cv=GroupKFold(inner))
 
 def cross_regress(
     x:np.ndarray, # Features (N, R)
@@ -70,47 +87,25 @@ def cross_regress(
     inner:int=4, # Inner folds, at most the number of training groups
     seed:int=0, # Decides which groups share a fold
 )->Regression: # Predictions for every row
-    """Ridge regression scored on groups that it has not seen. `ValueError` for fewer than three
-    groups, which leave none to choose the penalty on, or a quantity that does not vary."""
+    "Ridge regression scored on groups that it has not seen."
     x, y, groups = _check_rows(x, y, groups)
-    names = np.unique(groups)
-    if len(names) < 3:
-        raise ValueError(
-            f"got {len(names)} groups, expected three or more: one to predict, and two to "
-            "choose the penalty on."
-        )
-    if not 2 <= folds <= len(names):
-        raise ValueError(
-            f"got folds={folds} for {len(names)} groups; expected 2 to {len(names)}."
-        )
-    if (constant := np.flatnonzero(np.ptp(y.reshape(len(y), -1), axis=0) == 0)).size:
+    codes, columns = _shuffled_codes(groups, folds, seed), y.reshape(len(y), -1)
+    if (constant := np.flatnonzero(np.ptp(columns, axis=0) == 0)).size:
         raise ValueError(
             f"quantity {constant[0]} has the same value in all {len(y)} rows; there is nothing to "
             "explain: leave it out."
         )
-    order = np.random.default_rng(seed_for(seed, "folds")).permutation(len(names))
-    # GroupKFold goes by size, then by name: the names are shuffled
-    codes = order[np.searchsorted(names, groups)]
-    fold, columns = np.empty(len(x), int), y.reshape(len(y), -1)
-    predicted, alpha = np.empty(columns.shape), np.empty((columns.shape[1], folds))
+    fold, predicted = np.empty(len(x), int), np.empty(columns.shape)
+    alpha = np.empty((columns.shape[1], folds))
     # on matrices of this size threads cost more than they save
     with threadpool_limits(1):
         for k, (fit, rest) in enumerate(GroupKFold(folds).split(x, groups=codes)):
-            fold[rest] = k
-            part = GroupKFold(min(inner, len(np.unique(codes[fit]))))
-            for column, target in enumerate(columns.T):
-                search = GridSearchCV(
-                    make_pipeline(StandardScaler(), Ridge()),
-                    {"ridge__alpha": list(alphas)},
-                    scoring="neg_mean_squared_error",
-                    cv=part,
-                ).fit(x[fit], target[fit], groups=codes[fit])
-                predicted[rest, column], alpha[column, k] = (
-                    search.predict(x[rest]),
-                    search.best_params_["ridge__alpha"],
-                )
-    r2 = 1 - ((columns - predicted)**2).sum(0)/((columns - columns.mean(0))**2).sum(0)
-    return Regression(predicted.reshape(y.shape), r2, alpha, fold)
+            fold[rest], n = k, min(inner, len(np.unique(codes[fit])))
+            for t, target in enumerate(columns.T):
+                search = _search(alphas, n).fit(x[fit], target[fit], groups=codes[fit])
+                predicted[rest, t] = search.predict(x[rest])
+                alpha[t, k] = search.best_params_["ridge__alpha"]
+    return Regression(predicted.reshape(y.shape), _r2(columns, predicted), alpha, fold)
 
 # %% ../../nbs/evaluate/regression.ipynb #a3e70d39
 def jackknife_t(
@@ -124,23 +119,36 @@ def jackknife_t(
     """Delete-one jackknife over groups, and over training seeds where there are several, with G - 1
     degrees of freedom."""
     groups, seeds = np.ones(n_groups), np.ones(n_seeds)
-    value, variance = statistic(groups, seeds), 0.
-    for n, one in (
-        (n_groups, lambda k: statistic(np.where(np.arange(n_groups) == k, 0.0, 1.0), seeds)),
-        (n_seeds, lambda k: statistic(groups, np.where(np.arange(n_seeds) == k, 0.0, 1.0))),
-    ):
-        if n == 1:
-            continue
-        left = np.array([one(k) for k in range(n)])
-        variance += (n - 1) / n * ((left - left.mean()) ** 2).sum()
+    value = statistic(groups, seeds)
     if n_groups == 1:
         warnings.warn(
-            "all rows are of one group: how much groups differ is not known, and no interval "
-            "either."
+            "all rows are of one group: how much groups differ is not known, and there is no "
+            "interval."
         )
         return value, float("nan"), float("nan")
+    variance = jackknife_variance(lambda w: statistic(w, seeds), n_groups)
+    variance += jackknife_variance(lambda v: statistic(groups, v), n_seeds)
     half = t.ppf((1 + level)/2, n_groups - 1)*variance**.5
     return value, value - half, value + half
+
+# %% ../../nbs/evaluate/regression.ipynb #bf273aa0
+def _weighted_r2(y, predicted, groups):
+    "R2 of every seed (S,) as a function of the weights of groups (G,); G; S"
+    predicted = np.atleast_2d(np.asarray(predicted, np.float64))
+    y, groups = _check_rows(predicted.T, y, groups)[1:]
+    if y.ndim != 1:
+        raise ValueError(
+            f"got true values of shape {y.shape}, expected (N,): call it for one quantity at a "
+            "time."
+        )
+    codes, centred = group_codes(groups, len(y)), y - y.mean()
+    # (G, 3), (G, S)
+    parts = group_sums(np.stack([np.ones(len(y)), centred, centred**2], 1), codes)
+    errors = group_sums((y - predicted).T**2, codes)
+    def r2(weight):
+        n, first, second = weight @ parts
+        return 1 - weight @ errors/(second - first**2/n)
+    return r2, len(parts), len(predicted)
 
 def r2_interval(
     y:np.ndarray, # True values (N,)
@@ -148,17 +156,14 @@ def r2_interval(
     groups:Sequence, # Group of every row
     level:float=.95, # Nominal coverage
 )->dict: # mean, ci [low, high], per_seed
-    """Coefficient of determination, mean over seeds, with a jackknife interval over groups and
-    seeds."""
+    "Coefficient of determination, mean over seeds, with an interval over groups and seeds."
     r2, G, S = _weighted_r2(y, predicted, groups)
     low, high = jackknife_t(lambda w, v: np.log(max(1 - r2(w) @ v/v.sum(), 1e-15)), G, S, level)[1:]
     per_seed = r2(np.ones(G))
-    return {
-        "mean": float(per_seed.mean()),
-        "ci": [float(1 - np.exp(high)), float(1 - np.exp(low))],
-        "per_seed": per_seed.tolist(),
-    }
+    ci = [float(1 - np.exp(high)), float(1 - np.exp(low))]
+    return {"mean": float(per_seed.mean()), "ci": ci, "per_seed": per_seed.tolist()}
 
+# %% ../../nbs/evaluate/regression.ipynb #8eed7865
 def r2_difference(
     y:np.ndarray, # True values (N,)
     base:np.ndarray, # Predictions of one arm, (N,) or (S, N)
@@ -166,38 +171,16 @@ def r2_difference(
     groups:Sequence, # Group of every row
     level:float=.95, # Nominal coverage
 )->dict: # mean, ci: model minus base
-    """How much more of the variation `model` explains than `base`; the same groups and seeds are
-    left out of both."""
+    "How much more of the variation `model` explains than `base`, paired by groups and seeds."
     base, model = np.atleast_2d(base), np.atleast_2d(model)
     if len(base) != len(model):
         raise ValueError(
-            f"got {len(base)} and {len(model)} training seeds, expected as many of each, in "
-            "the same order."
+            f"got {len(base)} and {len(model)} training seeds, expected as many of each, in the "
+            "same order."
         )
     (a, G, S), (b, *_) = _weighted_r2(y, base, groups), _weighted_r2(y, model, groups)
     mean, low, high = jackknife_t(lambda w, v: (b(w) - a(w)) @ v/v.sum(), G, S, level)
     return {"mean": float(mean), "ci": [float(low), float(high)]}
-
-def _weighted_r2(y, predicted, groups):
-    "R2 of every seed (S,) as a function of the weights of groups (G,); G; S"
-    predicted = np.atleast_2d(np.asarray(predicted, np.float64))
-    y, groups = _check_rows(predicted.T, y, groups)[1:]
-    if y.ndim != 1:
-        raise ValueError(
-            f"got true values of shape {y.shape}, expected (N,): call it for one quantity at "
-            "a time."
-        )
-    names, codes = np.unique(groups, return_inverse=True)
-    def total(v): return np.bincount(codes, weights=v, minlength=len(names))
-    # (G, 3), (G, S)
-    parts, errors = (
-        np.stack([total(np.ones(len(y))), total(y - y.mean()), total((y - y.mean()) ** 2)], 1),
-        np.stack([total((y - p) ** 2) for p in predicted], 1),
-    )
-    def r2(weight):
-        n, first, second = weight @ parts
-        return 1 - weight @ errors/(second - first**2/n)
-    return r2, len(names), len(predicted)
 
 # %% ../../nbs/evaluate/regression.ipynb #e337e465
 def _scale(x):
@@ -217,10 +200,7 @@ def _path(x, y, other, alphas):
     right, left = vectors.T @ (x.T @ (y - middle)), other @ vectors
     return np.stack([left @ (right/(np.maximum(values, 0) + a)[:, None]) + middle for a in alphas])
 
-def _r2(true, predicted):
-    "Coefficient of determination per axis, (..., A)"
-    return 1 - ((true - predicted)**2).sum(-2)/((true - true.mean(0))**2).sum(0)
-
+# %% ../../nbs/evaluate/regression.ipynb #795d45ca
 def _choose_alpha(x, y, groups, alphas, folds):
     "R2 outside its fold for each alpha, mean over axes"
     n = len(np.unique(groups))
@@ -235,39 +215,20 @@ def _choose_alpha(x, y, groups, alphas, folds):
     return _r2(y, held).mean(-1)
 
 # %% ../../nbs/evaluate/regression.ipynb #46b64cc3
-def _checked(h, position, groups, what):
-    h, position, groups = (
-        np.asarray(h, np.float64),
-        np.asarray(position, np.float64),
-        np.asarray(groups).astype(str),
-    )
-    if (
-        h.ndim != 2
-        or position.ndim != 2
-        or not len(h)
-        or not h.shape[1]
-        or not position.shape[1]
-        or not len(h) == len(position) == len(groups)
-        or groups.ndim != 1
-    ):
-        raise ValueError(
-            f"got {what} features of shape {h.shape}, positions of shape {position.shape} and groups "
-            f"of shape {groups.shape}, expected (N, R), (N, A) and (N,), with N and R at "
-            "least 1."
-        )
-    for x, name in ((h, "features"), (position, "positions")):
-        if len(bad := np.flatnonzero(~np.isfinite(x).all(1))):
-            raise ValueError(
-                f"{len(bad)} of {len(x)} rows of the {what} {name} are not finite, rows "
-                f"{', '.join(map(str, bad[:8]))}{', ...' * (len(bad) > 8)}: look at these crops, "
-                "and whether training diverged."
-            )
-    if len(flat := np.flatnonzero(np.ptp(position, axis=0) <= 1e-12 * np.abs(position).max(0))):
-        raise ValueError(
-            f"the {what} positions are all the same along axis {flat[0]}, so that R2 has no "
-            "meaning there: leave this axis out, or give more crops."
-        )
-    return h, position, groups
+def _drawn_scores(true, predicted, codes:np.ndarray, n_boot:int, seed:int)->dict[str, np.ndarray]:
+    "R2 and mean absolute error of every replicate (n_boot,), mean over axes and drawn seeds"
+    rng, n = np.random.default_rng(seed_for(seed, "positions")), codes.max() + 1
+    counts = multinomial_counts(rng, n, n_boot)
+    of_seeds = multinomial_counts(rng, len(predicted), n_boot)/len(predicted)
+    y, error = true - true.mean(0), np.abs(true - predicted)
+    size = counts @ np.bincount(codes)[:, None]
+    total, square = (counts @ group_sums(v, codes, n) for v in (y, y**2))
+    spread = square - total**2/size
+    known = spread > 1e-12*square.max(0)
+    missed, off = (np.stack([counts @ group_sums(e, codes, n) for e in x]) for x in (error**2, error))
+    lost = np.divide(missed, spread, out=np.full_like(missed, np.nan), where=known)
+    each = dict(r2=1 - lost, mae_mm=off/size)
+    return {name: (v.mean(2)*of_seeds.T).sum(0) for name, v in each.items()}
 
 def position_scores(
     true:np.ndarray, # Positions (N, A)
@@ -276,56 +237,67 @@ def position_scores(
     n_boot:int=2000, # Replicates
     seed:int=0, # Of the resampling
     level:float=.95, # Nominal coverage of the intervals
-)->dict: # `r2` and `mae_mm`, each `mean` over axes and seeds, `ci`, `per_seed`; `r2_axes` and `mae_axes_mm`, lists of A, mean over seeds
+)->dict: # r2, mae_mm: each mean over axes and seeds, ci, per_seed; r2_axes, mae_axes_mm: lists of A
     "R2 and mean absolute error with percentile bootstrap intervals over subjects and seeds."
     true, predicted = np.asarray(true, np.float64), np.asarray(predicted, np.float64)
     predicted = predicted[None] if predicted.ndim == 2 else predicted
     if true.ndim != 2 or predicted.shape[1:] != true.shape or len(groups) != len(true):
         raise ValueError(
-            f"got {true.shape} true and {predicted.shape} predicted positions of {len(groups)} groups,"
-            " expected (N, A), (N, A) or (S, N, A), and N."
+            f"got {true.shape} true and {predicted.shape} predicted positions of {len(groups)} "
+            "groups, expected (N, A), (N, A) or (S, N, A), and N."
         )
-    codes, y, error = (
-        np.unique(groups, return_inverse=True)[1],
-        true - true.mean(0),
-        np.abs(true - predicted),
-    )
-    r2, mae, n = _r2(true, predicted), error.mean(1), codes.max() + 1
+    codes = group_codes(groups, len(true))
+    exact = dict(r2=_r2(true, predicted), mae_mm=np.abs(true - predicted).mean(1))
+    drawn = {}
+    if codes.max(): drawn = _drawn_scores(true, predicted, codes, n_boot, seed)
+    else: warnings.warn("all test crops are of one subject: the intervals are not known.")
+    ends = [(1 - level)/2, (1 + level)/2]
     found = {
-        "r2": {"mean": float(r2.mean()), "ci": [float("nan")] * 2, "per_seed": r2.mean(1).tolist()},
-        "mae_mm": {
-            "mean": float(mae.mean()),
-            "ci": [float("nan")] * 2,
-            "per_seed": mae.mean(1).tolist(),
-        },
-        "r2_axes": r2.mean(0).tolist(),
-        "mae_axes_mm": mae.mean(0).tolist(),
+        name: {
+            "mean": float(v.mean()),
+            "ci": np.nanquantile(drawn[name], ends).tolist() if drawn else [float("nan")]*2,
+            "per_seed": v.mean(1).tolist(),
+        }
+        for name, v in exact.items()
     }
-    if n == 1:
-        warnings.warn(
-            "all test crops are of one subject, so there is nothing to resample: the intervals "
-            "are not known."
-        )
-        return found
-    def sums(x): return np.stack([np.bincount(codes, column, n) for column in x.T], 1)
-    rng = np.random.default_rng(seed_for(seed, "positions"))
-    counts = rng.multinomial(n, np.full(n, 1/n), n_boot).astype(float)
-    of_seeds = rng.multinomial(
-        len(predicted), np.full(len(predicted), 1 / len(predicted)), n_boot
-    ) / len(predicted)
-    size, total, square = (counts @ s for s in (np.bincount(codes)[:, None], sums(y), sums(y**2)))
-    spread = square - total**2/size
-    known = spread > 1e-12*square.max(0)
-    missed, off = (np.stack([counts @ sums(e) for e in x]) for x in (error**2, error))
-    for name, v in (
-        ("r2", 1 - np.divide(missed, spread, out=np.full_like(missed, np.nan), where=known)),
-        ("mae_mm", off / size),
-    ):
-        found[name]["ci"] = np.nanquantile(
-            (v.mean(2) * of_seeds.T).sum(0), [(1 - level) / 2, (1 + level) / 2]
-        ).tolist()
-    return found
+    axes = {"r2_axes": "r2", "mae_axes_mm": "mae_mm"}
+    return found | {name: exact[key].mean(0).tolist() for name, key in axes.items()}
 
+# %% ../../nbs/evaluate/regression.ipynb #39263fbe
+def _check_crops(h, position, groups, what:str):
+    h, position = np.asarray(h, np.float64), np.asarray(position, np.float64)
+    groups = np.asarray(groups).astype(str)
+    matrices = all(x.ndim == 2 and x.size for x in (h, position))
+    if not matrices or groups.ndim != 1 or not len(h) == len(position) == len(groups):
+        raise ValueError(
+            f"got {what} features of shape {h.shape}, positions of shape {position.shape} and "
+            f"groups of shape {groups.shape}, expected (N, R), (N, A) and (N,), with N and R at "
+            "least 1."
+        )
+    check_finite(h, f"the {what} features")
+    check_finite(position, f"the {what} positions")
+    flat = np.flatnonzero(np.ptp(position, axis=0) <= 1e-12*np.abs(position).max(0))
+    if len(flat):
+        raise ValueError(
+            f"the {what} positions are all the same along axis {flat[0]}, so that R2 has no "
+            "meaning there: leave this axis out, or give more crops."
+        )
+    return h, position, groups
+
+def _check_split(train:tuple, test:tuple):
+    (x, y, g), (u, v, s) = train, test
+    if x.shape[1] != u.shape[1] or y.shape[1] != v.shape[1]:
+        raise ValueError(
+            f"training features and positions have {x.shape[1]} and {y.shape[1]} columns, test "
+            f"ones {u.shape[1]} and {v.shape[1]}: take both from one encoder and one frame."
+        )
+    if len(both := np.intersect1d(g, s)):
+        raise ValueError(
+            f"{len(both)} subjects are in training and in test: {some_names(both, 4)}. Divide the "
+            "crops by subject."
+        )
+
+# %% ../../nbs/evaluate/regression.ipynb #73dd8d3b
 @dataclass(frozen=True, eq=False)
 class PositionProbe:
     "What `position_probe` found: scores on the test crops, and the fitted probe."
@@ -336,7 +308,7 @@ class PositionProbe:
     predicted:np.ndarray # (N, A) for the test crops
     alpha:float # Chosen penalty, for standardised features
     path:pd.DataFrame # `alpha` and `r2` on held-out training subjects
-    coef:np.ndarray # (A, R), for features as they come
+    coef:np.ndarray # (A, R), for features as they are
     intercept:np.ndarray # (A,)
     level:float # Of the intervals
 
@@ -348,14 +320,20 @@ class PositionProbe:
 
     def facts(self)->dict: # JSON-ready
         "The scores, for results.json."
-        return {
-            "r2": self.r2,
-            "mae_mm": self.mae_mm,
-            "r2_axes": self.r2_axes.tolist(),
-            "mae_axes_mm": self.mae_axes.tolist(),
-            "alpha": self.alpha,
-            "level": self.level,
-        }
+        facts = {name: getattr(self, name) for name in ("r2", "mae_mm", "alpha", "level")}
+        axes = {"r2_axes": self.r2_axes.tolist(), "mae_axes_mm": self.mae_axes.tolist()}
+        order = ("r2", "mae_mm", "r2_axes", "mae_axes_mm", "alpha", "level")
+        return {name: (facts | axes)[name] for name in order}
+
+# %% ../../nbs/evaluate/regression.ipynb #b94a300c
+def _check_options(alphas, folds:int, n_boot:int, level:float):
+    if len(alphas) and folds >= 2 and n_boot >= 1 and 0 < level < 1:
+        for alpha in alphas: positive(alpha, "alpha")
+        return
+    raise ValueError(
+        f"got alphas={alphas.tolist()}, folds={folds}, n_boot={n_boot}, level={level}, expected "
+        "penalties above 0, 2 folds or more, 1 replicate or more, and a level between 0 and 1."
+    )
 
 def position_probe(
     train_h:np.ndarray, # Training features (N, R)
@@ -366,38 +344,14 @@ def position_probe(
     test_groups:Sequence, # Their subjects, none of them in training
     alphas:Sequence[float]=(1e-3, .01, .1, 1., 10., 100., 1e3, 1e4, 1e5, 1e6), # Candidate penalties
     folds:int=5, # Of the training subjects, to choose among them
-    n_boot:int=2000, # Replicates
-    seed:int=0, # Of the resampling
-    level:float=.95, # Nominal coverage of the intervals
+    **draws, # Of `position_scores`: n_boot, seed, level
 )->PositionProbe:
-    """Ridge regression from features to positions; `ValueError` when the data cannot be used as
-    told."""
-    x, y, g = _checked(train_h, train_mm, train_groups, "training")
-    u, v, s = _checked(test_h, test_mm, test_groups, "test")
-    if x.shape[1] != u.shape[1] or y.shape[1] != v.shape[1]:
-        raise ValueError(
-            f"training features and positions have {x.shape[1]} and {y.shape[1]} columns, test "
-            f"ones {u.shape[1]} and {v.shape[1]}: take both from one encoder and one frame."
-        )
-    if len(both := np.intersect1d(g, s)):
-        raise ValueError(
-            f"{len(both)} subjects are in training and in test: "
-            f"{', '.join(both[:4])}{', ...' * (len(both) > 4)}. Divide the crops by subject."
-        )
-    alphas = np.sort(np.asarray(alphas, np.float64).ravel())
-    if (
-        not len(alphas)
-        or not np.isfinite(alphas).all()
-        or alphas[0] <= 0
-        or folds < 2
-        or n_boot < 1
-        or not 0 < level < 1
-    ):
-        raise ValueError(
-            f"got alphas={alphas.tolist()}, folds={folds}, n_boot={n_boot}, level={level}, "
-            "expected penalties above 0, 2 folds or more, 1 replicate or more, and a level "
-            "between 0 and 1."
-        )
+    "Ridge regression from features to positions, scored on subjects that it has not seen."
+    x, y, g = train = _check_crops(train_h, train_mm, train_groups, "training")
+    u, v, s = test = _check_crops(test_h, test_mm, test_groups, "test")
+    _check_split(train, test)
+    alphas, level = np.sort(np.asarray(alphas, np.float64).ravel()), draws.get("level", .95)
+    _check_options(alphas, folds, draws.get("n_boot", 1), level)
     # on small matrices threads cost more than they save
     with threadpool_limits(1 if x.size < 1e6 else None):
         path = _choose_alpha(x, y, g, alphas, folds)
@@ -406,18 +360,8 @@ def position_probe(
         ridge = Ridge(alpha=alpha).fit((x - mean)/scale, y)
     coef = ridge.coef_.reshape(y.shape[1], -1)/scale
     intercept = ridge.intercept_ - coef @ mean
-    predicted = u @ coef.T + intercept
-    found = position_scores(v, predicted, s, n_boot, seed, level)
+    predicted, path = u @ coef.T + intercept, pd.DataFrame({"alpha": alphas, "r2": path})
+    found = position_scores(v, predicted, s, **draws)
     r2, mae = ({k: found[name][k] for k in ("mean", "ci")} for name in ("r2", "mae_mm"))
-    return PositionProbe(
-        r2,
-        mae,
-        np.array(found["r2_axes"]),
-        np.array(found["mae_axes_mm"]),
-        predicted,
-        alpha,
-        pd.DataFrame({"alpha": alphas, "r2": path}),
-        coef,
-        intercept,
-        level,
-    )
+    axes = np.array(found["r2_axes"]), np.array(found["mae_axes_mm"])
+    return PositionProbe(r2, mae, *axes, predicted, alpha, path, coef, intercept, level)
