@@ -135,11 +135,15 @@ def test_every_import_is_asked_for(requires):
 
 SHORT = """
 import sys
-from synthpi import phantoms, study
+from dataclasses import replace
+from synthpi.cli import main, tissue
+from synthpi.data import phantoms
 def short(f, **less): return lambda *args, **given: f(*args, **given | less)
-phantoms.write_tissue = short(phantoms.write_tissue, n_per_class={"train": 4, "val": 2, "test": 4}, n_patients={"train": 2, "val": 1, "test": 2}, n_pairs=6, n_pair_patients=3)
-study.tissue_study = short(study.tissue_study, steps=2, batch_size=8, generator_steps=2, generator_crop=32)
-from synthpi.cli import main
+few = dict(n_per_class={"train": 4, "val": 2, "test": 4}, n_pairs=6, n_pair_patients=3)
+patients = {"train": 2, "val": 1, "test": 2}
+phantoms.write_tissue = short(phantoms.write_tissue, n_patients=patients, **few)
+full, tiny = tissue.demo_settings, dict(steps=2, batch_size=8, generator_steps=2, generator_crop=32)
+tissue.demo_settings = lambda *args, **given: replace(full(*args, **given), **tiny)
 sys.exit(main())
 """
 

@@ -16,7 +16,7 @@ from typing import Annotated, Optional
 import typer
 
 from synthpi.cli.app import (
-    app, command_line, Device, first, leave_group, Overwrite, share_cores, start_the_others,
+    app, command_line, Device, first, leave_group, Overwrite, share_cores, check_processes,
     told,
 )
 
@@ -221,7 +221,7 @@ def pairs(
 ):
     """Give every tile of a folder its synthetic second image; also on several devices, by
     `accelerate launch -m synthpi pairs ...`."""
-    start_the_others()
+    check_processes()
     from synthpi.studies.synthesise import synthesise
     share_cores(0)
     made = synthesise(

@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from synthpi.cli.app import (
-    app, command_line, Device, first, leave_group, Overwrite, share_cores, start_the_others,
+    app, command_line, Device, first, leave_group, Overwrite, share_cores, check_processes,
     told, Workers,
 )
 
@@ -115,7 +115,7 @@ def pretrain(
 ):
     """Train one encoder on tiles, and on their synthetic images; also on several devices, by
     `accelerate launch -m synthpi pretrain ...`."""
-    start_the_others()
+    check_processes()
     from synthpi.studies.pretraining import pretrain as run
     try:
         layers = [int(w) for w in widths.split(",")]

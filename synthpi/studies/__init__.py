@@ -14,6 +14,7 @@ __getattr__, __dir__, _names = lazy_loader.attach(__name__, submod_attrs={
     "explanation": ["explain_run"],
     "generator": ["train_generator"],
     "pretraining": ["pretrain"],
+    "tissue.settings": ["TissueSettings"],
     "tissue.study": ["tissue_study"],
     "volumes.study": ["volume_study"],
 })

@@ -17,35 +17,19 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from synthpi.studies.tissue import study as study_module
+from synthpi.studies.tissue import inputs as inputs_module, study as study_module
 from synthpi.cli import app
 from synthpi.pairs.generators import ModuleGenerator, load_generator, make_unet, save_generator
 from synthpi.models.files import load_encoder
 from synthpi.data.phantoms import write_tissue
 from synthpi.pairs.quality import MEASURES
-from synthpi.studies.tissue.study import tissue_study
+from synthpi.studies import tissue_study, TissueSettings
 
 REAL = Path(__file__).parents[3]/"shared"/"data"
-SMALL = [
-    "--steps",
-    "2",
-    "--batch-size",
-    "8",
-    "--size",
-    "32",
-    "--generator-steps",
-    "2",
-    "--generator-crop",
-    "32",
-    "--device",
-    "cpu",
-    "--workers",
-    "0",
-    "--um-per-px-tiles",
-    ".75",
-    "--um-per-px-pairs",
-    ".5",
-]
+TINY = dict(steps=2, batch_size=8, size=32, generator_steps=2, generator_crop=32)
+SMALL = [x for k, v in TINY.items() for x in (f"--{k.replace('_', '-')}", v)] + (
+    "--device cpu --workers 0 --um-per-px-tiles .75 --um-per-px-pairs .5".split()
+)
 
 def synthpi(*arguments): return CliRunner().invoke(app, [str(a) for a in arguments])
 
@@ -207,7 +191,7 @@ def test_a_second_call_finds_everything(study, source):
     assert (
         result.exit_code == 0
         and "36 found in the cache, 0 made" in result.output
-        and "going on with what is there" in result.output
+        and "continuing with what is there" in result.output
     )
     assert {p: p.stat().st_mtime_ns for p in study.glob("runs/*/*")} == before
     again = json.loads((study/"results.json").read_text())
@@ -355,7 +339,7 @@ def test_bad_tiles_are_skipped_and_counted_when_told(data, tmp_path):
     found = json.loads((tmp_path/"out"/"results.json").read_text())["data"]
     assert [Path(p).name for p in found["skipped"]] == [name] and found["tiles"]["train"] == 35
 
-@pytest.mark.parametrize("flags, words", [(["--arms", "trident"], "needs pairs or a generator"), (["--arms", "tridents"], "expected names from"),
+@pytest.mark.parametrize("flags, words", [(["--arms", "trident"], "needs pairs or a generator"), (["--arms", "tridents"], "Did you mean 'trident'"),
     (["--encoder", "resnet51"], "expected one of resnet10_narrow"), (["--hard-pair", "TUM,CAT"], "expected two of the classes"), (["--device", "cuda:9"], "expected 'auto'")])
 def test_bad_flags_are_told(source, tmp_path, flags, words):
     result = tissue(source/"tiles", tmp_path/"out", *flags)
@@ -416,9 +400,9 @@ def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(source, tmp_p
         out,
         *SMALL,
         "--arms",
-        "siamese_unprivileged,trident_third_view",
+        "siamese_unprivileged",
     ]
-    command[command.index("--steps") + 1] = "80"
+    command[command.index("--steps") + 1] = "40"
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(
             [str(c) for c in command],
@@ -435,7 +419,7 @@ def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(source, tmp_p
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path/"log").read_text()
     assert (
-        "the same command goes on" in (tmp_path / "log").read_text()
+        "the same command continues" in (tmp_path / "log").read_text()
         and not (out / "results.json").exists()
     )
     kept = first.stat().st_mtime_ns
@@ -445,36 +429,21 @@ def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(source, tmp_p
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0 and "going on with what is there" in done.stderr, done.stderr
+    assert done.returncode == 0 and "continuing with what is there" in done.stderr, done.stderr
     assert first.stat().st_mtime_ns == kept and set(
         json.loads((out / "results.json").read_text())["arms"]
-    ) == {"siamese_unprivileged", "trident_third_view"}
+    ) == {"siamese_unprivileged"}
 
 def call(source, out, **more):
     "The study in Python, without any scale"
-    return tissue_study(
-        source / "tiles",
-        out,
-        **dict(
-            dict(
-                steps=2,
-                batch_size=8,
-                size=32,
-                generator_steps=2,
-                generator_crop=32,
-                device="cpu",
-                arms=["trident", "siamese_unprivileged"],
-                all_settings=False,
-                progress=False,
-            ),
-            **more,
-        ),
-    )
+    given = TINY | dict(arms=["trident", "siamese_unprivileged"], all_settings=False) | more
+    settings = TissueSettings(source/"tiles", **given)
+    return tissue_study(settings, out, device="cpu", progress=False)
 
 @pytest.fixture
 def nothing_is_read(monkeypatch):
     def refuse(*a, **k): raise AssertionError("images were read before the scale was asked for")
-    monkeypatch.setattr(study_module, "load_tiles", refuse)
+    monkeypatch.setattr(inputs_module, "load_tiles", refuse)
 
 def scaled(path, um):
     save_generator(ModuleGenerator(make_unet(8), um), path)
@@ -483,7 +452,7 @@ def scaled(path, um):
 @pytest.mark.parametrize("given, words", [
     ({}, ["the tiles and of the pairs", "--um-per-px-tiles and --um-per-px-pairs", "--same-scale", "'trident'"]), ({"um_per_px_tiles": .75}, ["scale of the pairs", "--um-per-px-pairs"]),
     ({"um_per_px_pairs": .5, "arms": ["trident_real_pairs"]}, ["scale of the tiles", "'trident_real_pairs'"]), ({"um_per_px_tiles": .75, "um_per_px_pairs": .5, "same_scale": True}, ["0.75", "0.5", "one or the other"]),
-    ({"um_per_px_tiles": -1., "um_per_px_pairs": .5}, ["--um-per-px-tiles -1.0", "expected micrometres"]), ({"generator_um_per_px": .5}, ["without a generator"])])
+    ({"um_per_px_tiles": -1., "um_per_px_pairs": .5}, ["--um-per-px-tiles=-1.0", "above 0"]), ({"generator_um_per_px": .5}, ["without a generator"])])
 def test_a_missing_or_contradictory_scale_is_asked_for_before_any_work(
     source, tmp_path, nothing_is_read, given, words
 ):
@@ -495,8 +464,8 @@ def test_a_missing_or_contradictory_scale_is_asked_for_before_any_work(
 def test_a_generator_without_a_scale_is_asked_for_it(source, tmp_path, nothing_is_read):
     unknown, known = scaled(tmp_path/"a.safetensors", None), scaled(tmp_path/"b.safetensors", .5)
     for file, given, words in (
-        (unknown, {"um_per_px_tiles": 0.75}, "scale of the generator.*--generator-um-per-px"),
-        (known, {}, "scale of the tiles did not.*--um-per-px-tiles"),
+        (unknown, {"um_per_px_tiles": 0.75}, "--generator-um-per-px.*scale of the generator"),
+        (known, {}, "--um-per-px-tiles: .*scale of the tiles"),
         (unknown, {}, "--um-per-px-tiles and --generator-um-per-px"),
         (known, {"um_per_px_tiles": 0.75, "same_scale": True}, "--generator-um-per-px is 0.5"),
         (known, {"um_per_px_tiles": 0.75, "generator_um_per_px": 0.3}, "trained at 0.5"),
@@ -557,34 +526,12 @@ def test_the_scale_of_the_tables_counts(data, tmp_path, no_report):
 def test_tiles_that_cannot_be_judged_do_not_end_the_study(source, tmp_path):
     shutil.copytree(source/"tiles", tmp_path/"tiles")
     for p in (tmp_path/"tiles").rglob("*.png"): Image.open(p).resize((24, 24)).save(p)
-    r = tissue_study(
-        tmp_path / "tiles",
-        tmp_path / "out",
-        pairs=source / "pairs",
-        arms=["trident"],
-        same_scale=True,
-        steps=2,
-        batch_size=8,
-        size=32,
-        generator_steps=2,
-        generator_crop=32,
-        device="cpu",
-        progress=False,
-    )
+    r = call(tmp_path, tmp_path/"out", pairs=source/"pairs", arms=["trident"], same_scale=True)
     assert (
         "at least 32" in r["pairs"]["quality"]["tiles"]["not_judged"]
         and "dice" in r["pairs"]["quality"]["pairs"]["measures"]
     )
     assert "not judged, because" in (tmp_path/"out"/"report.html").read_text()
-
-def test_features_are_worked_out_once():
-    calls, images = [], [["a"], ["b"]]
-    features = study_module._once(lambda x: calls.append(x) or x*2)
-    assert [features(images[0]), features(images[1]), features(images[0])] == [
-        ["a", "a"],
-        ["b", "b"],
-        ["a", "a"],
-    ] and len(calls) == 2
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the example data are not beside the repository")
 def test_real_tiles_and_pairs(tmp_path):
