@@ -180,7 +180,8 @@ def _flag(f, help_text):
     kind = f.metadata.get("shown") or f.type
     default = Parameter.empty if f.default is MISSING else f.default
     if isinstance(kind, tuple): kind, default = kind
-    spelled = [f"--{f.name.replace('_', '-')}"] if kind is bool else []
+    # without a name typer makes --x/--no-x, which a field that is true by default needs
+    spelled = [f"--{f.name.replace('_', '-')}"] if kind is bool and not default else []
     option = typer.Option(*spelled, min=f.metadata.get("least"), help=help_text)
     return Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
