@@ -147,8 +147,8 @@ def _extent(path):
 def _content(records, root):
     "A fingerprint of the files of a study, without reading them."
     def extents(r): return [_extent(root/r[k]) if r[k] else None for k in ("image", "label")]
-    told = ("name", "subject", "split", "channel")
-    return fingerprint([[*(r[k] for k in told), *extents(r)] for r in records])
+    known = ("name", "subject", "split", "channel")
+    return fingerprint([[*(r[k] for k in known), *extents(r)] for r in records])
 
 @dataclass(frozen=True)
 class VolumeInputs:
