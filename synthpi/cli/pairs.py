@@ -8,7 +8,6 @@ Docs: https://synthpi.github.io/synthpi/nbs/cli/pairs.html.md"""
 __all__ = ['generator', 'pairs', 'convert']
 
 # %% ../../nbs/cli/pairs.ipynb #4554d31d
-import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Optional
@@ -16,95 +15,32 @@ from typing import Annotated, Optional
 import typer
 
 from synthpi.cli.app import (
+<<<<<<< HEAD
     app, command_line, Device, first, leave_group, Overwrite, share_cores, check_processes,
     told,
+=======
+    app, command_line, Device, first, flags, leave_group, Overwrite, share_cores,
+    start_the_others, told,
+>>>>>>> w8
 )
+from ..studies.generator_settings import GeneratorSettings, read_options, read_scale
 
 # %% ../../nbs/cli/pairs.ipynb #1a1e6705
+def _say(*parts): typer.echo("\n".join(parts))
+
+def _command(*words): return "Next: " + shlex.join(["synthpi", *map(str, words)])
+
 @app.command()
-@told()
+@flags(GeneratorSettings)
 def generator(
-    pairs: Annotated[
-        Path,
-        typer.Option(
-            help="Folder with image/NAME.* and privileged/NAME.*; with --privileged, a folder of "
-                 "primary images."
-        ),
-    ],
+    settings:GeneratorSettings,
     out: Annotated[
         Path,
         typer.Option(
-            help="Output folder: generator.safetensors, report, samples; a training that was "
-                 "stopped goes on there."
+            help="Output folder: generator.safetensors, report, samples; an interrupted training "
+                 "continues there."
         ),
     ],
-    um_per_px: Annotated[
-        Optional[str],
-        typer.Option(help="Micrometres per pixel of the images, or unknown. It is asked for."),
-    ] = None,
-    objective: Annotated[
-        str,
-        typer.Option(help="regression or pix2pix, from pairs; cyclegan or cut, which use no pair."),
-    ] = "regression",
-    privileged: Annotated[
-        Optional[Path],
-        typer.Option(help="For cyclegan and cut: a folder of privileged images of other tissue."),
-    ] = None,
-    kind: Annotated[
-        Optional[str],
-        typer.Option(help="mask or image; default: a mask if the privileged images are gray."),
-    ] = None,
-    width: Annotated[
-        int, typer.Option(min=1, help="Channels of the generator's first level; published: 64.")
-    ] = 16,
-    option: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            help="NAME=VALUE, an argument of the objective, for example l1=50 or network=unet; "
-                 "may be given several times."
-        ),
-    ] = None,
-    steps: Annotated[
-        Optional[int], typer.Option(min=1, help="Budget in steps; 400 if no budget is given.")
-    ] = None,
-    minutes: Annotated[Optional[float], typer.Option(min=0.01, help="Budget in time.")] = None,
-    batch_size: Annotated[
-        Optional[int], typer.Option(min=1, help="Crops per step; default as suits the objective.")
-    ] = None,
-    crop: Annotated[int, typer.Option(min=32, help="Side of the crops, pixels.")] = 96,
-    lr: Annotated[
-        Optional[float], typer.Option(help="Peak learning rate; default as suits the objective.")
-    ] = None,
-    val: Annotated[
-        float, typer.Option(help="Part of the training patients that chooses the checkpoint.")
-    ] = 0.2,
-    test: Annotated[
-        float,
-        typer.Option(help="Part of all patients that is kept to judge the generator; 0: none."),
-    ] = 0.2,
-    patience: Annotated[
-        int, typer.Option(min=1, help="Evaluations without a better score that end the training.")
-    ] = 5,
-    evaluate_every: Annotated[
-        Optional[int],
-        typer.Option(
-            min=1,
-            help="Steps between evaluations, each with a sample sheet; default: a twentieth of "
-                 "the steps.",
-        ),
-    ] = None,
-    group_column: Annotated[
-        Optional[str], typer.Option(help="Column of pairs.csv that names the patient.")
-    ] = None,
-    licence: Annotated[
-        Optional[str],
-        typer.Option(help="Of the images; goes into the manifest of every pair made."),
-    ] = None,
-    on_bad: Annotated[
-        str, typer.Option(help="Unreadable images: raise, or skip and count.")
-    ] = "raise",
-    seed: Annotated[int, typer.Option(min=0, help="Splits, weights, crops.")] = 0,
-    precision: Annotated[Optional[str], typer.Option(help="fp32, bf16 or fp16.")] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
 ):
@@ -112,53 +48,19 @@ def generator(
     from synthpi.studies.generator import tested_on, train_generator
     share_cores(0)
     made = train_generator(
-        pairs,
-        out,
-        objective,
-        privileged=privileged,
-        um_per_px=_scale(um_per_px, "unknown"),
-        kind=kind,
-        width=width,
-        options=_options(option),
-        steps=steps,
-        minutes=minutes,
-        batch_size=batch_size,
-        crop=crop,
-        lr=lr,
-        val=val,
-        test=test,
-        patience=patience,
-        evaluate_every=evaluate_every,
-        group_column=group_column,
-        licence=licence,
-        on_bad=on_bad,
-        seed=seed,
-        precision=precision,
-        overwrite=overwrite,
-        device=device,
-        command=command_line(),
+        settings, out, overwrite=overwrite, device=device, command=command_line()
     )
     if made.interrupted: raise KeyboardInterrupt
     if made.quality is not None:
         typer.echo(f"\nOn {tested_on(made.patients_known)}:\n{made.quality}")
-    typer.echo(
-        f"\nGenerator: {out / 'generator.safetensors'}\nReport: {out / 'report.html'}\nNext: "
-        + shlex.join(
-            [
-                "synthpi",
-                "pairs",
-                "--tiles",
-                "TILES",
-                "--um-per-px",
-                "UM" if made.generator.um_per_px else "same",
-                "--generator",
-                str(out / "generator.safetensors"),
-                "--out",
-                "PAIRS",
-            ]
-        )
+    scale, file = "UM" if made.generator.um_per_px else "same", out/"generator.safetensors"
+    _say(
+        f"\nGenerator: {file}",
+        f"Report: {out/'report.html'}",
+        _command("pairs", "--tiles", "TILES", "--um-per-px", scale, "--generator", file, "--out", "PAIRS"),
     )
 
+# %% ../../nbs/cli/pairs.ipynb #71c37bbf
 @app.command()
 @told()
 def pairs(
@@ -228,7 +130,7 @@ def pairs(
         tiles,
         generator,
         out,
-        um_per_px=_scale(um_per_px, "same"),
+        um_per_px=read_scale(um_per_px, "same"),
         generator_um_per_px=generator_um_per_px,
         batch_size=batch_size,
         device=device,
@@ -236,7 +138,7 @@ def pairs(
         preview=preview,
         licence=licence,
         generator_licence=generator_licence,
-        generator_options=_options(option),
+        generator_options=read_options(option),
         overwrite=overwrite,
         command=command_line(),
     )
@@ -265,6 +167,7 @@ def pairs(
             )
         )
 
+# %% ../../nbs/cli/pairs.ipynb #bf3bda2e
 @app.command()
 @told()
 def convert(
@@ -288,25 +191,4 @@ def convert(
 ):
     "Read a published set in its own layout and write it as a plain folder of tiles or of pairs."
     from synthpi.data.published import read_published
-    read_published(name, folder, out, **_options(option))
-
-def _scale(text, word):
-    "Micrometres per pixel, the word that stands for them, or nothing"
-    if text in (None, word): return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(
-            f"got --um-per-px {text}, expected micrometres per pixel, for example 0.5 at 20x, "
-            f"or {word}."
-        ) from None
-
-def _options(texts):
-    "NAME=VALUE, where the value is JSON, or else text"
-    out = {}
-    for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not (name and equals): raise ValueError(f"got option {text!r}, expected NAME=VALUE.")
-        try: out[name] = json.loads(value)
-        except ValueError: out[name] = value
-    return out
+    read_published(name, folder, out, **read_options(option))

@@ -2,9 +2,9 @@
 
 `synthpi volumes` runs the study of `synthpi.studies.volumes.study` on a folder of scans, `synthpi
 demo --volumes` the same on simulated bodies, offline; `synthpi embed` sends an encoder over grids
-of crops, and `synthpi probe` asks the file what the features know. Flags are the arguments of
-`volume_study`, `synthpi.studies.embeddings.embed_volumes` and
-`synthpi.studies.embeddings.probe_table`.
+of crops, and `synthpi probe` reads from that file what the features know. Flags are the fields of
+`synthpi.studies.volumes.settings.VolumeSettings` and the arguments of
+`synthpi.studies.embeddings.embed_volumes` and `synthpi.studies.embeddings.probe_table`.
 
 Docs: https://synthpi.github.io/synthpi/nbs/cli/volumes.html.md"""
 
@@ -21,120 +21,16 @@ from typing import Annotated, Optional
 import typer
 
 from synthpi.cli.app import (
-    app, command_line, Device, names, Out, Overwrite, Seeds, share_cores, told,
+    app, command_line, Device, flags, names, Out, Overwrite, share_cores, told,
 )
+from ..studies.volumes.settings import VolumeSettings
 
 # %% ../../nbs/cli/volumes.ipynb #eb235b64
 @app.command()
-@told()
+@flags(VolumeSettings)
 def volumes(
-    volumes: Annotated[
-        Path,
-        typer.Option(
-            help="Folder of volumes (NIfTI, NRRD, MHA, DICOM; plain, Decathlon, BraTS or "
-                 "autoPET), or a table with name, image and perhaps label, subject, split."
-        ),
-    ],
+    settings:VolumeSettings,
     out: Out,
-    labels: Annotated[
-        Optional[bool],
-        typer.Option(
-            "--labels/--no-labels",
-            help="Judge the arms on regions from the voxels' labels; default: if every volume has "
-                 "them.",
-        ),
-    ] = None,
-    arms: Annotated[
-        Optional[str],
-        typer.Option(help="Names, separated by commas; default: all that the inputs allow."),
-    ] = None,
-    seeds: Seeds = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every trained arm.")] = 300,
-    size: Annotated[int, typer.Option(min=8, help="Side of the crops, voxels.")] = 24,
-    n_volumes: Annotated[int, typer.Option(min=1, help="Volumes of a step; published: 64.")] = 8,
-    n_crops: Annotated[int, typer.Option(min=1, help="Crops of each; published: 16.")] = 8,
-    encoder: Annotated[
-        str,
-        typer.Option(
-            help="resnet10_narrow, resnet18, resnet34, resnet50 or densenet121 (published)."
-        ),
-    ] = "resnet10_narrow",
-    embedding: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Width of the embedding whose distances are compared (barlow_isimed: that of its "
-                 "projector).",
-        ),
-    ] = 64,
-    frame: Annotated[
-        str,
-        typer.Option(
-            help="Where places are counted from: world_mm for registered scans, mm_centered from "
-                 "the middle of the foreground, mm_local; auto looks."
-        ),
-    ] = "auto",
-    pairs: Annotated[
-        str, typer.Option(help="Pairs of the distance loss: off-diagonal, within or cross.")
-    ] = "off-diagonal",
-    rule: Annotated[
-        str,
-        typer.Option(
-            help="A crop is of a region when its center lies in it, or when it holds any voxel of "
-                 "it (lesions)."
-        ),
-    ] = "center",
-    recipe: Annotated[
-        str, typer.Option(help="How views differ: scanner, boxes (published) or none.")
-    ] = "scanner",
-    weight: Annotated[
-        float,
-        typer.Option(
-            help="Of Barlow Twins beside the distance loss, distances being in units of their mean."
-        ),
-    ] = 0.1,
-    temperature: Annotated[float, typer.Option(help="Of SimCLR.")] = 0.5,
-    projector: Annotated[
-        bool,
-        typer.Option(
-            "--projector/--no-projector",
-            help="Whether views are compared behind a projector; published: not.",
-        ),
-    ] = True,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    folds: Annotated[
-        int, typer.Option(min=2, help="Folds over the test subjects, at most as many as there are.")
-    ] = 10,
-    place_crops: Annotated[
-        int, typer.Option(min=1, help="Crops of each volume on which places are judged.")
-    ] = 60,
-    region_crops: Annotated[
-        int, typer.Option(min=1, help="Crops of each test volume on which regions are judged.")
-    ] = 120,
-    spacing_mm: Annotated[
-        Optional[float],
-        typer.Option(
-            help="Resample to voxels of this edge; default: as the files are, which then have to "
-                 "agree."
-        ),
-    ] = None,
-    window: Annotated[
-        Optional[str],
-        typer.Option(help="For CT: ct, soft tissue, lung, or two numbers LOW,HIGH in HU."),
-    ] = None,
-    preset: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Layout of the folder: plain, msd, brats or autopet; default: looked up."
-        ),
-    ] = None,
-    sequence: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Which sequence, where a set has several: T1w, flair, CT, or its number."
-        ),
-    ] = None,
-    precision: Annotated[Optional[str], typer.Option(help="fp32, bf16 or fp16.")] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     workers: Annotated[
@@ -147,78 +43,37 @@ def volumes(
 ):
     """Where in the body is this crop? ISImed and its rivals on your own volumes, judged on subjects
     that were not trained on."""
-    from synthpi.studies.volumes.study import volume_study
-    _finish_volumes(
-        volume_study(
-            volumes,
-            out,
-            labels,
-            names(arms),
-            range(seeds),
-            steps,
-            size,
-            n_volumes,
-            n_crops,
-            encoder,
-            embedding,
-            frame,
-            pairs,
-            rule,
-            recipe,
-            weight,
-            temperature,
-            projector,
-            lr,
-            folds,
-            place_crops,
-            region_crops,
-            spacing_mm,
-            _window(window),
-            preset,
-            sequence,
-            precision,
-            device,
-            workers=share_cores(workers, beside=False),
-            overwrite=overwrite,
-            command=command_line(),
-        ),
-        out,
-    )
+    _study_volumes(settings, out, overwrite, device, workers)
 
-def _window(text):
-    "A named window, or LOW,HIGH"
-    if text is None or "," not in text: return text
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise ValueError(
-            f"got --window {text}, expected a name, or two numbers in HU such as -160,240."
-        ) from None
-    return low, high
+# %% ../../nbs/cli/volumes.ipynb #f990ff94
+_SHOWN = {
+    "position_r2": ("R2 of place", 3),
+    "position_mae_mm": ("error, mm", 1),
+    "auc": ("mean AUC", 3),
+}
 
-def _finish_volumes(results, out):
-    "Print what a reader wants to see first, and where the rest is."
+def _row(arm):
+    "The scores of an arm, as text."
+    found = {}
+    for key, (label, digits) in _SHOWN.items():
+        if key not in arm: continue
+        values = (arm[key]["mean"], *arm[key]["ci"])
+        mean, low, high = (f"{x:.{digits}f}" for x in values)
+        found[label] = f"{mean} [{low}, {high}]"
+    return found | {"steps": arm["steps"], "seconds": round(arm["seconds"])}
+
+def _study_volumes(settings, out, overwrite, device, workers):
+    "Run the study and print what a reader wants to see first."
     import pandas as pd
-    def cell(x, digits):
-        return f"{x['mean']:.{digits}f} [{x['ci'][0]:.{digits}f}, {x['ci'][1]:.{digits}f}]"
-    rows = {
-        n: {
-            label: cell(a[k], digits)
-            for k, label, digits in (
-                ("position_r2", "R2 of place", 3),
-                ("position_mae_mm", "error, mm", 1),
-                ("auc", "mean AUC", 3),
-            )
-            if k in a
-        }
-        | {"steps": a["steps"], "seconds": round(a["seconds"])}
-        for n, a in results["arms"].items()
-    }
-    typer.echo("\n" + pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string())
-    typer.echo(
-        f"\nReport: {out / 'report.html'}\nNumbers: {out / 'results.json'}\nEncoders: "
-        f"{out / 'runs'}"
+    from synthpi.studies.volumes.study import volume_study
+    results = volume_study(
+        settings, out, overwrite=overwrite, device=device, command=command_line(),
+        workers=share_cores(workers, beside=False),
     )
+    rows = {name: _row(arm) for name, arm in results["arms"].items()}
+    typer.echo("\n" + pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string())
+    for what, name in (("Report", "report.html"), ("Numbers", "results.json"), ("Encoders", "runs")):
+        typer.echo(f"{what}: {out/name}")
 
 # %% ../../nbs/cli/volumes.ipynb #a61c56ef
 @app.command()
@@ -315,6 +170,7 @@ def embed(
         )
     )
 
+# %% ../../nbs/cli/volumes.ipynb #1cdf16ff
 @app.command()
 @told()
 def probe(
@@ -359,6 +215,11 @@ def probe(
         with atomic_path(out) as tmp: table.to_csv(tmp, index=False)
 
 # %% ../../nbs/cli/volumes.ipynb #071d943b
+def _demo_bodies(quick):
+    "Number, shape and voxels of the bodies, and the settings of their study."
+    if quick: return (12, "mri", (48, 36, 48), 9.), dict(steps=20, size=12, place_crops=30, region_crops=60)
+    return (30, "mri", (72, 52, 72), 6.), dict(steps=100, size=16)
+
 def demo_volumes(
     out:Path, # Output folder
     quick:bool, # Fewer and smaller bodies, fewer steps
@@ -369,29 +230,10 @@ def demo_volumes(
 )->None:
     "`synthpi demo --volumes`: the study of volumes on simulated bodies."
     from synthpi.volumes.bodies import write_bodies
-    from synthpi.studies.volumes.study import volume_study
     data = out/"data"/("quick" if quick else "full")
+    bodies, less = _demo_bodies(quick)
     if not (data/"labels.csv").exists():            # written last
         typer.echo(f"Drawing simulated bodies into {data}")
-        write_bodies(
-            data,
-            *((12, "mri", (48, 36, 48), 9.0) if quick else (30, "mri", (72, 52, 72), 6.0)),
-            test_share=1 / 3,
-        )
-    _finish_volumes(
-        volume_study(
-            data,
-            out,
-            steps=20 if quick else 100,
-            size=12 if quick else 16,
-            place_crops=30 if quick else 60,
-            region_crops=60 if quick else 120,
-            seeds=range(seeds),
-            overwrite=overwrite,
-            device=device,
-            workers=share_cores(workers, beside=False),
-            command=command_line(),
-            simulated=True,
-        ),
-        out,
-    )
+        write_bodies(data, *bodies, test_share=1/3)
+    settings = VolumeSettings(data, seeds=tuple(range(seeds)), simulated=True, **less)
+    _study_volumes(settings, out, overwrite, device, workers)

@@ -106,7 +106,8 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             value, facts = getattr(self, f.name), f.metadata
-            if facts.get("least") is not None: at_least(facts["least"], value, f.name)
+            for v in value if isinstance(value, (list, tuple)) else [value]:
+                if facts.get("least") is not None: at_least(facts["least"], v, f.name)
             if facts.get("among") and value is not None: one_of(f.name, value, facts["among"])
 
     @property

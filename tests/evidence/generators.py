@@ -20,25 +20,26 @@ from synthpi.core.images import to_rgb
 from synthpi.core.files import write_json
 from synthpi.data.folders import pair_folders
 from synthpi.studies.generator import train_generator
+from synthpi.studies.generator_settings import GeneratorSettings
 from synthpi.pairs.quality import pair_quality
 
 TEST, SEED = .3, 0
 RUNS = {
     "regression": dict(objective="regression", steps=400),
     "pix2pix": dict(objective="pix2pix", steps=600),
-    "cyclegan": dict(objective="cyclegan", steps=1000, width=8, lr=1e-3, options={"blocks": 4}),
+    "cyclegan": dict(objective="cyclegan", steps=1000, width=8, lr=1e-3, option={"blocks": 4}),
     "cut": dict(
-        objective="cut", steps=1000, width=8, lr=1e-3, options={"blocks": 4, "patches": 64}
+        objective="cut", steps=1000, width=8, lr=1e-3, option={"blocks": 4, "patches": 64}
     ),
 }
 PUBLISHED = {
     "regression": dict(objective="regression", steps=4000, width=64, lr=1e-3),
     "pix2pix": dict(objective="pix2pix", steps=4000, width=64, lr=2e-4, batch_size=4),
     "cyclegan": dict(
-        objective="cyclegan", steps=8000, width=64, lr=2e-4, batch_size=4, options={"blocks": 9}
+        objective="cyclegan", steps=8000, width=64, lr=2e-4, batch_size=4, option={"blocks": 9}
     ),
     "cut": dict(
-        objective="cut", steps=8000, width=64, lr=2e-4, batch_size=4, options={"blocks": 9}
+        objective="cut", steps=8000, width=64, lr=2e-4, batch_size=4, option={"blocks": 9}
     ),
 }
 
@@ -72,20 +73,19 @@ def main():
     args = parser.parse_args()
     rows, runs = {}, PUBLISHED if args.published else RUNS
     for name in args.only or runs:
-        made = train_generator(
+        settings = GeneratorSettings(
             args.data,
-            args.work / name,
             um_per_px=0.5,
             test=TEST,
             seed=SEED,
             patience=None,
-            device=args.device,
             crop=256 if args.published else 96,
             evaluate_every=runs[name]["steps"] // 16,
             licence="CC BY-NC-SA 4.0",
-            command=f"tests/evidence/generators.py, {name}",
             **runs[name],
         )
+        command = f"tests/evidence/generators.py, {name}"
+        made = train_generator(settings, args.work/name, device=args.device, command=command)
         about = made.generator.about
         rows[name] = row(
             made.quality,

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from synthpi.cli import app
 from synthpi.data.folders import image_folder
 from synthpi.studies.generator import train_generator
+from synthpi.studies.generator_settings import GeneratorSettings
 from synthpi.pairs.generators import load_generator
 from synthpi.pairs.privileged import cached_privileged
 from synthpi.data.phantoms import write_tissue
@@ -37,6 +38,13 @@ SMALL = dict(
     device="cpu",
     progress=False,
 )
+
+def train(pairs, out, objective="regression", **more):
+    "A training with the arguments of the call beside those of the settings."
+    call = {k: more.pop(k) for k in ("device", "overwrite", "command", "progress") if k in more}
+    if "options" in more: more["option"] = more.pop("options")
+    return train_generator(GeneratorSettings(pairs, objective=objective, **more), out, **call)
+
 FLAGS = [
     "--um-per-px",
     "0.5",
@@ -183,13 +191,25 @@ def test_a_network_of_others_gets_its_values_and_its_scale_from_the_command_line
     )
     assert ran.exit_code == 0 and "MIT" in (tmp_path/"p"/"manifest.csv").read_text(), ran.output
 
-@pytest.mark.parametrize("flags, words", [
-    (["--um-per-px", "half"], "expected micrometres per pixel"), (["--um-per-px", "-1"], "um_per_px=-1"), ([], "give um_per_px"), (["--um-per-px", "1", "--objective", "gan"], "regression, pix2pix, cyclegan, cut"),
-    (["--um-per-px", "1", "--option", "l1"], "expected NAME=VALUE"), (["--um-per-px", "1", "--option", "lambda=3", "--objective", "pix2pix"], "lambda"), (["--um-per-px", "1", "--test", "1.5"], "test=1.5"),
-    (["--um-per-px", "1", "--crop", "40"], "multiple of 16"), (["--um-per-px", "1", "--val", "0"], "between 0 and 1"), (["--um-per-px", "1", "--lr", "-1"], "above 0"),
-    (["--um-per-px", "1", "--objective", "pix2pix", "--option", "l1=abc"], "expected a number"), (["--um-per-px", "1", "--objective", "pix2pix", "--option", "kind=image"], "option kind"),
-    (["--um-per-px", "1", "--privileged", "PAIRS/privileged"], "learns from pairs")], ids=lambda x: "-" if isinstance(x, str) else " ".join(x[-2:]) or "none")
+BAD_FLAGS = {
+    "--um-per-px half": "expected micrometres per pixel",
+    "--um-per-px -1": "um_per_px=-1",
+    "": "give um_per_px",
+    "--um-per-px 1 --objective gan": "regression, pix2pix, cyclegan, cut",
+    "--um-per-px 1 --option l1": "expected NAME=VALUE",
+    "--um-per-px 1 --option lambda=3 --objective pix2pix": "lambda",
+    "--um-per-px 1 --test 1.5": "test=1.5",
+    "--um-per-px 1 --crop 40": "multiple of 16",
+    "--um-per-px 1 --val 0": "between 0 and 1",
+    "--um-per-px 1 --lr -1": "above 0",
+    "--um-per-px 1 --objective pix2pix --option l1=abc": "expected a number",
+    "--um-per-px 1 --objective pix2pix --option kind=image": "option kind",
+    "--um-per-px 1 --privileged PAIRS/privileged": "learns from pairs",
+}
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS.items(), ids=BAD_FLAGS.keys())
 def test_bad_input_is_told_in_a_line_and_nothing_is_written(folder, tmp_path, flags, words):
+    flags = flags.split()
     source = folder/"pairs"/"image" if "--privileged" in flags else folder/"pairs"
     ran = synthpi(
         "generator",
@@ -206,7 +226,7 @@ def test_bad_input_is_told_in_a_line_and_nothing_is_written(folder, tmp_path, fl
     assert ran.exit_code == 2 and words in ran.output and not (tmp_path/"g").exists(), ran.output
 
 def test_two_folders_without_pairs(folder, tmp_path):
-    made = train_generator(
+    made = train(
         folder / "pairs" / "image",
         tmp_path / "g",
         "cut",
@@ -221,7 +241,7 @@ def test_two_folders_without_pairs(folder, tmp_path):
     )
     assert "without pairs" in (tmp_path/"g"/"report.html").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="files are in both folders"):
-        train_generator(
+        train(
             folder / "pairs" / "image",
             tmp_path / "h",
             "cut",
@@ -240,7 +260,7 @@ def test_the_split_of_the_set_goes_before_a_split_of_ours(folder, tmp_path):
             )
         rows.append(f"{f.stem},p{i//4},{['train', 'train', 'train', 'val', 'test', 'test'][i//4]}")
     (pairs/"pairs.csv").write_text("\n".join(rows))
-    made = train_generator(pairs, tmp_path/"g", **SMALL)
+    made = train(pairs, tmp_path/"g", **SMALL)
     assert (
         made.generator.training_ids,
         made.generator.about["validation_groups"],
@@ -248,20 +268,20 @@ def test_the_split_of_the_set_goes_before_a_split_of_ours(folder, tmp_path):
     ) == (["p0", "p1", "p2"], ["p3"], ["p4", "p5"])
 
 def test_another_training_does_not_overwrite(folder, tmp_path):
-    first = train_generator(folder/"pairs", tmp_path/"g", **SMALL)
+    first = train(folder/"pairs", tmp_path/"g", **SMALL)
     with (
         FileLock(tmp_path / "g" / ".lock"),
         pytest.raises(ValueError, match="another training is running"),
     ):
-        train_generator(folder / "pairs", tmp_path / "g", **SMALL)
+        train(folder / "pairs", tmp_path / "g", **SMALL)
     with pytest.raises(ValueError, match="another study.*steps was 4, is 5"):
-        train_generator(folder / "pairs", tmp_path / "g", **SMALL | {"steps": 5})
+        train(folder / "pairs", tmp_path / "g", **SMALL | {"steps": 5})
     assert (
-        train_generator(folder / "pairs", tmp_path / "g", **SMALL).generator.key
+        train(folder / "pairs", tmp_path / "g", **SMALL).generator.key
         == first.generator.key
     )
     assert (
-        train_generator(
+        train(
             folder / "pairs", tmp_path / "g", overwrite=True, **SMALL | {"steps": 5}
         ).generator.about["steps"]
         == 5
@@ -269,7 +289,7 @@ def test_another_training_does_not_overwrite(folder, tmp_path):
 
 def test_an_unknown_scale_stays_unknown(folder, tmp_path):
     assert (
-        train_generator(
+        train(
             folder / "pairs", tmp_path / "g", **SMALL | {"um_per_px": "unknown"}
         ).generator.um_per_px
         is None
@@ -361,16 +381,16 @@ def copy(source, target, change=lambda image, side: image, table=True):
 
 def test_other_images_under_the_same_names_are_another_training(folder, tmp_path):
     pairs = copy(folder/"pairs", tmp_path/"pairs")
-    train_generator(pairs, tmp_path/"g", **SMALL)
+    train(pairs, tmp_path/"g", **SMALL)
     one = sorted((pairs/"privileged").iterdir())[0]
     Image.open(one).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(one)
     with pytest.raises(ValueError, match="images was"):
-        train_generator(pairs, tmp_path / "g", **SMALL)
+        train(pairs, tmp_path / "g", **SMALL)
 
 def test_patients_that_are_not_known_are_not_claimed(folder, tmp_path):
     pairs = copy(folder/"pairs", tmp_path/"pairs", table=False)
     (pairs/"provenance.json").write_text(json.dumps({"licence": "CC BY-NC-SA 4.0"}))
-    made = train_generator(pairs, tmp_path/"g", **SMALL)
+    made = train(pairs, tmp_path/"g", **SMALL)
     assert (
         "no group is known" in made.quality.notes[0] and made.generator.licence == "CC BY-NC-SA 4.0"
     )
@@ -395,7 +415,7 @@ def test_masks_of_classes_are_told_and_no_masks_are_refused(folder, tmp_path):
         ),
     )
     with pytest.warns(UserWarning, match="objects and classes are not told apart"):
-        train_generator(classes, tmp_path / "c", **SMALL)
+        train(classes, tmp_path / "c", **SMALL)
     gray = copy(
         folder / "pairs",
         tmp_path / "gray",
@@ -404,26 +424,26 @@ def test_masks_of_classes_are_told_and_no_masks_are_refused(folder, tmp_path):
         ),
     )
     with pytest.raises(ValueError, match="100.00% of the pixels of the masks are foreground"):
-        train_generator(gray, tmp_path / "d", **SMALL)
+        train(gray, tmp_path / "d", **SMALL)
     mixed = copy(folder/"pairs", tmp_path/"mixed")
     one = sorted((mixed/"privileged").iterdir())[3]
     Image.open(one).convert("RGB").save(one)
     with pytest.raises(
         ValueError, match="some privileged images have one channel and others several"
     ):
-        train_generator(mixed, tmp_path / "e", **SMALL)
+        train(mixed, tmp_path / "e", **SMALL)
     assert not (tmp_path/"d").exists() and not (tmp_path/"e").exists()
 
 def test_what_cannot_be_judged_is_told_and_the_generator_is_kept(folder, tmp_path, monkeypatch):
     def fail(*a, **k): raise ValueError("no measure fits")
     monkeypatch.setattr("synthpi.studies.generator.pair_quality", fail)
-    made = train_generator(folder/"pairs", tmp_path/"g", **SMALL)
+    made = train(folder/"pairs", tmp_path/"g", **SMALL)
     assert made.quality is None and json.loads((tmp_path / "g" / "results.json").read_text())[
         "quality"
     ] == {"not_judged": "no measure fits"}
     assert "no measure fits" in (tmp_path/"g"/"report.html").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="less than 32 pixels"):
-        train_generator(
+        train(
             copy(folder / "pairs", tmp_path / "small", lambda image, side: image.resize((24, 24))),
             tmp_path / "h",
             **SMALL,
@@ -431,11 +451,13 @@ def test_what_cannot_be_judged_is_told_and_the_generator_is_kept(folder, tmp_pat
 
 REAL = Path(__file__).parents[3]/"shared"/"data"
 
-@pytest.mark.skipif(not (REAL/"he_nuclei_pairs").exists() or not (REAL/"tissue").exists(), reason="the real pairs and tiles (shared/data beside the repository) are not here")
+THERE = all((REAL/n).exists() for n in ("he_nuclei_pairs", "tissue"))
+
+@pytest.mark.skipif(not THERE, reason="no real pairs and tiles in shared/data beside the repository")
 def test_real_pairs_to_a_generator_and_real_tiles_to_pairs(tmp_path):
     """A short training on MoNuSeg (all of it as nuclei would give 0.4), then some tiles of LC25000,
     twice"""
-    made = train_generator(
+    made = train(
         REAL / "he_nuclei_pairs",
         tmp_path / "g",
         um_per_px=0.5,
