@@ -19,10 +19,10 @@ Nine wings stand on one ground, `core`, behind one door, `cli`:
 
 Modules:
 
-- `synthpi.cli.app`: What all commands share: how errors are told, how cores are shared, how several processes start
+- `synthpi.cli.app`: What all commands share: flags from settings, errors as lines, cores, processes
 - `synthpi.cli.doctor`: What this machine has, what is missing for which feature, and what to do about it
 - `synthpi.cli.explain`: `synthpi explain` from a terminal
-- `synthpi.cli.tissue`: The study from a terminal: on simulated tiles, and on your own
+- `synthpi.cli.tissue`: The study of tiles from a terminal: on simulated tiles, and on your own
 - `synthpi.cli.volumes`: Where in the body is this crop? The study of volumes from a terminal
 - `synthpi.core.checks`: Values from outside are checked where they come in; settings are said once
 - `synthpi.core.figures`: What all figures share: colours, markers, sizes
@@ -40,7 +40,8 @@ Modules:
 - `synthpi.data.published`: PanNuke, MoNuSeg, BCI, immunofluorescence pairs, NCT-CRC-HE and PatchCamelyon, each read in its published layout
 - `synthpi.data.recipes`: What a view may differ in: the augmentations that teach an encoder what to ignore
 - `synthpi.data.splits`: Every image looked at once; splits that keep patients whole
-- `synthpi.data.stain_sets`: H&E beside immunofluorescence: TIFF of 16 bits and any number of channels becomes pairs of pictures
+- `synthpi.data.stain_sets`: H&E beside another stain: TIFF stacks, paired folders, BCI
+- `synthpi.data.tile_sets`: NCT-CRC-HE, PatchCamelyon and sets of a hub, each read in its published layout
 - `synthpi.data.views`: From a record to the augmented images that enter the branches
 - `synthpi.evaluate.budget`: How many labels does an encoder save?
 - `synthpi.evaluate.crossval`: Grouped folds, an inner choice of C, and intervals over subjects
@@ -79,9 +80,10 @@ Modules:
 - `synthpi.pairs.foreign`: Which published network a file of weights belongs to, read from its names and shapes
 - `synthpi.pairs.generators`: One calling convention for everything that supplies a privileged image
 - `synthpi.pairs.kid`: How far a set of synthetic images is from the set of true ones, and what looks at them
+- `synthpi.pairs.measures`: Agreement of nuclei, edges, seams and checkerboards of one image
 - `synthpi.pairs.objectives`: What a generator learns from: pairs, or two sets that are not paired
 - `synthpi.pairs.privileged`: The synthesised privileged column: made once, checked, and with a history
-- `synthpi.pairs.quality`: Is the synthetic image the second image of *this* tissue? Measures with and without true pairs, each shown to fall on damage
+- `synthpi.pairs.quality`: Whether synthetic images are second images of this tissue, with intervals
 - `synthpi.pairs.runtimes`: PyTorch files, TorchScript, ONNX, diffusion pipelines and callables, opened without running a pickle
 - `synthpi.pairs.stains`: Privileged images that no network has learnt: a slide's own stains, and what a synthetic image has to be better than
 - `synthpi.pairs.tiling`: Overlapping tiles, blended: the same image in whatever order the tiles come, with seams weaker than the generator's own noise
@@ -89,19 +91,24 @@ Modules:
 - `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and what a probe reads out of it
 - `synthpi.studies.explanation`: Coverage, saliency, sanity check and map of finished encoders, in one call and one page
 - `synthpi.studies.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
-- `synthpi.studies.generator`: Pairs, or two unpaired folders, to a generator that was judged on patients it has not seen
+- `synthpi.studies.generator`: Images to a generator, judged on patients that it has not seen
+- `synthpi.studies.generator_settings`: The arguments of a training, their checks, and the flags
 - `synthpi.studies.page`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
 - `synthpi.studies.pretraining`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
 - `synthpi.studies.runs`: The names inside a run folder, and what is read back from it
 - `synthpi.studies.synthesise`: A folder of tiles and a generator to a cache of pairs, with a look at the first ones before the rest is made
 - `synthpi.studies.tissue.arms`: What a study compares: one name for one way of getting features
+- `synthpi.studies.tissue.inputs`: Everything is read and checked before anything is written
 - `synthpi.studies.tissue.report`: What a study found, as one page that a person likes to read
+- `synthpi.studies.tissue.scores`: From the predictions of all arms to numbers with intervals
+- `synthpi.studies.tissue.settings`: The arguments of the study of tiles, said once
 - `synthpi.studies.tissue.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
 - `synthpi.studies.tissue.tiles`: The tiles of a study: read, split, guarded, and scored by one probe
-- `synthpi.studies.volumes.arms`: What a study of volumes compares: one name for one way of getting features of a crop
+- `synthpi.studies.volumes.arms`: What a study of volumes compares: ways of getting features of a crop
 - `synthpi.studies.volumes.report`: What a study of volumes found, as one page that a person likes to read
 - `synthpi.studies.volumes.scores`: From the features of all arms to the numbers of the study, each with its interval
-- `synthpi.studies.volumes.study`: Does it help to tell an encoder where in the body a crop is? Every arm, on your volumes, in one call
+- `synthpi.studies.volumes.settings`: The arguments, their checks, the identity of a folder, and the flags
+- `synthpi.studies.volumes.study`: Does it help an encoder to know where in the body a crop is? One call
 - `synthpi.train.batchnorm`: The statistics of the whole batch, whichever process holds its rows
 - `synthpi.train.budget`: How long a run is, and how its learning rate falls
 - `synthpi.train.checkpoints`: Files that a run continues from, written whole or not at all

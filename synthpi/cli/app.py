@@ -141,17 +141,11 @@ def _flag(f, help_text):
     "The keyword of a command that stands for one field of a `Settings` class."
     kind = f.metadata.get("shown") or f.type
     default = Parameter.empty if f.default is MISSING else f.default
-<<<<<<< HEAD
     least = f.metadata.get("least")
     if isinstance(kind, tuple): kind, default, least = (*kind, least)[:3]
-    spelled = [f"--{f.name.replace('_', '-')}"] if kind is bool else []
-    option = typer.Option(*spelled, min=least, help=help_text)
-=======
-    if isinstance(kind, tuple): kind, default = kind
     # without a name typer makes --x/--no-x, which a field that is true by default needs
     spelled = [f"--{f.name.replace('_', '-')}"] if kind is bool and not default else []
-    option = typer.Option(*spelled, min=f.metadata.get("least"), help=help_text)
->>>>>>> w8
+    option = typer.Option(*spelled, min=least, help=help_text)
     return Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 def flags(

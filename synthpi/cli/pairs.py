@@ -15,13 +15,8 @@ from typing import Annotated, Optional
 import typer
 
 from synthpi.cli.app import (
-<<<<<<< HEAD
-    app, command_line, Device, first, leave_group, Overwrite, share_cores, check_processes,
-    told,
-=======
-    app, command_line, Device, first, flags, leave_group, Overwrite, share_cores,
-    start_the_others, told,
->>>>>>> w8
+    app, check_processes, command_line, Device, first, flags, leave_group, Overwrite,
+    share_cores, told,
 )
 from ..studies.generator_settings import GeneratorSettings, read_options, read_scale
 
