@@ -289,6 +289,7 @@ def _share_of(rank, world, batch_size):
     share, more = divmod(batch_size, world)
     return range(rank*share + min(rank, more), (rank + 1)*share + min(rank + 1, more))
 
+# %% ../../nbs/data/views.ipynb #93734b01
 class StepBatches(Sampler):
     """Batch sampler over steps `start` to `steps`, each batch a list of `(epoch, index)`; a pure
     function of the seed and the step."""
