@@ -1,4 +1,4 @@
-"""Simulated H&E tissue: nine classes, exact nuclear masks, patients, and a second set that looks different
+"""Simulated H&E tissue: nine classes, exact nuclear masks, patients
 
 Simulated haematoxylin and eosin (H&E) tissue, so that the whole main job runs in minutes, offline,
 and against a known truth. `tissue_phantoms` draws labelled tiles of nine tissue classes with their
@@ -24,6 +24,7 @@ from PIL import Image
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 
+from ..core.checks import one_of
 from ..core.files import write_json
 from ..core.optics import beer_lambert, STAINS
 from ..core.seeds import seed_for
@@ -71,29 +72,25 @@ class Lab(NamedTuple):
 def _patient(rng, lab:Lab)->dict:
     "What all tiles of one patient share."
     stains = np.abs(lab.stains + lab.turn*rng.normal(size=(2, 3)))
+    amount = np.array(lab.amount)*np.exp(lab.amount_patient*rng.normal(size=2))
+    gain = np.exp(lab.exposure_patient*rng.normal() + lab.balance_patient*rng.normal(size=3))
     return {
-        "stains": stains / np.linalg.norm(stains, axis=1, keepdims=True),
-        "amount": np.array(lab.amount) * np.exp(lab.amount_patient * rng.normal(size=2)),
-        "gain": np.exp(
-            lab.exposure_patient * rng.normal() + lab.balance_patient * rng.normal(size=3)
-        ),
-        "size": np.exp(0.05 * rng.normal()),
+        "stains": stains/np.linalg.norm(stains, axis=1, keepdims=True),
+        "amount": amount,
+        "gain": gain,
+        "size": np.exp(.05*rng.normal()),
     }
 
+# %% ../../nbs/data/phantoms.ipynb #5ced4366
 def _photograph(rng, amounts, patient, lab:Lab, um:float)->np.ndarray:
     "Stain amounts (H, W, 2) to an 8-bit image: section, light, focus, camera."
-    amounts = np.float32(
-        amounts * patient["amount"] * np.exp(lab.amount_tile * rng.normal(size=2))
-        + lab.veil * rng.uniform(size=2) ** 2
-    )
-    light = gaussian_filter(
-        beer_lambert(amounts, np.float32(patient["stains"])),
-        (rng.uniform(*lab.blur_um) / um,) * 2 + (0,),
-        mode="nearest",
-    )
-    gain = patient["gain"] * np.exp(
-        lab.exposure_tile * rng.normal() + lab.balance_tile * rng.normal(size=3)
-    )
+    amounts = amounts*patient["amount"]*np.exp(lab.amount_tile*rng.normal(size=2))
+    amounts = np.float32(amounts + lab.veil*rng.uniform(size=2)**2)
+    blur = rng.uniform(*lab.blur_um)/um
+    light = beer_lambert(amounts, np.float32(patient["stains"]))
+    light = gaussian_filter(light, (blur, blur, 0), mode="nearest")
+    change = lab.exposure_tile*rng.normal() + lab.balance_tile*rng.normal(size=3)
+    gain = patient["gain"]*np.exp(change)
     shot = rng.uniform(*lab.noise)*rng.standard_normal(light.shape, np.float32)
     return np.uint8(np.clip(np.round(245*(light*gain + shot)), 0, 255))
 
@@ -111,26 +108,21 @@ class _Grid(NamedTuple):
     um:float # Edge of a pixel
     extent:float # Edge of the tile
 
-def _grid(size: int, um: float) -> _Grid:
-    return _Grid(
-        *np.meshgrid(*[((np.arange(size) + 0.5) * um).astype(np.float32)] * 2), um, size * um
-    )
+def _grid(size:int, um:float)->_Grid:
+    centres = ((np.arange(size) + .5)*um).astype(np.float32)
+    return _Grid(*np.meshgrid(centres, centres), um, size*um)
 
 def _noise(rng, g:_Grid, scale:float, angle:float=0., stretch:float=1.)->np.ndarray:
     """Smooth random field of unit variance with grain `scale` um, drawn out by `stretch` along
     `angle`."""
-    fx, fy = (
-        fft.rfftfreq(len(g.x), g.um).astype(np.float32),
-        fft.fftfreq(len(g.x), g.um).astype(np.float32)[:, None],
-    )
+    fx = fft.rfftfreq(len(g.x), g.um).astype(np.float32)
+    fy = fft.fftfreq(len(g.x), g.um).astype(np.float32)[:, None]
     u, v = fx*np.cos(angle) + fy*np.sin(angle), fy*np.cos(angle) - fx*np.sin(angle)
-    x = fft.irfft2(
-        fft.rfft2(rng.standard_normal(g.x.shape, np.float32))
-        * np.exp(-((np.pi * scale) ** 2) / 2 * ((u * stretch) ** 2 + v**2)),
-        g.x.shape,
-    )
+    white = fft.rfft2(rng.standard_normal(g.x.shape, np.float32))
+    x = fft.irfft2(white*np.exp(-((np.pi*scale)**2)/2*((u*stretch)**2 + v**2)), g.x.shape)
     return (x - x.mean())/(x.std() + 1e-9)
 
+# %% ../../nbs/data/phantoms.ipynb #a80d6fd2
 def _lattice(rng, g:_Grid, du:float, dv:float, angle:float|None=None, jitter:float=.25)->np.ndarray:
     """Points of a shaken lattice with steps `du` along `angle` and `dv` across, covering the tile
     and a margin: (K, 2)."""
@@ -138,9 +130,8 @@ def _lattice(rng, g:_Grid, du:float, dv:float, angle:float|None=None, jitter:flo
     half = .75*g.extent + 12
     u, v = np.meshgrid(np.arange(-half, half, du), np.arange(-half, half, dv))
     u = u + du/2*(np.arange(len(u)) % 2)[:, None]
-    p = np.stack([u, v], -1).reshape(-1, 2) + [du, dv] * (
-        rng.uniform(-jitter, jitter, (u.size, 2)) + rng.uniform(-0.5, 0.5, 2)
-    )
+    shift = rng.uniform(-jitter, jitter, (u.size, 2)) + rng.uniform(-.5, .5, 2)
+    p = np.stack([u, v], -1).reshape(-1, 2) + [du, dv]*shift
     p = g.extent/2 + p @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return p[((p > -12) & (p < g.extent + 12)).all(1)]
 
@@ -149,16 +140,8 @@ def _nuclei(rng, points, a, b, angle=None, waviness=(.02, .06), dark=(.8, 1.2))-
     k = len(points)
     a, b = rng.uniform(*a, k), rng.uniform(*b, k)
     angle = rng.uniform(0, np.pi, k) if angle is None else np.broadcast_to(angle, k)
-    return np.column_stack(
-        [
-            points,
-            np.maximum(a, b),
-            np.minimum(a, b),
-            angle,
-            rng.uniform(*waviness, k),
-            rng.uniform(*dark, k),
-        ]
-    )
+    rim, darkness = rng.uniform(*waviness, k), rng.uniform(*dark, k)
+    return np.column_stack([points, np.maximum(a, b), np.minimum(a, b), angle, rim, darkness])
 
 def _some(rng, points, p:float): return points[rng.uniform(size=len(points)) < p]
 
@@ -167,15 +150,12 @@ def _at(field, points, g:_Grid)->np.ndarray:
     i = np.clip((points/g.um).astype(int), 0, len(field) - 1)
     return field[i[:, 1], i[:, 0]]
 
+# %% ../../nbs/data/phantoms.ipynb #51f9feda
 def _draw_nuclei(rng, nuclei, g:_Grid)->tuple[np.ndarray, np.ndarray]:
     "Haematoxylin in the nuclei, and their mask: two arrays (H, W)."
     size, um = len(g.x), g.um
-    nuclei = nuclei[
-        (
-            (nuclei[:, :2] > -1.3 * nuclei[:, 2:3])
-            & (nuclei[:, :2] < g.extent + 1.3 * nuclei[:, 2:3])
-        ).all(1)
-    ]
+    margin = 1.3*nuclei[:, 2:3]
+    nuclei = nuclei[((nuclei[:, :2] > -margin) & (nuclei[:, :2] < g.extent + margin)).all(1)]
     if not len(nuclei): return 0*g.x, g.x < 0
     x, y, a, b, angle, waviness, dark = (c[:, None, None] for c in nuclei.T.astype(np.float32))
     reach = int(np.ceil(1.3*nuclei[:, 2].max()/um)) + 1
@@ -184,9 +164,8 @@ def _draw_nuclei(rng, nuclei, g:_Grid)->tuple[np.ndarray, np.ndarray]:
     dx, dy = np.float32(um)*(col + np.float32(.5)) - x, np.float32(um)*(row + np.float32(.5)) - y
     u, v = (dx*np.cos(angle) + dy*np.sin(angle))/a, (dy*np.cos(angle) - dx*np.sin(angle))/b
     rho, phi = np.hypot(u, v) + 1e-6, np.arctan2(v, u)
-    rim = 1 + waviness * sum(
-        np.sin(m * phi + rng.uniform(0, 2 * np.pi, x.shape).astype(np.float32)) for m in (2, 3, 5)
-    )
+    def wave(m): return np.sin(m*phi + rng.uniform(0, 2*np.pi, x.shape).astype(np.float32))
+    rim = 1 + waviness*sum(wave(m) for m in (2, 3, 5))
     # distance to the rim in um, positive inside
     depth = (rim - rho)*rho/np.hypot(u/a, v/b)
     cover = np.clip(depth/um + .5, 0, 1)
@@ -211,6 +190,7 @@ def _bands(rng, across, width:float)->np.ndarray:
     knots = np.arange(across.min() - width, across.max() + 2*width, width/2)
     return np.interp(across, knots, rng.normal(size=len(knots)))
 
+# %% ../../nbs/data/phantoms.ipynb #34df49e7
 def _adipose(rng, g, s):
     centres = _lattice(rng, g, *rng.uniform(28, 40, 2), jitter=.3)
     d = np.hypot(g.x[..., None] - centres[:, 0], g.y[..., None] - centres[:, 1])
@@ -229,77 +209,57 @@ def _background(rng, g, s):
     film = np.exp(.5*_noise(rng, g, 25))*rng.uniform(.02, .25)
     dust = 0*film
     for x, y in rng.uniform(0, g.extent, (rng.integers(0, 6), 2)):
-        dust += rng.uniform(0.2, 0.8) * np.exp(
-            -((g.x - x) ** 2 + (g.y - y) ** 2) / (2 * rng.uniform(0.4, 2.0) ** 2)
-        )
+        dark, size = rng.uniform(.2, .8), rng.uniform(.4, 2.)
+        dust += dark*np.exp(-((g.x - x)**2 + (g.y - y)**2)/(2*size**2))
     return _Sheet(np.zeros((0, 7)), film + dust, rng.uniform(0, .8)*dust)
 
+# %% ../../nbs/data/phantoms.ipynb #1a0ac057
 def _debris(rng, g, s):
     points = _some(rng, _lattice(rng, g, 5.5, 5.5, jitter=.6), rng.uniform(.3, .7))
     dust = _nuclei(rng, points, (1.1*s, 2.4*s), (.9*s, 1.8*s), None, (.05, .14), (.5, 1.2))
-    ghosts = _nuclei(
-        rng,
-        _some(rng, _lattice(rng, g, 14, 14, jitter=0.5), 0.25),
-        (2.5 * s, 4 * s),
-        (2 * s, 3 * s),
-        None,
-        (0.06, 0.14),
-        (0.35, 0.6),
-    )
+    points = _some(rng, _lattice(rng, g, 14, 14, jitter=.5), .25)
+    ghosts = _nuclei(rng, points, (2.5*s, 4*s), (2*s, 3*s), None, (.06, .14), (.35, .6))
     smudge = np.exp(.35*_noise(rng, g, 5) + .2*_noise(rng, g, 1.5))
-    return _Sheet(
-        np.concatenate([dust, ghosts]),
-        rng.uniform(0.3, 0.7) * smudge,
-        rng.uniform(0.02, 0.2) * np.exp(0.6 * _noise(rng, g, 6)),
-    )
+    eosin = rng.uniform(.3, .7)*smudge
+    haze = rng.uniform(.02, .2)*np.exp(.6*_noise(rng, g, 6))
+    return _Sheet(np.concatenate([dust, ghosts]), eosin, haze)
 
 def _lymphocytes(rng, g, s):
     step = rng.uniform(6.4, 8)
-    nuclei = _nuclei(
-        rng,
-        _some(rng, _lattice(rng, g, step, step * 0.9), 0.92),
-        (2.6 * s, 3.3 * s),
-        (2.4 * s, 3 * s),
-        None,
-        (0.01, 0.04),
-        (0.8, 1.3),
-    )
-    return _Sheet(
-        nuclei,
-        rng.uniform(0.15, 0.5) * np.exp(0.35 * _noise(rng, g, 3)),
-        rng.uniform(0, 0.12) + 0 * g.x,
-    )
+    points = _some(rng, _lattice(rng, g, step, step*.9), .92)
+    nuclei = _nuclei(rng, points, (2.6*s, 3.3*s), (2.4*s, 3*s), None, (.01, .04), (.8, 1.3))
+    eosin = rng.uniform(.15, .5)*np.exp(.35*_noise(rng, g, 3))
+    return _Sheet(nuclei, eosin, rng.uniform(0, .12) + 0*g.x)
 
+# %% ../../nbs/data/phantoms.ipynb #dc13546d
 def _mucus(rng, g, s):
     across, _ = _fibres(rng, g, rng.uniform(0, np.pi), rng.uniform(4, 8))
-    streaks = np.exp(
-        rng.uniform(0.4, 0.7) * _bands(rng, across, rng.uniform(6, 12)) + 0.2 * _noise(rng, g, 4)
-    )
-    nuclei = _nuclei(
-        rng,
-        _some(rng, _lattice(rng, g, 17, 17, jitter=0.5), 0.3),
-        (2.2 * s, 3.2 * s),
-        (1.8 * s, 2.8 * s),
-        None,
-        (0.03, 0.09),
-    )
+    streams = rng.uniform(.4, .7)*_bands(rng, across, rng.uniform(6, 12))
+    streaks = np.exp(streams + .2*_noise(rng, g, 4))
+    points = _some(rng, _lattice(rng, g, 17, 17, jitter=.5), .3)
+    nuclei = _nuclei(rng, points, (2.2*s, 3.2*s), (1.8*s, 2.8*s), None, (.03, .09))
     return _Sheet(nuclei, rng.uniform(.05, .25)*streaks, rng.uniform(.04, .25)*streaks)
 
 def _muscle(rng, g, s):
     angle = rng.uniform(0, np.pi)
     across, along = _fibres(rng, g, angle, rng.uniform(.5, 2.), 25)
-    eosin = np.maximum(
-        1 + 0.25 * _bands(rng, across, rng.uniform(3.5, 6)) + 0.12 * _noise(rng, g, 1.2, angle, 8),
-        0.1,
-    )
-    points = _some(
-        rng,
-        _lattice(rng, g, rng.uniform(18, 24), rng.uniform(6.5, 9), angle, 0.35),
-        rng.uniform(0.6, 0.95),
-    )
+    eosin = 1 + .25*_bands(rng, across, rng.uniform(3.5, 6)) + .12*_noise(rng, g, 1.2, angle, 8)
+    eosin = np.maximum(eosin, .1)
+    points = _lattice(rng, g, rng.uniform(18, 24), rng.uniform(6.5, 9), angle, .35)
+    points = _some(rng, points, rng.uniform(.6, .95))
     nuclei = _nuclei(rng, points, (5.5*s, 9*s), (1.3*s, 1.9*s), _at(along, points, g), (.01, .04))
     return _Sheet(nuclei, rng.uniform(.35, .8)*eosin, 0*across)
 
+def _stroma(rng, g, s):
+    angle = rng.uniform(0, np.pi)
+    across, along = _fibres(rng, g, angle, rng.uniform(3, 6), rng.uniform(14, 22))
+    eosin = 1 + .4*_bands(rng, across, rng.uniform(5, 9)) + .2*_noise(rng, g, 1.5)
+    eosin = eosin - .5*(_noise(rng, g, 6, angle, 2) > 1)
+    points = _some(rng, _lattice(rng, g, 15, 11, angle, .5), rng.uniform(.25, .6))
+    nuclei = _nuclei(rng, points, (3.2*s, 6*s), (1.1*s, 1.7*s), _at(along, points, g), (.03, .09))
+    return _Sheet(nuclei, rng.uniform(.25, .65)*np.maximum(eosin, .1), 0*across)
+
+# %% ../../nbs/data/phantoms.ipynb #82d2a6ff
 def _glands(rng, g, s):
     radius, aspect = rng.uniform(15, 21), rng.uniform(1, 1.25)
     angle = rng.uniform(0, np.pi)
@@ -310,42 +270,21 @@ def _glands(rng, g, s):
     uv = (np.stack([g.x, g.y], -1)[..., None, :] - centres) @ turn/[aspect, 1]
     r = np.linalg.norm(uv, axis=-1).min(-1)
     ring = np.linspace(0, 2*np.pi, int(2*np.pi*(radius - 3.5)/(5.2*s)), endpoint=False)
-    spoke = np.concatenate([ring + rng.uniform(0, 2 * np.pi) for _ in centres]) + rng.uniform(
-        -0.04, 0.04, len(ring) * len(centres)
-    )
+    spoke = np.concatenate([ring + rng.uniform(0, 2*np.pi) for _ in centres])
+    spoke = spoke + rng.uniform(-.04, .04, len(ring)*len(centres))
     basal = radius - 3.8 + rng.uniform(-.7, .7, len(spoke))
-    points = (
-        np.repeat(centres, len(ring), 0)
-        + (basal[:, None] * np.stack([np.cos(spoke), np.sin(spoke)], -1) * [aspect, 1]) @ turn.T
-    )
+    around = basal[:, None]*np.stack([np.cos(spoke), np.sin(spoke)], -1)*[aspect, 1]
+    points = np.repeat(centres, len(ring), 0) + around @ turn.T
     nuclei = _nuclei(rng, points, (2.8*s, 3.6*s), (1.9*s, 2.4*s), spoke + angle, (.01, .05))
     gaps = _lattice(rng, g, 12, 12, jitter=.5)
-    gaps = gaps[
-        np.linalg.norm((gaps[:, None] - centres) @ turn / [aspect, 1], axis=-1).min(1) > radius + 2
-    ]
+    apart = np.linalg.norm((gaps[:, None] - centres) @ turn/[aspect, 1], axis=-1).min(1)
+    gaps = gaps[apart > radius + 2]
     nuclei = np.concatenate([nuclei, _nuclei(rng, gaps, (2.2*s, 4*s), (1.3*s, 1.9*s))])
-    body = np.exp(0.2 * _noise(rng, g, 2)) * np.where(
-        r < radius, rng.uniform(0.3, 0.6), rng.uniform(0.25, 0.6)
-    )
+    body = np.exp(.2*_noise(rng, g, 2))
+    body = body*np.where(r < radius, rng.uniform(.3, .6), rng.uniform(.25, .6))
     lumen = 1/(1 + np.exp((r - rng.uniform(.2, .45)*radius)/.8))
-    return _Sheet(
-        nuclei,
-        body * (1 - 0.9 * lumen) + 0.2 * np.exp(-(((r - radius - 0.5) / 0.8) ** 2)),
-        rng.uniform(0.02, 0.15) * (r < radius) * (1 - lumen),
-    )
-
-def _stroma(rng, g, s):
-    angle = rng.uniform(0, np.pi)
-    across, along = _fibres(rng, g, angle, rng.uniform(3, 6), rng.uniform(14, 22))
-    eosin = (
-        1
-        + 0.4 * _bands(rng, across, rng.uniform(5, 9))
-        + 0.2 * _noise(rng, g, 1.5)
-        - 0.5 * (_noise(rng, g, 6, angle, 2) > 1)
-    )
-    points = _some(rng, _lattice(rng, g, 15, 11, angle, .5), rng.uniform(.25, .6))
-    nuclei = _nuclei(rng, points, (3.2*s, 6*s), (1.1*s, 1.7*s), _at(along, points, g), (.03, .09))
-    return _Sheet(nuclei, rng.uniform(.25, .65)*np.maximum(eosin, .1), 0*across)
+    eosin = body*(1 - .9*lumen) + .2*np.exp(-(((r - radius - .5)/.8)**2))
+    return _Sheet(nuclei, eosin, rng.uniform(.02, .15)*(r < radius)*(1 - lumen))
 
 def _tumour(rng, g, s):
     step = rng.uniform(9.2, 11.5)
@@ -353,43 +292,32 @@ def _tumour(rng, g, s):
     hole = _noise(rng, g, rng.uniform(10, 16)) - rng.uniform(1.2, 2.4)
     points = points[_at(hole, points, g) < -.4]
     nuclei = _nuclei(rng, points, (4*s, 6.6*s), (3*s, 4.6*s), None, (.05, .13), (.5, 1.2))
-    return _Sheet(
-        nuclei,
-        rng.uniform(0.25, 0.6)
-        * np.exp(0.3 * _noise(rng, g, 4))
-        * (1 - 0.85 / (1 + np.exp(-8 * hole))),
-        rng.uniform(0.03, 0.2) + 0 * hole,
-    )
+    eosin = rng.uniform(.25, .6)*np.exp(.3*_noise(rng, g, 4))*(1 - .85/(1 + np.exp(-8*hole)))
+    return _Sheet(nuclei, eosin, rng.uniform(.03, .2) + 0*hole)
 
-_ARCHITECTURE = dict(
-    zip(
-        CLASSES,
-        (_adipose, _background, _debris, _lymphocytes, _mucus, _muscle, _glands, _stroma, _tumour),
-    )
-)
+# %% ../../nbs/data/phantoms.ipynb #76f8ec54
+_ARCHITECTURE = dict(zip(
+    CLASSES,
+    (_adipose, _background, _debris, _lymphocytes, _mucus, _muscle, _glands, _stroma, _tumour),
+))
 
-def _tile(
-    rng, patient, lab: Lab, names: list[str], size: int, um: float
-) -> tuple[np.ndarray, np.ndarray]:
-    "Image and mask of one tile; two `names` meet at a wavy border."
+def _join(rng, g, sheets):
+    "Two sheets on either side of a wavy border of equal halves."
+    border = _fibres(rng, g, rng.uniform(0, 2*np.pi), 4.)[0]
+    first = border < np.median(border)
+    sides = zip((s.nuclei for s in sheets), (True, False))
+    keep = [n[_at(first, n[:, :2], g) == side] for n, side in sides]
+    fields = (np.where(first, p, q) for p, q in zip(sheets[0][1:], sheets[1][1:]))
+    return _Sheet(np.concatenate(keep), *fields)
+
+def _tile(rng, patient, lab:Lab, names:list[str], size:int, um:float)->tuple[np.ndarray, np.ndarray]:
+    "Image and mask of one tile."
     g = _grid(size, um)
     sheets = [_ARCHITECTURE[name](rng, g, patient["size"]) for name in names]
-    sheet = sheets[0]
-    if len(sheets) == 2:
-        border = _fibres(rng, g, rng.uniform(0, 2*np.pi), 4.)[0]
-        first = border < np.median(border)
-        keep = [
-            n[_at(first, n[:, :2], g) == side]
-            for n, side in zip((s.nuclei for s in sheets), (True, False))
-        ]
-        sheet = _Sheet(
-            np.concatenate(keep),
-            *(np.where(first, p, q) for p, q in zip(sheets[0][1:], sheets[1][1:])),
-        )
+    sheet = _join(rng, g, sheets) if len(sheets) == 2 else sheets[0]
     stain, mask = _draw_nuclei(rng, sheet.nuclei, g)
-    amounts = np.stack(
-        [np.maximum(stain, sheet.haematoxylin), sheet.eosin * np.where(mask, 0.6, 1)], -1
-    )
+    eosin = sheet.eosin*np.where(mask, .6, 1)
+    amounts = np.stack([np.maximum(stain, sheet.haematoxylin), eosin], -1)
     return _photograph(rng, amounts, patient, lab, um), np.uint8(mask)*255
 
 # %% ../../nbs/data/phantoms.ipynb #28e2f571
@@ -406,8 +334,7 @@ def tissue_phantoms(
     if n_per_class < n_patients:
         raise ValueError(
             f"got {n_per_class} tiles per class for {n_patients} patients, expected one of "
-            "each class for every patient at least: "
-            "draw more tiles or fewer patients."
+            "each class for every patient at least: draw more tiles or fewer patients."
         )
     names = list(CLASSES)
     ids = [f"{prefix}{p:02d}" for p in range(n_patients)]
@@ -424,11 +351,11 @@ def tissue_phantoms(
 
 # %% ../../nbs/data/phantoms.ipynb #c0f4bb5c
 OTHER_LAB = Lab(
-    stains=np.array([[0.490, 0.769, 0.410], [0.046, 0.842, 0.537]]),
-    amount=(0.85, 0.8),
-    exposure_patient=0.04,
-    veil=0.15,
-    blur_um=(0.2, 0.6),
+    stains=np.array([[.490, .769, .410], [.046, .842, .537]]),
+    amount=(.85, .8),
+    exposure_patient=.04,
+    veil=.15,
+    blur_um=(.2, .6),
 )
 
 def pair_phantoms(
@@ -459,72 +386,66 @@ def pair_phantoms(
     return Tissue(*map(np.stack, zip(*tiles)), np.array(labels), owners, list(CLASSES), um_per_px)
 
 # %% ../../nbs/data/phantoms.ipynb #c8559e0f
+def _save(array, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, compress_level=1)
+
+def _write_table(path, header, rows):
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, lineterminator="\n").writerows([header, *rows])
+
+def _write_tiles(folder, tissue, split):
+    "Tiles and masks of one split; their rows of the table."
+    rows, n = [], len(tissue.image)//len(tissue.classes)
+    for i, (label, patient) in enumerate(zip(tissue.label, tissue.patient_id)):
+        name = tissue.classes[label]
+        path = f"{split}/{name}/{name}_{patient}_{i % n:04d}.png"
+        _save(tissue.image[i], folder/"tiles"/path)
+        _save(tissue.mask[i], folder/"masks"/path)
+        rows.append((path, name, split, patient))
+    return rows
+
+def _write_pairs(folder, pairs):
+    names = [f"{patient}_{i:04d}" for i, patient in enumerate(pairs.patient_id)]
+    for image, mask, name in zip(pairs.image, pairs.mask, names):
+        _save(image, folder/"image"/f"{name}.png")
+        _save(mask, folder/"privileged"/f"{name}.png")
+    _write_table(folder/"pairs.csv", ("name", "patient"), zip(names, pairs.patient_id))
+
+# %% ../../nbs/data/phantoms.ipynb #f3ddcce2
+_PAIRS = {"n_pairs": 96, "n_pair_patients": 12, "pair_size": 96, "pair_um_per_px": .5}
+
 def write_tissue(
     folder:str|Path, # Gets `tiles/`, `masks/` and `pairs/`; should be new or empty
     # Tiles of each class by split; default train 200, val 40, test 60
     n_per_class:dict[str, int]|None=None,
     # Patients by split, all different; default train 10, val 4, test 6
     n_patients:dict[str, int]|None=None,
-    n_pairs:int=96, # Tiles of the pair set
-    n_pair_patients:int=12, # Patients of the pair set
+    *,
     size:int=64, # Edge of a tile, pixels
     um_per_px:float=.75, # Edge of a tile's pixel, micrometres
-    pair_size:int=96, # Edge of a pair's images, pixels
-    pair_um_per_px:float=.5, # Edge of a pair's pixel, micrometres
     seed:int=0, # Everything follows from it
+    **pairs, # Of the pair set: `n_pairs=96`, `n_pair_patients=12`, `pair_size=96`, `pair_um_per_px=.5`
 )->dict: # What was written, also in `folder/phantoms.json`
     "Write the labelled tiles, their true masks and the pair set as PNG files with their tables."
     folder = Path(folder)
-    n_per_class, n_patients = (
-        n_per_class or {"train": 200, "val": 40, "test": 60},
-        n_patients or {"train": 10, "val": 4, "test": 6},
-    )
+    n_per_class = n_per_class or {"train": 200, "val": 40, "test": 60}
+    n_patients = n_patients or {"train": 10, "val": 4, "test": 6}
     if set(n_per_class) != set(n_patients):
         raise ValueError(
             f"n_per_class has splits {sorted(n_per_class)} but n_patients has "
             f"{sorted(n_patients)}: give both the same."
         )
-    def save(array, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(path, compress_level=1)
-    def table(path, header, rows):
-        with open(path, "w", newline="", encoding="utf-8") as f:
-            csv.writer(f, lineterminator="\n").writerows([header, *rows])
-    rows = []
+    for name in pairs: one_of("argument", name, _PAIRS)
+    rows, of_pairs = [], _PAIRS | pairs
     for split, n in n_per_class.items():
-        tissue = tissue_phantoms(
-            n, n_patients[split], size, um_per_px, seed, prefix=f"{split}-patient"
-        )
-        for i, (label, patient) in enumerate(zip(tissue.label, tissue.patient_id)):
-            name = tissue.classes[label]
-            path = f"{split}/{name}/{name}_{patient}_{i % n:04d}.png"
-            save(tissue.image[i], folder / "tiles" / path)
-            save(tissue.mask[i], folder / "masks" / path)
-            rows.append((path, name, split, patient))
-    table(folder/"tiles"/"tiles.csv", ("path", "label", "split", "group"), rows)
-    pairs = pair_phantoms(n_pairs, n_pair_patients, pair_size, pair_um_per_px, seed)
-    names = [f"{patient}_{i:04d}.png" for i, patient in enumerate(pairs.patient_id)]
-    for i, name in enumerate(names):
-        save(pairs.image[i], folder / "pairs" / "image" / name)
-        save(pairs.mask[i], folder / "pairs" / "privileged" / name)
-    table(
-        folder / "pairs" / "pairs.csv",
-        ("name", "patient"),
-        zip((Path(n).stem for n in names), pairs.patient_id),
-    )
-    summary = {
-        "simulated": True,
-        "seed": seed,
-        "classes": CLASSES,
-        "tiles": len(rows),
-        "n_per_class": n_per_class,
-        "n_patients": n_patients,
-        "size": size,
-        "um_per_px": um_per_px,
-        "pairs": n_pairs,
-        "n_pair_patients": n_pair_patients,
-        "pair_size": pair_size,
-        "pair_um_per_px": pair_um_per_px,
-    }
+        prefix = f"{split}-patient"
+        tissue = tissue_phantoms(n, n_patients[split], size, um_per_px, seed, prefix)
+        rows += _write_tiles(folder, tissue, split)
+    _write_table(folder/"tiles"/"tiles.csv", ("path", "label", "split", "group"), rows)
+    _write_pairs(folder/"pairs", pair_phantoms(*of_pairs.values(), seed))
+    summary = {"simulated": True, "seed": seed, "classes": CLASSES, "tiles": len(rows)}
+    summary |= {"n_per_class": n_per_class, "n_patients": n_patients, "size": size}
+    summary |= {"um_per_px": um_per_px, "pairs": of_pairs.pop("n_pairs"), **of_pairs}
     write_json(folder/"phantoms.json", summary)
     return summary

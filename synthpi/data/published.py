@@ -1,9 +1,9 @@
-"""PanNuke, MoNuSeg, BCI, immunofluorescence pairs, NCT-CRC-HE and PatchCamelyon, each read in its published layout
+"""Seven published sets, each read by its name in its published layout
 
 `read_published` reads a published set by its name. Folders of pictures are read where they lie;
-arrays, outlines, stacks and HDF5 are converted once into a plain folder, see `containers` and
-`stacks`; and tile sets may come from a hub. All give the same columns, `primary`, `path`, `split`,
-`group`, `um_per_px` and perhaps `privileged` and `label`, and the licence is said each time:
+arrays, outlines, stacks and HDF5 are converted once into a plain folder; and tile sets may come from
+a hub. All give the same columns, `primary`, `path`, `split`, `group`, `um_per_px` and perhaps
+`privileged` and `label`, and the licence is printed each time.
 
 ```python
 pairs = read_published("bci", DIR/"BCI")
@@ -25,14 +25,36 @@ from pathlib import Path, PurePosixPath
 
 from datasets import Dataset, Image
 
-from ..core.checks import some_names
+from ..core.checks import one_of, some_names
 from ..core.images import to_rgb
 from .conversion import _claim, _convert, PublishedSet, SETS
 from .nuclei_sets import monuseg, pannuke
 from .stain_sets import bci, paired_folders, tiff_pairs
 from .tile_sets import hub_tiles, nct_crc, pcam
 
-# %% ../../nbs/data/published.ipynb #c925c99d
+# %% ../../nbs/data/published.ipynb #22b2ef8e
+def _plain_table(ds):
+    "What is known of every image: `path`, and of `split`, `label`, `group`, `um_per_px` what is there."
+    known = [c for c in ("split", "label", "group", "um_per_px") if c in ds.column_names]
+    table = ds.select_columns(["path", *known]).to_pandas()
+    if "label" in table:
+        table["label"] = [ds.features["label"].int2str(int(k)) for k in table["label"]]
+    if (table["group"] == table["path"]).all() and len(table): table = table.drop(columns="group")
+    if "split" in table and (table["split"] == "").all(): table = table.drop(columns="split")
+    return table
+
+def _place(row, pair):
+    "Where an image goes, without suffix: a pair below its side, a tile by split and class."
+    stem = PurePosixPath(row["path"]).with_suffix("")
+    if pair and len(stem.parts) > 1: return PurePosixPath(*stem.parts[1:])
+    return PurePosixPath(*(row[c] for c in ("split", "label") if c in row), stem.name)
+
+# %% ../../nbs/data/published.ipynb #5ab5af44
+def _content(stored):
+    "The bytes of a file on the disk, or the pixels of an image in a table."
+    if stored["bytes"] is None: return Path(stored["path"]).read_bytes()
+    return to_rgb(Image().decode_example(stored))
+
 def write_plain(
     ds:Dataset, # As the readers above give it, with or without `privileged`
     out:str|Path, # Folder to write
@@ -40,51 +62,27 @@ def write_plain(
     folder:str|Path, # Where `ds` was read from
     options:dict, # JSON-ready: how it was read
 )->Dataset: # The copy
-    """A data set as a plain folder; goes on where it was killed, and refuses a folder that holds
+    """A data set as a plain folder; continues an interrupted copy, and refuses a folder that holds
     anything else."""
     sides = [c for c in ("primary", "privileged") if c in ds.column_names]
-    known = [c for c in ("split", "label", "group", "um_per_px") if c in ds.column_names]
-    raw, table = ds.select_columns(sides), ds.select_columns(["path", *known]).to_pandas()
+    pair, raw = len(sides) == 2, ds.select_columns(sides)
     for c in sides: raw = raw.cast_column(c, Image(decode=False))
-    if "label" in table:
-        table["label"] = [ds.features["label"].int2str(int(k)) for k in table["label"]]
-    # nobody knows them
-    if (table["group"] == table["path"]).all() and len(table): table = table.drop(columns="group")
-    if "split" in table and (table["split"] == "").all(): table = table.drop(columns="split")
     rows, items, files = [], [], []
-    for i, row in enumerate(table.to_dict("records")):
-        stored = raw[i]
-        on_disk = [Path(stored[c]["path"]) if stored[c]["bytes"] is None else None for c in sides]
+    for i, row in enumerate(_plain_table(ds).to_dict("records")):
+        place, source = _place(row, pair), row.pop("path")
+        on_disk = [Path(raw[i][c]["path"]) if raw[i][c]["bytes"] is None else None for c in sides]
         suffixes = [p.suffix.lower() if p else ".png" for p in on_disk]
-        source, stem = row.pop("path"), PurePosixPath(table["path"][i]).with_suffix("")
-        place = (
-            PurePosixPath(*stem.parts[1:])
-            if len(sides) == 2 and len(stem.parts) > 1
-            else PurePosixPath(*(row[c] for c in ("split", "label") if c in row), stem.name)
-        )
-        paths = (
-            [f"image/{place}{suffixes[0]}", f"privileged/{place}{suffixes[1]}"]
-            if len(sides) == 2
-            else [f"{place}{suffixes[0]}"]
-        )
-        rows.append(
-            {"name": place.as_posix()} | row | {"source": source}
-            if len(sides) == 2
-            else {"path": paths[0]} | row | {"source": source}
-        )
+        folders = ("image/", "privileged/") if pair else ("",)
+        paths = [f"{side}{place}{suffix}" for side, suffix in zip(folders, suffixes)]
+        first = {"name": place.as_posix()} if pair else {"path": paths[0]}
+        rows.append(first | row | {"source": source})
         items.append((paths, i))
         files += [p for p in on_disk if p]
     out, facts = _claim(name, out, folder, files, options | {"images": len(ds)})
-    def make(i):
-        return [
-            Path(v["path"]).read_bytes()
-            if v["bytes"] is None
-            else to_rgb(Image().decode_example(v))
-            for v in (raw[i][c] for c in sides)
-        ]
+    def make(i): return [_content(raw[i][c]) for c in sides]
     return _convert(out, facts, rows, items, make)
 
-# %% ../../nbs/data/published.ipynb #799ddfc0
+# %% ../../nbs/data/published.ipynb #c925c99d
 @dataclass(frozen=True)
 class Preset(PublishedSet):
     "A published set and how it is read."
@@ -109,80 +107,68 @@ PRESETS = {
     for name, (read, converts, hub) in _READERS.items()
 }
 
+# %% ../../nbs/data/published.ipynb #395af8c0
+def _next_command(preset, out, scale):
+    if not out: return "next: name an output folder to have it where the commands read it"
+    side, other = ("--pairs", "--tiles TILES") if preset.kind == "pairs" else ("--tiles", "--pairs PAIRS")
+    flag = f" --um-per-px-{side[2:]} {scale[0]}" if len(scale) == 1 else ""
+    return f"next: synthpi tissue {side} {out}{flag} {other} --out RUN"
+
 def describe(
     ds:Dataset, # As `read_published` gives it
     name:str, # Of `PRESETS`
     out:str|Path|None, # Folder that was written, if any
 )->str: # Lines to print
     "How many images of which split, scale, licence, and the next command."
-    preset, counts = (
-        PRESETS[name],
-        Counter(ds["split"][:] if "split" in ds.column_names else [""] * len(ds)),
-    )
+    preset = PRESETS[name]
+    splits = Counter(ds["split"][:] if "split" in ds.column_names else [""]*len(ds))
+    counts = ", ".join(f"{s or 'no split'} {n}" for s, n in splits.items())
     scale = sorted(set(ds["um_per_px"])) if "um_per_px" in ds.column_names else []
-    unsplit = "no split"
-    lines = [
-        f"{preset.title}: {len(ds)} {preset.kind} "
-        f"({', '.join(f'{s or unsplit} {n}' for s, n in counts.items())}), "
-        f"{some_names(scale) or 'unknown'} um/px",
+    alone = ds["group"][:] == ds["path"][:]
+    return "\n".join([
+        f"{preset.title}: {len(ds)} {preset.kind} ({counts}), {some_names(scale) or 'unknown'} um/px",
         f"licence: {preset.licence}; cite {preset.citation}",
-        "groups: "
-        f"{'each image its own' if ds['group'][:] == ds['path'][:] else len(set(ds['group']))}; "
-        f"{preset.groups}",
-    ]
-    side = "--pairs" if preset.kind == "pairs" else "--tiles"
-    flag = f" --um-per-px-{side[2:]} {scale[0]}" if len(scale) == 1 else ""
-    return "\n".join(
-        [
-            *lines,
-            f"next: synthpi tissue {side} {out}{flag} "
-            f"{'--tiles TILES' if side == '--pairs' else '--pairs PAIRS'} --out "
-            f"RUN"
-            if out
-            else "next: name an output folder to have it where the commands read it",
-        ]
-    )
+        f"groups: {'each image its own' if alone else len(set(ds['group']))}; {preset.groups}",
+        _next_command(preset, out, scale),
+    ])
+
+# %% ../../nbs/data/published.ipynb #14f9334b
+def _read_hub(preset, name, source, out, options):
+    "A set of a hub, copied to a plain folder if `out` is given."
+    if preset.hub is None:
+        raise ValueError(
+            f"{preset.title} is read from its published files; expected their folder: "
+            f"{preset.layout}."
+        )
+    if options.get("streaming") and out:
+        raise ValueError("got streaming=True and an output folder, expected one of them.")
+    options = {"um_per_px": preset.um_per_px} | preset.hub | options
+    ds = hub_tiles(source, **options)
+    if not out: return ds
+    decides = {k: v for k, v in options.items() if k not in ("cache_dir", "data_files")}
+    return write_plain(ds, out, name, source, decides | {"hub": source})
+
+def _read_files(preset, name, folder, out, options):
+    "A set from its published files, converted or copied to `out`."
+    if preset.converts:
+        if out is not None: return preset.read(folder, out, **options)
+        raise ValueError(
+            f"{preset.title} is not a folder of pictures and has to be converted: name an "
+            "output folder."
+        )
+    ds = preset.read(folder, **options)
+    return write_plain(ds, out, name, folder, options) if out else ds
 
 def read_published(
     name:str, # Of `PRESETS`
     folder:str|Path, # The set as it was downloaded, or `hub:NAME`
     out:str|Path|None=None, # Folder to write; must be given for a set that is converted
     **options, # For the reader of this set
-)->Dataset: # Columns `primary`, `path`, `group`, and what is known of `privileged`, `split`, `label`, `um_per_px`
+)->Dataset: # `primary`, `path`, `group`; and of `privileged`, `split`, `label`, `um_per_px` what is known
     "Read a published set by its name, and print what was found."
-    if name not in PRESETS:
-        raise ValueError(f"{name!r} is not a known set; expected one of {', '.join(PRESETS)}.")
-    preset = PRESETS[name]
-    if str(folder).startswith("hub:"):
-        if preset.hub is None:
-            raise ValueError(
-                f"{preset.title} is read from its published files; expected their folder: "
-                f"{preset.layout}."
-            )
-        if options.get("streaming") and out:
-            raise ValueError("got streaming=True and an output folder, expected one of them.")
-        source = str(folder)[4:]
-        options = {"um_per_px": preset.um_per_px} | preset.hub | options
-        ds = hub_tiles(source, **options)
-        if not isinstance(ds, Dataset): return ds      # nothing was read yet
-        if out:
-            ds = write_plain(
-                ds,
-                out,
-                name,
-                source,
-                {k: v for k, v in options.items() if k not in ("cache_dir", "data_files")}
-                | {"hub": source},
-            )
-    elif preset.converts:
-        if out is None:
-            raise ValueError(
-                f"{preset.title} is not a folder of pictures and has to be converted: name an "
-                "output folder."
-            )
-        ds = preset.read(folder, out, **options)
-    else:
-        ds = preset.read(folder, **options)
-        if out: ds = write_plain(ds, out, name, folder, options)
-    print(describe(ds, name, out))
+    preset = PRESETS[one_of("set", name, PRESETS)]
+    if str(folder).startswith("hub:"): ds = _read_hub(preset, name, str(folder)[4:], out, options)
+    else: ds = _read_files(preset, name, folder, out, options)
+    # of a streamed set nothing was read yet
+    if isinstance(ds, Dataset): print(describe(ds, name, out))
     return ds

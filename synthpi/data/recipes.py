@@ -30,14 +30,12 @@ def weak(
     size:int, # Side of the view, pixels
 )->A.Compose: # Maps `image` `(H, W, C)` to `(size, size, C)`
     "Geometry only: a crop of 50 to 100 % of the area, flips and right-angle turns."
-    return A.Compose(
-        [
-            A.RandomResizedCrop((size, size), scale=(0.5, 1), ratio=(0.8, 1.25)),
-            A.HorizontalFlip(p=0.5),
-            A.VerticalFlip(p=0.5),
-            A.RandomRotate90(p=0.75),
-        ]
-    )
+    return A.Compose([
+        A.RandomResizedCrop((size, size), scale=(.5, 1), ratio=(.8, 1.25)),
+        A.HorizontalFlip(p=.5),
+        A.VerticalFlip(p=.5),
+        A.RandomRotate90(p=.75),
+    ])
 
 def strong(
     size:int, # Side of the view, pixels
@@ -46,21 +44,27 @@ def strong(
 )->A.Compose: # Maps `image` `(H, W, 3)` to `(size, size, 3)`
     """`weak`, then colour jitter on 80 % of the views and a blur on 20 % (the SimCLR recipe of Chen
     et al., 2020, without gray)."""
-    return A.Compose(
-        [
-            *weak(size).transforms,
-            A.ColorJitter(
-                brightness=(1 - jitter, 1 + jitter),
-                contrast=(1 - jitter, 1 + jitter),
-                saturation=(1 - jitter, 1 + jitter),
-                hue=(-jitter / 4, jitter / 4),
-                p=0.8,
-            ),
-            A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.5), p=0.2),
-        ]
-    )
+    around = (1 - jitter, 1 + jitter)
+    hue = (-jitter/4, jitter/4)
+    return A.Compose([
+        *weak(size).transforms,
+        A.ColorJitter(brightness=around, contrast=around, saturation=around, hue=hue, p=.8),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.5), p=.2),
+    ])
 
 # %% ../../nbs/data/recipes.ipynb #b0ddb926
+def _restain(img, matrix, offset):
+    "`img` with the optical density `o @ matrix + offset`."
+    levels = np.arange(256, dtype=np.float32) if img.dtype == np.uint8 else img*255
+    density = -np.log10((levels + 1)/256)
+    if img.dtype == np.uint8: density = cv2.LUT(img, density)
+    # cv2.exp is natural; the offset carries log 256 too
+    e = -np.log(10)
+    affine = np.c_[e*matrix.T, e*offset + np.log(256)].astype(np.float32)
+    levels = cv2.exp(cv2.transform(density, affine)) - 1
+    if img.dtype == np.uint8: return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    return np.clip(levels/255, 0, 1)
+
 class HEDJitter(A.ImageOnlyTransform):
     """Random amounts of haematoxylin, eosin and residual: per image and stain a factor in `1 +-
     factor` and a shift in `+- shift`."""
@@ -77,31 +81,11 @@ class HEDJitter(A.ImageOnlyTransform):
         return {"factor": 1 + draw(self.factor), "shift": draw(self.shift)}
 
     def apply(self, img:np.ndarray, factor:np.ndarray, shift:np.ndarray, **params)->np.ndarray:
-        if img.ndim != 3 or img.shape[2] != 3:
-            raise ValueError(
-                f"HEDJitter got an image of shape {img.shape}; expected (H, W, 3), red, green and "
-                "blue: "
-                "stains are unmixed from the three colours. Use a recipe without it, for example "
-                "weak."
-            )
-        matrix, offset = hed_map(factor, shift)
-        levels = np.arange(256, dtype=np.float32) if img.dtype == np.uint8 else img*255
-        density = -np.log10((levels + 1)/256)
-        if img.dtype == np.uint8: density = cv2.LUT(img, density)
-        # cv2.exp is natural; the offset carries log 256 too
-        e = -np.log(10)
-        levels = (
-            cv2.exp(
-                cv2.transform(
-                    density, np.c_[e * matrix.T, e * offset + np.log(256)].astype(np.float32)
-                )
-            )
-            - 1
-        )
-        return (
-            np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-            if img.dtype == np.uint8
-            else np.clip(levels / 255, 0, 1)
+        if img.ndim == 3 and img.shape[2] == 3: return _restain(img, *hed_map(factor, shift))
+        raise ValueError(
+            f"HEDJitter got an image of shape {img.shape}; expected (H, W, 3), red, green and "
+            "blue: stains are unmixed from the three colours. Use a recipe without it, for example "
+            "weak."
         )
 
 # %% ../../nbs/data/recipes.ipynb #8975e5df
@@ -112,13 +96,11 @@ def histology(
 )->A.Compose: # Maps `image` `(H, W, 3)` to `(size, size, 3)`
     """`weak`, then stain jitter in the space of haematoxylin, eosin and residual (Tellez et al.,
     2018), and a blur on 20 %."""
-    return A.Compose(
-        [
-            *weak(size).transforms,
-            HEDJitter(stain, shift),
-            A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 1.5), p=0.2),
-        ]
-    )
+    return A.Compose([
+        *weak(size).transforms,
+        HEDJitter(stain, shift),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(.1, 1.5), p=.2),
+    ])
 
 # %% ../../nbs/data/recipes.ipynb #5b67526e
 class SideCrop(A.RandomResizedCrop):
@@ -146,34 +128,30 @@ class BackgroundNoise(A.ImageOnlyTransform):
         image = data["image"]
         empty = ~image.any(2) if image.ndim == 3 else image == 0
         shape = (int(empty.sum()), *image.shape[2:])
-        return {
-            "empty": empty,
-            "noise": self.random_generator.integers(256, size=shape, dtype=np.uint8)
-            if image.dtype == np.uint8
-            else self.random_generator.random(shape, dtype=np.float32),
-        }
+        rng = self.random_generator
+        if image.dtype == np.uint8: noise = rng.integers(256, size=shape, dtype=np.uint8)
+        else: noise = rng.random(shape, dtype=np.float32)
+        return {"empty": empty, "noise": noise}
 
     def apply(self, img:np.ndarray, empty:np.ndarray, noise:np.ndarray, **params)->np.ndarray:
         img = img.copy()
         img[empty] = noise
         return img
 
+# %% ../../nbs/data/recipes.ipynb #75a6cea1
 def farndale(
     size:int, # Side of the view, pixels
 )->A.Compose: # Maps `image` `(H, W, 3)` to `(size, size, 3)`
     """The augmentation of TriDeNT (Farndale et al., 2023) in its evident intention: thresholds in
     the units of the image, and noise after the rotation."""
-    return A.Compose(
-        [
-            A.HorizontalFlip(p=0.5),
-            A.VerticalFlip(p=0.5),
-            SideCrop((size, size)),
-            A.Rotate((0, 180), p=0.4),
-            BackgroundNoise(p=0.3),
-            A.Solarize(threshold_range=(0.01, 0.6), p=0.3),
-            A.RandomBrightnessContrast(brightness_limit=0.4, contrast_limit=0, p=1),
-            A.ColorJitter(
-                brightness=(1, 1), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1), p=1
-            ),
-        ]
-    )
+    wide = (.6, 1.4)
+    return A.Compose([
+        A.HorizontalFlip(p=.5),
+        A.VerticalFlip(p=.5),
+        SideCrop((size, size)),
+        A.Rotate((0, 180), p=.4),
+        BackgroundNoise(p=.3),
+        A.Solarize(threshold_range=(.01, .6), p=.3),
+        A.RandomBrightnessContrast(brightness_limit=.4, contrast_limit=0, p=1),
+        A.ColorJitter(brightness=(1, 1), contrast=wide, saturation=wide, hue=(-.1, .1), p=1),
+    ])

@@ -1,4 +1,8 @@
-"""Every image looked at once; splits that keep patients whole
+"""Every image decoded once, and splits that keep patients whole
+
+Before anything is trained, every image is decoded once, as training will decode it, and classes are
+counted. Splits are made by whole groups (usually patients), balanced over the classes. At the end no
+group and no content of a file may be in two splits.
 
 ```python
 ds = split_by_group(image_folder(DIR/"cohort"))
@@ -18,14 +22,13 @@ __all__ = ['check_images', 'check_labels', 'split_by_group', 'assert_disjoint']
 import os
 import warnings
 from collections import Counter
-from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetInfo, Features, Image, Value
 
-from ..core.checks import some_names
+from ..core.checks import one_of, some_names
+from ..core.files import sha256_bytes, sha256_file
 from ..core.images import to_rgb
 from ..core.seeds import seed_for
 from .folders import _each
@@ -48,56 +51,46 @@ def _stored(ds, column):
     "The undecoded `{path, bytes}` of an image column."
     return ds.select_columns(column).cast_column(column, Image(decode=False))[column]
 
-# %% ../../nbs/data/splits.ipynb #532824aa
+# %% ../../nbs/data/splits.ipynb #2473ffcb
+def _bad_rows(found):
+    "Why a row cannot be used, by its number; of a pair the first reason."
+    bad = {}
+    for column, results in found.items():
+        where = "" if column == "primary" else f"{column} image: "
+        for i, r in enumerate(results):
+            if "error" in r and i not in bad: bad[i] = where + r["error"]
+    return bad
+
+def _report(found, names, keep, bad):
+    report = {"n": len(names), "kept": len(keep), "bad": {names[i]: why for i, why in bad.items()}}
+    report["bytes"] = 0
+    for column, results in found.items():
+        prefix = "" if column == "primary" else f"{column}_"
+        for key in ("size", "mode"):
+            report[f"{prefix}{key}s"] = Counter(results[i][key] for i in keep)
+        report["bytes"] += sum(results[i]["bytes"] for i in keep)
+    return report
+
 def check_images(
     ds:Dataset, # With a column `primary`, and perhaps `privileged`
     on_bad:str="raise", # What to do with unreadable images: `raise`, or `skip` (drop, count, warn)
     min_px:int=8, # Images with a shorter side than this are bad
-)->tuple[Dataset, dict]: # Data set without the bad rows; report with `n`, `kept`, `bad`, `bytes`, `sizes`, `modes`
+)->tuple[Dataset, dict]: # Good rows; report: `n`, `kept`, `bad`, `bytes`, `sizes`, `modes`
     "Decode every image once: all can be read, or the bad ones are named."
-    if on_bad not in ("raise", "skip"):
-        raise ValueError(f"got on_bad={on_bad!r}, expected 'raise' or 'skip'.")
-    columns = {
-        c: "" if c == "primary" else f"{c}_"
-        for c in ("primary", "privileged")
-        if c in ds.column_names
-    }
-    found = {
-        c: _each(lambda value: _inspect(value, min_px), _stored(ds, c), f"Checking {c} images")
-        for c in columns
-    }
+    one_of("on_bad", on_bad, ("raise", "skip"))
+    def inspect(value): return _inspect(value, min_px)
+    columns = [c for c in ("primary", "privileged") if c in ds.column_names]
+    found = {c: _each(inspect, _stored(ds, c), f"Checking {c} images") for c in columns}
     names = ds["path"][:] if "path" in ds.column_names else [f"row {i}" for i in range(len(ds))]
-    bad = {}
-    for column, results in found.items():
-        bad |= {
-            i: columns[column].replace("_", " image: ") + r["error"]
-            for i, r in enumerate(results)
-            if "error" in r and i not in bad
-        }
-    named = [f"{names[i]} ({why})" for i, why in bad.items()]
+    bad = _bad_rows(found)
     keep = [i for i in range(len(ds)) if i not in bad]
+    said = f"{len(bad)} of {len(ds)} images cannot be used"
+    named = some_names(f"{names[i]} ({why})" for i, why in bad.items())
     if bad and (on_bad == "raise" or not keep):
-        raise ValueError(
-            f"{len(bad)} of {len(ds)} images cannot be used: {some_names(named)}. Repair or "
-            "remove the files"
-            + (", or leave them out with on_bad='skip'." if keep else "; none is left to train on.")
-        )
-    if bad:
-        warnings.warn(
-            f"{len(bad)} of {len(ds)} images cannot be used and are left out: {some_names(named)}",
-            stacklevel=2,
-        )
-    report = {
-        "n": len(ds),
-        "kept": len(keep),
-        "bad": {names[i]: why for i, why in bad.items()},
-        "bytes": 0,
-    }
-    for column, results in found.items():
-        for key in ("size", "mode"):
-            report[f"{columns[column]}{key}s"] = Counter(results[i][key] for i in keep)
-        report["bytes"] += sum(results[i]["bytes"] for i in keep)
-    return (ds.select(keep) if bad else ds), report
+        rest = ", or leave them out with on_bad='skip'." if keep else "; none is left to train on."
+        raise ValueError(f"{said}: {named}. Repair or remove the files{rest}")
+    if bad: warnings.warn(f"{said} and are left out: {named}", stacklevel=2)
+    return (ds.select(keep) if bad else ds), _report(found, names, keep, bad)
 
 # %% ../../nbs/data/splits.ipynb #3a388a62
 def check_labels(
@@ -111,9 +104,8 @@ def check_labels(
         )
     names = ds.features["label"].names
     splits = ds["split"][:] if "split" in ds.column_names else [""]*len(ds)
-    has = {
-        s: {names[l] for l, t in zip(ds["label"], splits) if t == s} for s in dict.fromkeys(splits)
-    }
+    has = {s: set() for s in splits}
+    for label, split in zip(ds["label"], splits): has[split].add(names[label])
     found = set().union(*has.values())
     if len(found) < 2:
         raise ValueError(
@@ -130,7 +122,7 @@ def check_labels(
         warnings.warn(f"split 'test' has no image of {some_names(absent)}", stacklevel=2)
     return names
 
-# %% ../../nbs/data/splits.ipynb #0fbd07a1
+# %% ../../nbs/data/splits.ipynb #d8157196
 def _share_out(counts, shares, order):
     """Split number of each group: `counts` (G, K) images per group and class, `shares` (S,) summing
     to one."""
@@ -146,17 +138,42 @@ def _share_out(counts, shares, order):
         left = left - (counts[g] > 0)
     return chosen
 
+# %% ../../nbs/data/splits.ipynb #e5151df4
+def _wanted_shares(splits, val, test):
+    "The splits to make with their shares, `train` first; none if all are there."
+    shares = {s: share for s, share in (("val", val), ("test", test)) if share and s not in splits}
+    if "" not in splits and not shares: return {}
+    shares = {"train": 1 - sum(shares.values())} | shares
+    if min(shares.values()) > 0: return shares
+    raise ValueError(
+        f"got val={val} and test={test}, expected shares that leave something to train on."
+    )
+
+def _report_empty(chosen, counts, split, class_name):
+    "Warn of classes that a split lacks; `ValueError` when it has no image at all."
+    empty = counts.columns[counts[chosen == split].sum() == 0]
+    if len(empty) == counts.shape[1]:
+        raise ValueError(
+            f"none of {len(counts)} groups is left for '{split}', because a class with one "
+            "group stays in train; expected two or more groups of a class: add some, or set the "
+            "share to 0."
+        )
+    def said(k): return f"{class_name(k)} (in {(counts[k] > 0).sum()} of {len(counts)} groups)"
+    if len(empty):
+        warnings.warn(
+            f"split '{split}' gets no image of {some_names(map(said, empty))}: a group is never cut",
+            stacklevel=3,
+        )
+
 def _with_split(ds, split):
     "`ds` with another `split` column, in memory."
     table = ds.with_format("arrow")[:]
-    info = DatasetInfo(
-        description=ds.info.description, features=Features(ds.features | {"split": Value("string")})
-    )
-    return Dataset.from_dict(
-        dict(zip(table.column_names, table.columns)) | {"split": split}, info=info
-    )
+    features = Features(ds.features | {"split": Value("string")})
+    info = DatasetInfo(description=ds.info.description, features=features)
+    columns = dict(zip(table.column_names, table.columns))
+    return Dataset.from_dict(columns | {"split": split}, info=info)
 
-# %% ../../nbs/data/splits.ipynb #3434aac5
+# %% ../../nbs/data/splits.ipynb #0fbd07a1
 def split_by_group(
     ds:Dataset, # With a column `group`, and perhaps `split` and `label`
     val:float=.15, # Share for `val` of the images that are divided; 0 makes none
@@ -172,13 +189,8 @@ def split_by_group(
             f"{splits.count('')} of {len(ds)} images have no split; expected all or none: add the "
             "rest."
         )
-    shares = {s: share for s, share in (("val", val), ("test", test)) if share and s not in splits}
-    if source == "train" and not shares: return ds
-    shares = {"train": 1 - sum(shares.values())} | shares
-    if not min(shares.values()) > 0:
-        raise ValueError(
-            f"got val={val} and test={test}, expected shares that leave something to train on."
-        )
+    shares = _wanted_shares(splits, val, test)
+    if not shares: return ds
     labels = ds["label"][:] if "label" in ds.column_names else ["unlabelled"]*len(ds)
     rows = pd.DataFrame({"group": ds["group"][:], "label": labels})[[s == source for s in splits]]
     # sorted by group: the order of the rows does not matter
@@ -186,44 +198,30 @@ def split_by_group(
     if len(counts) < len(shares):
         raise ValueError(
             f"got {len(counts)} groups ({some_names(counts.index)}) to be divided into "
-            f"{', '.join(shares)}; expected {len(shares)} "
-            "or more: a group is never cut, so add groups, or set the share of a split to 0."
+            f"{', '.join(shares)}; expected {len(shares)} or more: a group is "
+            "never cut, so add groups, or set the share of a split to 0."
         )
     order = np.random.default_rng(seed_for("split_by_group", seed)).permutation(len(counts))
     order = order[np.argsort(-counts.to_numpy().sum(1)[order], kind="stable")]
-    chosen = pd.Series(
-        np.array(list(shares))[
-            _share_out(counts.to_numpy(), np.array(list(shares.values())), order)
-        ],
-        index=counts.index,
-    )
-    for split in shares:
-        empty = counts.columns[counts[chosen == split].sum() == 0]
-        if len(empty) == counts.shape[1]:
-            raise ValueError(
-                f"none of {len(counts)} groups is left for '{split}', because a class with one "
-                "group stays in train; "
-                "expected two or more groups of a class: add some, or set the share to 0."
-            )
-        names = [
-            f"{ds.features['label'].int2str(k)} (in {(counts[k] > 0).sum()} of {len(counts)} "
-            "groups)"
-            for k in empty
-        ]
-        if names:
-            warnings.warn(
-                f"split '{split}' gets no image of {some_names(names)}: a group is never cut",
-                stacklevel=2,
-            )
+    numbers = _share_out(counts.to_numpy(), np.array(list(shares.values())), order)
+    chosen = pd.Series(np.array(list(shares))[numbers], index=counts.index)
+    for split in shares: _report_empty(chosen, counts, split, lambda k: ds.features["label"].int2str(k))
     for i, split in rows["group"].map(chosen).items(): splits[i] = split
     return _with_split(ds, splits)
 
 # %% ../../nbs/data/splits.ipynb #850780e2
 def _digest(value):
     "Hash of the stored bytes of an image."
-    return sha256(
-        value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-    ).hexdigest()
+    return sha256_file(value["path"]) if value["bytes"] is None else sha256_bytes(value["bytes"])
+
+def _in_two(keys, splits, paths):
+    "Where a key is, for those that are in more than one split."
+    first = {}
+    for key, split, path in zip(keys, splits, paths): first.setdefault(key, {}).setdefault(split, path)
+    return {
+        key: ", ".join(f"{split}: {path}" for split, path in where.items())
+        for key, where in first.items() if len(where) > 1
+    }
 
 def assert_disjoint(
     ds:Dataset, # With `primary`, `path`, `group` and `split` filled
@@ -235,24 +233,15 @@ def assert_disjoint(
             f"{splits.count('')} of {len(ds)} images have no split; expected one for each: use "
             "split_by_group."
         )
-    def shared(keys):
-        first = {}
-        for key, split, path in zip(keys, splits, paths):
-            first.setdefault(key, {}).setdefault(split, path)
-        return {
-            key: f"{', '.join(f'{split}: {path}' for split, path in where.items())}"
-            for key, where in first.items()
-            if len(where) > 1
-        }
-    if leak := shared(ds["group"][:]):
+    if leak := _in_two(ds["group"][:], splits, paths):
         raise ValueError(
             f"{len(leak)} groups are in two splits: "
             f"{some_names(f'{g} ({where})' for g, where in leak.items())}; expected each in one: "
             "correct the split column, or empty it and use split_by_group."
         )
-    if len(set(splits)) > 1 and (
-        leak := shared(_each(_digest, _stored(ds, "primary"), "Comparing files"))
-    ):
+    if len(set(splits)) < 2: return
+    contents = _each(_digest, _stored(ds, "primary"), "Comparing files")
+    if leak := _in_two(contents, splits, paths):
         raise ValueError(
             f"{len(leak)} files have the same content in two splits: "
             f"{some_names(f'({where})' for where in leak.values())}; "

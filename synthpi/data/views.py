@@ -3,8 +3,8 @@
 A *view* is one augmented image on its way into one branch. `Views` turns each record of a data set
 into as many views as there are branches, and `batches` serves them in an order that is a function
 of the seed and the step alone. Whatever is random about a view is keyed by `(seed, epoch, sample,
-branch)`: the same views come out for any number of worker and training processes, and a run that
-was stopped at step 217 goes on with batch 218.
+branch)`. So the views are the same for any number of worker and training processes, and a run that
+was interrupted after step 217 continues with batch 218.
 
 Docs: https://synthpi.github.io/synthpi/nbs/data/views.html.md"""
 
@@ -25,8 +25,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..core.checks import one_of
 from ..core.images import square, to_mask, to_raw, to_rgb
 from ..core.seeds import seed_for
 
@@ -37,8 +39,20 @@ import albumentations as A
 import cv2
 
 # %% ../../nbs/data/views.ipynb #bc81c0b4
+def _undecoded(ds, column):
+    "The records with their images as files or bytes, which are read faster; and a decoder, or None."
+    ds = ds.select_columns([column]) if hasattr(ds, "select_columns") else ds
+    feature = getattr(ds, "features", {}).get(column)
+    if not (hasattr(feature, "decode_example") and feature.decode): return ds, None
+    return ds.cast_column(column, replace(feature, decode=False)), feature.decode_example
+
+def _of_kind(image, kind, classes):
+    if kind == "rgb": return to_rgb(image)
+    return to_raw(image) if kind == "raw" else to_mask(image, classes)
+
+# %% ../../nbs/data/views.ipynb #669d5eff
 class Images(Sequence):
-    "The images of one column as square arrays, decoded when they are first asked for."
+    "The images of one column as square arrays, decoded when they are first read."
     def __init__(self,
         ds, # Hugging Face `Dataset`, or a sequence of dicts
         column:str, # Column of the images
@@ -55,24 +69,9 @@ class Images(Sequence):
                 f"the records have no column {column!r}, only {sorted(names)}: add it first "
                 "(add_privileged makes `privileged`)."
             )
-        if kind not in ("rgb", "raw", "mask"):
-            raise ValueError(
-                f"images of kind {kind!r} were asked for; expected 'rgb', 'raw' or 'mask'."
-            )
-        self.ds, self.column, self.size, self._decode = (
-            ds.select_columns([column]) if hasattr(ds, "select_columns") else ds,
-            column,
-            size,
-            None,
-        )
-        feature = getattr(self.ds, "features", {}).get(column)
-        # a row of files or bytes is read faster than one of images, which are decoded here
-        if hasattr(feature, "decode_example") and feature.decode:
-            self._decode, self.ds = (
-                feature.decode_example,
-                self.ds.cast_column(column, replace(feature, decode=False)),
-            )
-        self.kind, self.classes = kind, classes
+        self.kind, self.classes = one_of("kind", kind, ("rgb", "raw", "mask")), classes
+        self.ds, self._decode = _undecoded(ds, column)
+        self.column, self.size = column, size
         self._kept, self._room = {}, int(cache_mb*2**20)
 
     def __len__(self): return len(self.ds)
@@ -82,25 +81,14 @@ class Images(Sequence):
         if i in self._kept: return self._kept[i]
         image = self.ds[i][self.column]
         if self._decode: image = self._decode(image)
-        image = square(
-            to_rgb(image)
-            if self.kind == "rgb"
-            else to_raw(image)
-            if self.kind == "raw"
-            else to_mask(image, self.classes),
-            self.size,
-        )
+        image = square(_of_kind(image, self.kind, self.classes), self.size)
         if image.nbytes <= self._room:
             self._kept[i], self._room = image, self._room - image.nbytes
         return image
 
-    # a spawned worker decodes for itself: the cache would have to be copied through a pipe
     def __getstate__(self):
-        return {
-            **self.__dict__,
-            "_kept": {},
-            "_room": self._room + sum(x.nbytes for x in self._kept.values()),
-        }
+        room = self._room + sum(x.nbytes for x in self._kept.values())
+        return {**self.__dict__, "_kept": {}, "_room": room}
 
 # %% ../../nbs/data/views.ipynb #9dfcc410
 class Branch(NamedTuple):
@@ -117,19 +105,19 @@ class Branch(NamedTuple):
     # share of the range of its type
     classes:int|None=None
 
+
+
+# %% ../../nbs/data/views.ipynb #c5c43e22
+def _moves_pixels(t):
+    if isinstance(t, A.DualTransform): return True
+    return isinstance(t, A.BaseCompose) and all(map(_moves_pixels, t.transforms))
+
 def split_geometry(
     recipe:A.Compose, # Of one branch
 )->tuple[list, list]: # Geometric transforms, pixel transforms
     """The transforms of a recipe that move pixels, which must come first, and those that change
     their values."""
-    def geometric(t):
-        return (
-            isinstance(t, A.DualTransform)
-            or hasattr(t, "transforms")
-            and isinstance(t, A.BaseCompose)
-            and all(map(geometric, t.transforms))
-        )
-    moves = [geometric(t) for t in recipe.transforms]
+    moves = [_moves_pixels(t) for t in recipe.transforms]
     n = sum(moves)
     if not all(moves[:n]):
         raise ValueError(
@@ -139,9 +127,9 @@ def split_geometry(
         )
     return recipe.transforms[:n], recipe.transforms[n:]
 
+# %% ../../nbs/data/views.ipynb #51222cab
 class _Late:
-    """A NumPy generator that is seeded when it is first used: most transforms never ask for it, and
-    the seeding costs as much as a small crop"""
+    "A NumPy generator that is seeded when it is first used."
     def __init__(self, key): self._key = key
     def __getattr__(self, name):
         if name.startswith("__"): raise AttributeError(name)
@@ -157,6 +145,35 @@ def _tensor(image):
     for plane, out in zip(cv2.split(image), view.numpy()): cv2.LUT(plane, _SHARES, dst=out)
     return view
 
+# %% ../../nbs/data/views.ipynb #6838f390
+def _check_branches(branches):
+    for k, b in enumerate(branches):
+        if b.geometry is not None and b.geometry not in range(k):
+            expected = (
+                f"expected the number of an earlier branch, 0 to {k - 1}." if k
+                else "the first branch has its own: give geometry=None."
+            )
+            raise ValueError(f"branch {k} shares the geometry of branch {b.geometry}; {expected}")
+        if b.classes is not None and b.kind != "mask":
+            raise ValueError(
+                f"branch {k} has classes={b.classes} and is of kind {b.kind!r}; only a mask "
+                "has classes."
+            )
+
+def _labels_of(ds):
+    if hasattr(ds, "column_names"): return ds["label"][:] if "label" in ds.column_names else None
+    return [r["label"] for r in ds] if "label" in ds[0] else None
+
+def _geometry_of(recipe, p):
+    "The geometric part of a recipe; masks by the nearest pixel."
+    moves = split_geometry(recipe)[0]
+    for t in moves:
+        # INTER_NEAREST is off by up to half a pixel
+        if hasattr(t, "size") and hasattr(t, "mask_interpolation"):
+            t.mask_interpolation = cv2.INTER_NEAREST_EXACT
+    return A.Compose(moves, p=p)
+
+# %% ../../nbs/data/views.ipynb #b286520e
 class Views(Dataset):
     """Augmented views of every record: item `i` (or `(epoch, i)`) is `{'views': tuple of (C, size,
     size) float32 in [0, 1], 'index', 'label' if there is one}`."""
@@ -178,108 +195,74 @@ class Views(Dataset):
         if len(ds) == 0:
             raise ValueError("got an empty data set; views need at least one record.")
         branches = [Branch(*b) for b in branches]
-        for k, b in enumerate(branches):
-            if b.geometry is not None and b.geometry not in range(k):
-                raise ValueError(
-                    f"branch {k} shares the geometry of branch {b.geometry}; expected the number "
-                    f"of an earlier branch, 0 to {k - 1}."
-                    if k
-                    else f"branch 0 shares the geometry of branch {b.geometry}; the first branch "
-                         "has its own: give geometry=None."
-                )
-            if b.classes is not None and b.kind != "mask":
-                raise ValueError(
-                    f"branch {k} has classes={b.classes} and is of kind {b.kind!r}; only a mask "
-                    "has classes."
-                )
-        self.size, self.seed, self._sources = (
-            size,
-            seed,
-            [(b.column, b.kind, b.classes) for b in branches],
-        )
-        self.images = {
-            s: Images(ds, s[0], size, cache_mb / len(set(self._sources)), *s[1:])
-            for s in dict.fromkeys(self._sources)
-        }
-        # the functions themselves may be lambdas, which no worker process could receive
-        self.recipes, self._root = [b.recipe(size) for b in branches], []
-        self._geometry, self._pixels = {}, {}
-        for k, b in enumerate(branches):
-            self._root.append(k if b.geometry is None else self._root[b.geometry])
-            if b.geometry is None and b.kind != "mask": continue
-            root = self.recipes[self._root[k]]
-            moves = split_geometry(
-                b.recipe(size) if b.geometry is None else branches[self._root[k]].recipe(size)
-            )[0]
-            for t in moves:
-                # INTER_NEAREST is off by up to half a pixel
-                if hasattr(t, "size") and hasattr(t, "mask_interpolation"):
-                    t.mask_interpolation = cv2.INTER_NEAREST_EXACT
-            self._geometry[k] = A.Compose(moves, p=root.p)
-            self._pixels[k] = A.Compose(
-                [] if b.kind == "mask" else split_geometry(self.recipes[k])[1], p=self.recipes[k].p
-            )
-        # an image and its mask are one array here
-        for r in [*self.recipes, *self._geometry.values(), *self._pixels.values()]:
-            r.is_check_shapes = False
-        if hasattr(ds, "column_names"):
-            self.labels = ds["label"][:] if "label" in ds.column_names else None
-        else:
-            self.labels = [r["label"] for r in ds] if "label" in ds[0] else None
+        _check_branches(branches)
+        self.size, self.seed = size, seed
+        self._sources = [(b.column, b.kind, b.classes) for b in branches]
+        room = cache_mb/len(set(self._sources))
+        self.images = {s: Images(ds, s[0], size, room, *s[1:]) for s in dict.fromkeys(self._sources)}
+        self.labels = _labels_of(ds)
+        self._build(branches)
 
     def __len__(self): return len(next(iter(self.images.values())))
-
-    def _augment(self, recipe, epoch, i, branch, **images):
-        # left to itself, albumentations draws the same in every worker
-        key = seed_for(self.seed, epoch, i, branch)
-        recipe.set_random_state(_Late(key), random.Random(key))
-        return recipe(**images)
-
-    def _view(self, k, epoch, i):
-        image = self.images[self._sources[k]][i]
-        _, kind, classes = self._sources[k]
-        if kind == "mask":
-            mask = self._augment(
-                self._geometry[k], epoch, i, self._root[k], image=image, mask=image
-            )["mask"]
-            if classes:
-                return (
-                    F.one_hot(torch.from_numpy(mask.astype(np.int64)), classes)
-                    .permute(2, 0, 1)
-                    .float()
-                )
-            top = np.iinfo(mask.dtype).max if mask.dtype.kind == "u" else 1
-            return torch.from_numpy(mask.astype(np.float32)/np.float32(top)).expand(3, -1, -1)
-        try:
-            if k not in self._geometry:
-                image = self._augment(self.recipes[k], epoch, i, k, image=image)["image"]
-            else:
-                image = self._augment(self._geometry[k], epoch, i, self._root[k], image=image)[
-                    "image"
-                ]
-                image = self._augment(self._pixels[k], epoch, i, k, image=image)["image"]
-        except Exception as error:
-            if image.shape[-1] == 3: raise
-            names = [type(t).__name__ for t in self.recipes[k].transforms]
-            raise ValueError(
-                f"branch {k}, column {self._sources[k][0]!r}: the recipe {names} cannot take an "
-                f"image of {image.shape[-1]} channels ({error}). "
-                "Use a recipe of geometry alone, for example weak, or choose three channels."
-            ) from error
-        return (
-            _tensor(image)
-            if kind == "rgb"
-            else torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        )
 
     def __getitem__(self, key:int|tuple[int, int])->dict:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         views = tuple(self._view(k, epoch, i) for k in range(len(self.recipes)))
-        return {
-            "views": views,
-            "index": i,
-            **({"label": int(self.labels[i])} if self.labels is not None else {}),
-        }
+        label = {} if self.labels is None else {"label": int(self.labels[i])}
+        return {"views": views, "index": i} | label
+
+# %% ../../nbs/data/views.ipynb #447672f1
+@patch
+def _build(self:Views, branches):
+    "The recipe of every branch, and its two parts where it shares a geometry or is a mask."
+    self.recipes, self._root = [b.recipe(self.size) for b in branches], []
+    self._geometry, self._pixels = {}, {}
+    for k, b in enumerate(branches):
+        self._root.append(k if b.geometry is None else self._root[b.geometry])
+        if b.geometry is None and b.kind != "mask": continue
+        root, own = self._root[k], self.recipes[k]
+        self._geometry[k] = _geometry_of(branches[root].recipe(self.size), self.recipes[root].p)
+        pixels = [] if b.kind == "mask" else split_geometry(own)[1]
+        self._pixels[k] = A.Compose(pixels, p=own.p)
+    # an image and its mask are one array here
+    for recipe in [*self.recipes, *self._geometry.values(), *self._pixels.values()]:
+        recipe.is_check_shapes = False
+
+# %% ../../nbs/data/views.ipynb #dc01583f
+def _mask_tensor(mask, classes):
+    "One channel per class, or three equal channels of the label as a share of the range of its type."
+    if classes:
+        hot = F.one_hot(torch.from_numpy(mask.astype(np.int64)), classes)
+        return hot.permute(2, 0, 1).float()
+    top = np.iinfo(mask.dtype).max if mask.dtype.kind == "u" else 1
+    return torch.from_numpy(mask.astype(np.float32)/np.float32(top)).expand(3, -1, -1)
+
+@patch
+def _augment(self:Views, recipe, epoch, i, branch, **images):
+    key = seed_for(self.seed, epoch, i, branch)
+    recipe.set_random_state(_Late(key), random.Random(key))
+    return recipe(**images)
+
+@patch
+def _view(self:Views, k, epoch, i):
+    image, root = self.images[self._sources[k]][i], self._root[k]
+    column, kind, classes = self._sources[k]
+    if kind == "mask":
+        both = self._augment(self._geometry[k], epoch, i, root, image=image, mask=image)
+        return _mask_tensor(both["mask"], classes)
+    parts = [(self.recipes[k], k)]
+    if k in self._geometry: parts = [(self._geometry[k], root), (self._pixels[k], k)]
+    try:
+        for recipe, branch in parts: image = self._augment(recipe, epoch, i, branch, image=image)["image"]
+    except Exception as error:
+        if image.shape[-1] == 3: raise
+        names = [type(t).__name__ for t in self.recipes[k].transforms]
+        raise ValueError(
+            f"branch {k}, column {column!r}: the recipe {names} cannot take an "
+            f"image of {image.shape[-1]} channels ({error}). "
+            "Use a recipe of geometry alone, for example weak, or choose three channels."
+        ) from error
+    return _tensor(image) if kind == "rgb" else torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
 # %% ../../nbs/data/views.ipynb #1ee77ced
 def epoch_steps(
@@ -291,6 +274,22 @@ def epoch_steps(
     batches."""
     return math.ceil(round(epochs*n/batch_size, 9))        # 0.1*30 is a little more than 3
 
+
+
+# %% ../../nbs/data/views.ipynb #03e0ece3
+def _share_of(rank, world, batch_size):
+    "The rows of a batch that a process serves."
+    if not 0 <= rank < world:
+        raise ValueError(f"got rank {rank} of {world} processes, expected 0 <= rank < world.")
+    if batch_size < world:
+        raise ValueError(
+            f"got a batch of {batch_size} rows for {world} processes; expected a row for "
+            "each at least: batch_size counts the rows of all together."
+        )
+    share, more = divmod(batch_size, world)
+    return range(rank*share + min(rank, more), (rank + 1)*share + min(rank + 1, more))
+
+# %% ../../nbs/data/views.ipynb #93734b01
 class StepBatches(Sampler):
     """Batch sampler over steps `start` to `steps`, each batch a list of `(epoch, index)`; a pure
     function of the seed and the step."""
@@ -308,43 +307,26 @@ class StepBatches(Sampler):
                 f"got n={n}, batch_size={batch_size}, steps={steps}, start={start}, expected "
                 "at least 1 each, and 0 <= start <= steps."
             )
-        if not 0 <= rank < world:
-            raise ValueError(
-                f"got rank {rank} of {world} processes, expected 0 <= rank < world."
-            )
-        if batch_size < world:
-            raise ValueError(
-                f"got a batch of {batch_size} rows for {world} processes; expected a row for "
-                "each at least: batch_size counts the rows of all together."
-            )
-        self.n, self.batch_size, self.steps, self.start, self.seed = (
-            n,
-            batch_size,
-            steps,
-            start,
-            seed,
-        )
-        # uneven shares: the first processes have a row more
-        share, more = divmod(batch_size, world)
-        self.rows = range(rank*share + min(rank, more), (rank + 1)*share + min(rank + 1, more))
+        self.rows = _share_of(rank, world, batch_size)
+        self.n, self.batch_size, self.steps = n, batch_size, steps
+        self.start, self.seed = start, seed
 
     def __len__(self): return self.steps - self.start
+
+    def _order(self, epoch):
+        return np.random.default_rng(seed_for(self.seed, "order", epoch)).permutation(self.n)
 
     def __iter__(self)->Iterator[list[tuple[int, int]]]:
         order = {}
         for step in range(self.start, self.steps):
             rows = [divmod(step*self.batch_size + k, self.n) for k in self.rows]
-            for epoch in {e for e, _ in rows} - set(order):
-                order[epoch] = np.random.default_rng(
-                    seed_for(self.seed, "order", epoch)
-                ).permutation(self.n)
+            for epoch in {e for e, _ in rows} - set(order): order[epoch] = self._order(epoch)
             yield [(epoch, int(order[epoch][k])) for epoch, k in rows]
             for epoch in [e for e in order if e < rows[-1][0]]: del order[epoch]
 
-# %% ../../nbs/data/views.ipynb #9218c7f7
+# %% ../../nbs/data/views.ipynb #c1de12f5
 def _one_thread(worker=None):
-    """Keep OpenCV to the calling thread: after a fork, a worker would wait for ever for the threads
-    that its parent had started"""
+    "Keep OpenCV to the calling thread."
     cv2.setNumThreads(0)
 
 def batches(
@@ -357,7 +339,7 @@ def batches(
     world:int|None=None, # Training processes that share every batch; `None` asks torch.distributed
     # How worker processes start: "fork", "spawn" or "forkserver"; `None` is the system's way
     context:str|None=None,
-)->DataLoader: # Yields `{"views": tuple of (B, C, size, size), "index": (B,), "label": (B,) if there is one}`, B the rows of this process
+)->DataLoader: # Yields `{"views": tuple of (B, C, size, size), "index": (B,)}`, and `"label"` if known
     "The batches of a training run from step `start` on."
     # before the fork, and again in each worker: a spawned one starts with the default
     if workers: _one_thread()

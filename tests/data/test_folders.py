@@ -351,7 +351,7 @@ def test_only_ten_names_are_spelled_out(tmp_path):
     ds = image_folder(tmp_path)
     with pytest.raises(ValueError, match="13 of 13 images.*09.png.* and 3 more"): check_images(ds)
     with pytest.raises(ValueError, match="none is left"): check_images(ds, on_bad="skip")
-    with pytest.raises(ValueError, match="on_bad='ignore'"): check_images(ds, on_bad="ignore")
+    with pytest.raises(ValueError, match="on_bad 'ignore'"): check_images(ds, on_bad="ignore")
 
 @no_group
 def test_a_bad_side_drops_the_pair(pairs):
@@ -455,7 +455,7 @@ def test_scarce_classes_reach_every_split():
 def test_too_few_groups():
     ds = table(n_groups=2)
     with pytest.raises(
-        ValueError, match=r"arrived to be divided into train, val, test; expected 3"
+        ValueError, match=r"to be divided into train, val, test; expected 3"
     ):
         split_by_group(ds)
     one_each = Dataset.from_dict(

@@ -332,7 +332,7 @@ def test_the_cache_is_counted_in_bytes():
     list(images)
     assert len(images._kept) == 2 and images[4].nbytes == 1024
 
-@pytest.mark.parametrize("branches, message", [([("nothing", weak)], "no column 'nothing'"), ([Branch("primary", weak, "gray")], "expected 'rgb', 'raw' or 'mask'"),
+@pytest.mark.parametrize("branches, message", [([("nothing", weak)], "no column 'nothing'"), ([Branch("primary", weak, "gray")], "expected one of rgb, raw, mask"),
     ([Branch("primary", weak, classes=3)], "only a mask has classes"), ([Branch("primary", weak, geometry=0)], "the first branch has its own"), ([], "no branches")])
 def test_branches_that_cannot_be(tiles, branches, message):
     with pytest.raises(ValueError, match=message): Views(tiles, branches, 32)
