@@ -48,7 +48,7 @@ LOSSES = {
     ),
 }
 CASES = [(name, k, d) for name, (_, ks) in LOSSES.items() for k in ks for d in WIDTHS]
-# positions: crops of five volumes, shared by two processes
+# positions: crops of four volumes, shared by two processes
 PLACED_ROWS = (6, 4)
 VOLUME = torch.tensor([0, 0, 1, 2, 2, 2, 2, 7, 1, 0])
 PLACED = {
