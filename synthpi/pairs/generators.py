@@ -58,9 +58,8 @@ def check_scale(
     if not own:
         raise ValueError(
             f"got images at {um_per_px:g} micrometres per pixel, but the scale that the "
-            f"generator {name!r} was trained at is not known: "
-            "give it, load_generator(..., um_per_px=...) (--generator-um-per-px), or translate "
-            "without a scale if it is the same."
+            f"generator {name!r} was trained at is not known: give it, load_generator(..., "
+            "um_per_px=...) (--generator-um-per-px), or translate without a scale if it is the same."
         )
     if max(um_per_px/own, own/um_per_px) > 1.25: _warn_of_scale(generator, name, own, um_per_px)
     return um_per_px

@@ -104,6 +104,9 @@ def _published(pair):
         raise ValueError(f"got pair={pair!r}, expected two of {', '.join(HED)}.")
     return torch.stack([HED[p] for p in pair])
 
+def _amount(image, stains):
+    return stain_amounts(optical_density(image.float()), stains.to(image).float())
+
 def _check_stains(stains):
     if tuple(stains.shape) == (2, 3) and torch.linalg.matrix_rank(stains) == 2: return
     raise ValueError(
@@ -143,16 +146,15 @@ class Macenko:
         "The amount of one stain in every pixel, inverted."
         _check(images)
         dark = torch.stack([_amount(image, self._colours(image)) for image in images])
-        gray = (1 - dark[:, self.pair.index(self.stain)]/self.full).clamp(0, 1)
-        return gray[:, None].repeat(1, 3, 1, 1).to(images)
+        dark = dark[:, [self.pair.index(self.stain)]]
+        return (1 - dark/self.full).clamp(0, 1).repeat(1, 3, 1, 1).to(images)
 
     def _colours(self, image):
         if self.stains is not None: return self.stains
         try: return macenko_stains(image[None], self.pair, self.percentile, self.background)
         except ValueError: return self.published
 
-def _amount(image, stains):
-    return stain_amounts(optical_density(image.float()), stains.to(image).float())
+
 
 # %% ../../nbs/pairs/stains.ipynb #832c4e72
 class Shuffled:
@@ -165,8 +167,7 @@ class Shuffled:
         self.generator, self.pool, self.seed = generator, list(pool), seed
         self.name, self.um_per_px = f"shuffled {generator.name}", generator.um_per_px
         self.training_ids = list(generator.training_ids)
-        self.licence = getattr(generator, "licence", None)
-        self.scale_free = getattr(generator, "scale_free", False)
+        self.licence, self.scale_free = (getattr(generator, k, None) for k in ("licence", "scale_free"))
         self._contents = [_content(image) for image in self.pool]
 
     @property
@@ -176,8 +177,8 @@ class Shuffled:
         image:Tensor, # `(3, H, W)` in [0, 1]
     )->int: # Its place in the pool
         "Whose image a tile gets."
-        own, pool = _content(image), enumerate(zip(self._contents, self.pool))
-        others = [i for i, (c, other) in pool if c != own and other.shape == image.shape]
+        own, contents = _content(image), self._contents
+        others = [i for i, x in enumerate(self.pool) if contents[i] != own and x.shape == image.shape]
         if others: return others[seed_for(self.seed, "shuffled", own) % len(others)]
         raise ValueError(
             f"got a tile of shape {tuple(image.shape)}, and the pool of {len(self.pool)} "
@@ -195,7 +196,7 @@ class Shuffled:
 
 def _content(image):
     values = (image*255).round().byte().cpu().numpy()
-    return sha256_bytes(values.tobytes(), str(tuple(image.shape)).encode())
+    return sha256_bytes(values.tobytes(), str((*image.shape,)).encode())
 
 # %% ../../nbs/pairs/stains.ipynb #cea19c22
 class RandomWeights(ModuleGenerator):
