@@ -4,8 +4,8 @@ A *generator* makes the second image of a pair from the first: `generator.transl
 and gives `(B, 3, H, W)` floats in [0, 1], with no gradient and no randomness. It knows its `key` (a
 fingerprint of weights and settings, so that a cached pair can tell whose it is), the resolution
 `um_per_px` that it was trained at, and the `training_ids` of what it has seen, so that it can be
-kept away from test images. `load_generator` opens those that synthpi has trained, and those of
-others.
+kept away from test images. `load_generator` opens those that synthpi has trained, and third-party
+ones.
 
 **Synthetic images are training aids, not findings.** A generator draws what its training set makes
 likely, also where the tissue says otherwise.
@@ -26,8 +26,10 @@ from pathlib import Path
 import monai.networks.nets as nets
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..core.checks import at_least
 from ..core.files import fingerprint, read_safetensors, write_safetensors
 from .foreign import Network, ResNet
 from .runtimes import Adapted, as_range, file_kind, read_network
@@ -35,9 +37,7 @@ from .runtimes import Adapted, as_range, file_kind, read_network
 # %% ../../nbs/pairs/generators.ipynb #c1d6ca08
 def check_scale(
     generator, # `.um_per_px`, or `.scale_free` where a pixel's colour decides
-    # Resolution of the images, micrometres per pixel; "same" says that it is the generator's,
-    # whatever that is
-    um_per_px:float|str|None,
+    um_per_px:float|str|None, # Resolution of the images, micrometres per pixel; "same" as the generator's
 )->float|None: # What to give to `translate`
     """The scale to translate at. `ValueError` when one of the two is not known or no length; warns,
     with both numbers, beyond a quarter of difference."""
@@ -58,98 +58,36 @@ def check_scale(
     if not own:
         raise ValueError(
             f"got images at {um_per_px:g} micrometres per pixel, but the scale that the "
-            f"generator {name!r} was trained at is not known: "
-            "give it, load_generator(..., um_per_px=...) (--generator-um-per-px), or translate "
-            "without a scale if it is the same."
+            f"generator {name!r} was trained at is not known: give it, load_generator(..., "
+            "um_per_px=...) (--generator-um-per-px), or translate without a scale if it is the same."
         )
-    told = getattr(generator, "_told", ())
-    if max(um_per_px/own, own/um_per_px) > 1.25 and um_per_px not in told:
-        # once for each generator and scale
-        generator._told = (*told, um_per_px)
-        warnings.warn(
-            f"the images have {um_per_px:g} micrometres per pixel and the generator {name!r} was "
-            f"trained at {own:g}: they are resampled by {um_per_px / own:.2f} and the answer is "
-            "taken back. "
-            + (
-                "Detail that was not scanned is not there."
-                if um_per_px > own
-                else "Detail finer than the generator's pixel is lost."
-            ),
-            stacklevel=2,
-        )
+    if max(um_per_px/own, own/um_per_px) > 1.25: _warn_of_scale(generator, name, own, um_per_px)
     return um_per_px
 
+def _warn_of_scale(generator, name, own, um_per_px):
+    warned = getattr(generator, "_told", ())
+    if um_per_px in warned: return
+    generator._told = (*warned, um_per_px)
+    lost = "that was not scanned is not there" if um_per_px > own else "finer than its pixel is lost"
+    warnings.warn(
+        f"the images have {um_per_px:g} micrometres per pixel and the generator {name!r} was "
+        f"trained at {own:g}: they are resampled by {um_per_px/own:.2f}, and the result is "
+        f"resampled back. Detail {lost}.",
+        stacklevel=3,
+    )
+
 # %% ../../nbs/pairs/generators.ipynb #1c7a5f26
-class ModuleGenerator:
-    "An image-to-image module under the generators' calling convention."
-    def __init__(self,
-        module:nn.Module, # `(B, 3, H, W)` in [0, 1] to `(B, 1 or 3, H, W)`
-        # Resolution that the module was trained at, micrometres per pixel; None if not known
-        um_per_px:float|None=None,
-        training_ids:Sequence[str]=(), # Groups (patients) that it was trained on
-        name:str="module", # For reports
-        multiple:int=16, # Height and width are padded to a multiple of this
-        activation:Callable[[Tensor], Tensor]=torch.sigmoid, # From the module's output to [0, 1]
-        # Of the weights, which often is that of the images that they were trained on
-        licence:str|None=None,
-    ):
-        self.module, self.um_per_px, self.training_ids, self.name, self.licence = (
-            module.eval(),
-            um_per_px,
-            list(training_ids),
-            name,
-            licence,
-        )
-        # a U-Net's lowest level needs more than one pixel
-        self.multiple, self.activation, self.least = multiple, activation, 2*multiple
+def _resampled(x, scale):
+    "Images in another resolution; within 2 % they stay as they are"
+    if abs(scale - 1) <= .02: return x
+    size = [max(1, round(n*scale)) for n in x.shape[-2:]]
+    return F.interpolate(x, size=size, mode="bilinear", antialias=True)
 
-    @property
-    def key(self) -> str:
-        return fingerprint(
-            self.module,
-            [
-                self.um_per_px,
-                self.multiple,
-                getattr(self.activation, "__name__", str(self.activation)),
-            ],
-        )
-
-    def to(self, device)->"ModuleGenerator": # Itself
-        "Move the module to a device."
-        self.module.to(device)
-        return self
-
-    @torch.no_grad()
-    def translate(self,
-        images:Tensor, # `(B, 3, H, W)` in [0, 1]
-        # Resolution of the images; None says that they have the generator's own, see `check_scale`
-        um_per_px:float|None=None,
-    )->Tensor: # `(B, 3, H, W)` in [0, 1]; a single channel is repeated
-        """The synthetic second image of each image. `ValueError` when the images have a scale and
-        the generator has none."""
-        _check(images)
-        if um_per_px is not None: check_scale(self, um_per_px)
-        device = next(
-            (t.device for t in (*self.module.parameters(), *self.module.buffers())), images.device
-        )
-        h, w = images.shape[-2:]
-        x = images.to(device)
-        scale = um_per_px/self.um_per_px if um_per_px and self.um_per_px else 1.
-        if abs(scale - 1) > 0.02:
-            x = F.interpolate(
-                x,
-                size=(max(1, round(h * scale)), max(1, round(w * scale))),
-                mode="bilinear",
-                antialias=True,
-            )
-        th, tw = x.shape[-2:]
-        ph, pw = (max(self.least, -(-n//self.multiple)*self.multiple) - n for n in (th, tw))
-        x = F.pad(x, (0, pw, 0, ph), mode="reflect" if ph < th and pw < tw else "replicate")
-        mode = self.module.training
-        y = self.activation(self.module.eval()(x))[..., :th, :tw]
-        self.module.train(mode)
-        if abs(scale - 1) > .02: y = F.interpolate(y, size=(h, w), mode="bilinear", antialias=True)
-        return (y.repeat(1, 3, 1, 1) if y.shape[1] == 1 else y).clamp(0, 1).to(images.device)
+def _padded(x, multiple, least):
+    "Images with sides that are multiples, and not less than `least`"
+    h, w = x.shape[-2:]
+    ph, pw = (max(least, -(-n//multiple)*multiple) - n for n in (h, w))
+    return F.pad(x, (0, pw, 0, ph), mode="reflect" if ph < h and pw < w else "replicate")
 
 def _check(images):
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -163,17 +101,67 @@ def _check(images):
             "1]: divide 8-bit images by 255."
         )
 
+# %% ../../nbs/pairs/generators.ipynb #ca67ecaf
+class ModuleGenerator:
+    "An image-to-image module under the generators' calling convention."
+    def __init__(self,
+        module:nn.Module, # `(B, 3, H, W)` in [0, 1] to `(B, 1 or 3, H, W)`
+        um_per_px:float|None=None, # Resolution that it was trained at, micrometres per pixel; None: not known
+        training_ids:Sequence[str]=(), # Groups (patients) that it was trained on
+        name:str="module", # For reports
+        multiple:int=16, # Height and width are padded to a multiple of this
+        activation:Callable[[Tensor], Tensor]=torch.sigmoid, # From the module's output to [0, 1]
+        licence:str|None=None, # Of the weights, often that of the images that they were trained on
+    ):
+        self.module, self.um_per_px, self.training_ids = module.eval(), um_per_px, list(training_ids)
+        self.name, self.licence, self.activation = name, licence, activation
+        self.multiple, self.least = multiple, 2*multiple
+
+    @property
+    def key(self)->str:
+        activation = getattr(self.activation, "__name__", str(self.activation))
+        return fingerprint(self.module, [self.um_per_px, self.multiple, activation])
+
+    def to(self, device)->"ModuleGenerator": # Itself
+        "Move the module to a device."
+        self.module.to(device)
+        return self
+
+    @torch.no_grad()
+    def translate(self,
+        images:Tensor, # `(B, 3, H, W)` in [0, 1]
+        um_per_px:float|None=None, # Resolution of the images; None: the generator's own, see `check_scale`
+    )->Tensor: # `(B, 3, H, W)` in [0, 1]; a single channel is repeated
+        "The synthetic second image of each image; `ValueError` when only the images have a scale."
+        _check(images)
+        if um_per_px is not None: check_scale(self, um_per_px)
+        y = self._run(images, um_per_px/self.um_per_px if um_per_px and self.um_per_px else 1.)
+        return (y.repeat(1, 3, 1, 1) if y.shape[1] == 1 else y).clamp(0, 1).to(images.device)
+
+# %% ../../nbs/pairs/generators.ipynb #1ad5135b
+@patch
+def _run(self:ModuleGenerator, images, scale):
+    "The module's output for images resampled by `scale`, on their grid"
+    tensors = [*self.module.parameters(), *self.module.buffers()]
+    x = _resampled(images.to(tensors[0].device if tensors else images.device), scale)
+    h, w = x.shape[-2:]
+    mode = self.module.training
+    y = self.activation(self.module.eval()(_padded(x, self.multiple, self.least)))[..., :h, :w]
+    self.module.train(mode)
+    if abs(scale - 1) <= .02: return y
+    return F.interpolate(y, size=images.shape[-2:], mode="bilinear", antialias=True)
+
 # %% ../../nbs/pairs/generators.ipynb #c9d4ff48
 def make_unet(
     width:int=16, # Channels of the first level; doubled on the way down
     out_channels:int=1, # 1 for a mask, 3 for a stain
 )->nn.Module: # `(B, 3, H, W)` to `(B, out_channels, H, W)` logits; H and W multiples of 16
-    "A small U-Net with instance normalisation, so that it behaves the same in training and in use."
+    "A small U-Net with instance normalisation."
     net = nets.BasicUNet(
         spatial_dims=2,
         in_channels=3,
         out_channels=out_channels,
-        features=(width, width, 2 * width, 4 * width, 8 * width, width),
+        features=(width, width, 2*width, 4*width, 8*width, width),
         norm=("instance", {"affine": True}),
     )
     net.spec = {"name": "unet", "width": width, "out_channels": out_channels}
@@ -185,21 +173,18 @@ def make_resnet(
     out_channels:int=3, # 1 for a mask, 3 for a stain
     antialias:bool=False, # Halve and double through a fixed blur, as CUT does
 )->nn.Module: # `(B, 3, H, W)` to `(B, out_channels, H, W)` logits; H and W multiples of 4
-    """The residual generator of CycleGAN (Johnson et al., 2016), without its last Tanh; published
-    width: 64."""
+    "The residual generator of CycleGAN (Johnson et al., 2016) without its Tanh; published width: 64."
     net = ResNet(blocks, 3, out_channels, width, blur_down=3*antialias, blur_up=4*antialias)
     net.model[-1] = nn.Identity()
-    net.spec = {
-        "name": "resnet",
-        "width": width,
-        "blocks": blocks,
-        "out_channels": out_channels,
-        "antialias": antialias,
-    }
+    settings = dict(width=width, blocks=blocks, out_channels=out_channels, antialias=antialias)
+    net.spec = {"name": "resnet", **settings}
     return net
 
 # what `save_generator` can write: builders by the name in a module's `spec`
 NETWORKS = {"unet": make_unet, "resnet": make_resnet}
+
+# %% ../../nbs/pairs/generators.ipynb #0f95abba
+_FORMAT = "synthpi-generator-1"
 
 def save_generator(
     generator:ModuleGenerator, # Around a module of `NETWORKS`
@@ -207,25 +192,62 @@ def save_generator(
     **about, # JSON-ready facts for the header: training data, settings, validation figures
 )->None:
     "Write weights and a header that tells how to build the generator again; atomic."
-    if getattr(generator.module, "spec", {}).get("name") not in NETWORKS:
+    spec = getattr(generator.module, "spec", {})
+    if spec.get("name") not in NETWORKS:
         raise ValueError(
             f"got a {type(generator.module).__name__} without a known `spec`, expected a "
             "module of make_unet or make_resnet."
         )
     settings = {k: getattr(generator, k) for k in ("um_per_px", "training_ids", "name", "licence")}
-    write_safetensors(
+    weights = generator.module.state_dict()
+    write_safetensors(path, weights, _FORMAT, module=spec, settings=settings, about=about)
+
+def _read_own(path, device, settings, given):
+    "A generator of `save_generator`, with settings that its file does not hold"
+    facts, state = read_safetensors(
         path,
-        generator.module.state_dict(),
-        "synthpi-generator-1",
-        module=generator.module.spec,
-        settings=settings,
-        about=about,
+        _FORMAT,
+        needs=("module", "settings", "about"),
+        foreign="build its module, load the weights, and wrap it in ModuleGenerator.",
+    )
+    if given := [k for k, v in given.items() if v is not None]:
+        raise ValueError(
+            f"got {', '.join(given)} for {path}, which holds its own settings; expected none."
+        )
+    module = _build(path, dict(facts["module"]))
+    module.load_state_dict(state)
+    settings = _joined_settings(path, facts["settings"], **settings)
+    generator = ModuleGenerator(module.requires_grad_(False).to(device), **settings)
+    generator.about = facts["about"]
+    return generator
+
+# %% ../../nbs/pairs/generators.ipynb #228c574c
+def _build(path, spec):
+    name = spec.pop("name", None)
+    if name in NETWORKS: return NETWORKS[name](**spec)
+    raise ValueError(
+        f"{path} holds a network called {name!r}, and this version builds "
+        f"{', '.join(NETWORKS)}: update synthpi."
     )
 
-# %% ../../nbs/pairs/generators.ipynb #0f95abba
+def _joined_settings(path, settings, um_per_px, training_ids, name, licence):
+    "Settings of a file, completed by those of the call"
+    own = settings["um_per_px"]
+    if um_per_px and own not in (None, um_per_px):
+        raise ValueError(
+            f"got um_per_px={um_per_px} for {path}, which was trained at "
+            f"{own}; expected none. The resolution of the tiles is given to translate."
+        )
+    return settings | {
+        "um_per_px": own or um_per_px,
+        "training_ids": list(dict.fromkeys([*settings["training_ids"], *training_ids])),
+        "name": name or settings["name"],
+        "licence": licence or settings.get("licence"),
+    }
+
+# %% ../../nbs/pairs/generators.ipynb #3e33e0ea
 class ForeignGenerator(ModuleGenerator):
-    """A network of others under the generators' calling convention; its attribute `about` says what
-    was recognised."""
+    "A third-party network under the generators' calling convention; `about` says what was recognised."
     def __init__(self,
         network:Network, # With its `range`
         um_per_px:float|None=None, # Resolution that it was trained at, micrometres per pixel
@@ -233,139 +255,76 @@ class ForeignGenerator(ModuleGenerator):
         name:str="foreign", # For reports
         licence:str|None=None, # Of the weights
     ):
-        super().__init__(
-            Adapted(network), um_per_px, training_ids, name, network.multiple, _as_is, licence
-        )
-        self.network, self.least, self.about = (
-            network,
-            network.least,
-            {**network.facts, "assumed": list(network.assumed)},
-        )
+        settings = um_per_px, training_ids, name, network.multiple, _as_is, licence
+        super().__init__(Adapted(network), *settings)
+        self.network, self.least = network, network.least
+        self.about = {**network.facts, "assumed": list(network.assumed)}
 
     @property
     def key(self)->str:
         n = self.network
-        return fingerprint(
-            n.content or n.module,
-            ["foreign", n.settings, n.channels, n.multiple, n.least, n.range, self.um_per_px],
-        )
+        read = [n.settings, n.channels, n.multiple, n.least, n.range, self.um_per_px]
+        return fingerprint(n.content or n.module, ["foreign", *read])
 
 def _as_is(y): return y
 
-def load_generator(
-    # A file of `save_generator`; a file or folder of others; or a module, a pipeline, a function:
-    # see `read_network`
-    source,
-    device:str="cpu", # Where it runs
-    *,
-    um_per_px:float|None=None, # Resolution that it was trained at, micrometres per pixel
-    training_ids:Sequence[str]=(), # Groups (patients) that it was trained on
-    # Values of a network of others, `(low, high)` or `((low, high), (low, high) or "logits")`;
-    # None: from what it is
-    range=None,
-    # Sides of a network of others are padded to a multiple of this; None: from what it is
-    multiple:int|None=None,
-    # For reports; default the file's. A function needs one: it is told apart by it
-    name:str|None=None,
-    entry:str|None=None, # Which network, when a file holds several: "netG_A"
-    norm:str|None=None, # Normalisation, where a file misleads, see `recognise`
-    padding:str|None=None, # "replicate", which a file does not show, see `recognise`
-    batch_statistics:str|None=None, # "stored" (default), or "image", see `recognise`
-    seed:int=0, # Of a diffusion pipeline's noise
-    # Arguments of a diffusion pipeline's call: prompt, strength, num_inference_steps
-    options:dict|None=None,
-    licence:str|None=None, # Of the weights; goes to the manifest of the pairs
-    verbose:bool=True, # Print what was recognised of a network of others
-)->ModuleGenerator: # Ready to translate; its attribute `about` holds the header's facts, or what was recognised
-    """A generator from whatever holds it, without running a pickle; `FileNotFoundError`, or
-    `ValueError` with the reason when it cannot be used."""
-    if hasattr(source, "translate") and hasattr(source, "key"): return source
-    told = {
-        "entry": entry,
-        "norm": norm,
-        "padding": padding,
-        "batch_statistics": batch_statistics,
-        "options": options,
-    }
-    path = Path(source) if isinstance(source, (str, Path)) else None
-    if path and (not path.exists() or path.is_file() and file_kind(path) in (None, "synthpi")):
-        return _own(
-            path,
-            device,
-            um_per_px,
-            training_ids,
-            name,
-            licence,
-            {**told, "range": range, "multiple": multiple},
-        )
-    network = read_network(source, device, name, seed, **told)
+def _with_given(network, range, multiple):
+    "The network, with the user's values and sides in place of those assumed"
+    def drop(what): network.assumed = [a for a in network.assumed if not a.startswith(what)]
     if range is not None:
-        network.range, network.assumed = (
-            as_range(range),
-            [a for a in network.assumed if not a.startswith("values")],
-        )
+        network.range = as_range(range)
+        drop("values")
     if network.range is None:
         raise ValueError(
             f"{network}\nThe values that it takes and gives are not visible: give range=, for "
             "example range=(-1, 1) after a Tanh, range=(0, 1), or range=((0, 1), 'logits')."
         )
     if multiple is not None:
-        if multiple < 1: raise ValueError(f"got multiple={multiple}, expected at least 1.")
-        network.multiple, network.least, network.assumed = (
-            multiple,
-            multiple,
-            [a for a in network.assumed if not a.startswith("sides")],
-        )
-    generator = ForeignGenerator(
-        network,
-        um_per_px,
-        training_ids,
-        name
-        or (path.name if path and path.is_dir() else path.stem if path else type(source).__name__),
-        licence,
-    )
-    if verbose:
-        print(network)
-        print(
-            f"  values: {network.range[0]} to {network.range[1]}; sides: multiples of "
-            f"{network.multiple}; scale: "
-            + (f"{um_per_px:g} um/px" if um_per_px else "not given (um_per_px=)")
-        )
+        network.multiple = network.least = at_least(1, multiple, "multiple")
+        drop("sides")
+    return network
+
+# %% ../../nbs/pairs/generators.ipynb #75300b6f
+def load_generator(  # noqa: PLR0913
+    source, # A generator file; a third-party file, folder, module, pipeline or function, see `read_network`
+    device:str="cpu", # Where it runs
+    *,
+    um_per_px:float|None=None, # Resolution that it was trained at, micrometres per pixel
+    training_ids:Sequence[str]=(), # Groups (patients) that it was trained on
+    range=None, # Third-party: values, `(low, high)` or `((low, high), (low, high) or "logits")`; None: as recognised
+    multiple:int|None=None, # Third-party: sides are padded to a multiple of this; None: as recognised
+    name:str|None=None, # For reports; default the file's. A function needs one: it is its identity
+    entry:str|None=None, # Which network, when a file holds several: "netG_A"
+    norm:str|None=None, # Normalisation, where a file misleads, see `recognise`
+    padding:str|None=None, # "replicate", which a file does not show, see `recognise`
+    batch_statistics:str|None=None, # "stored" (default), or "image", see `recognise`
+    seed:int=0, # Of a diffusion pipeline's noise
+    options:dict|None=None, # Of a diffusion pipeline's call: prompt, strength, num_inference_steps
+    licence:str|None=None, # Of the weights; goes to the manifest of the pairs
+    verbose:bool=True, # Print what was recognised of a third-party network
+)->ModuleGenerator: # Its `about` holds the header's facts, or what was recognised
+    """A generator from whatever holds it, without running a pickle; `FileNotFoundError`, or
+    `ValueError` with the reason when it cannot be used."""
+    if hasattr(source, "translate") and hasattr(source, "key"): return source
+    read = dict(entry=entry, norm=norm, padding=padding, batch_statistics=batch_statistics)
+    path, read["options"] = Path(source) if isinstance(source, (str, Path)) else None, options
+    if path and (not path.exists() or path.is_file() and file_kind(path) in (None, "synthpi")):
+        settings = dict(um_per_px=um_per_px, training_ids=training_ids, name=name, licence=licence)
+        return _read_own(path, device, settings, {**read, "range": range, "multiple": multiple})
+    network = _with_given(read_network(source, device, name, seed, **read), range, multiple)
+    name = name or _name(source, path)
+    generator = ForeignGenerator(network, um_per_px, training_ids, name, licence)
+    if verbose: print(_recognised(generator))
     return generator
 
-def _own(path, device, um_per_px, training_ids, name, licence, told):
-    "A generator of `save_generator`"
-    facts, state = read_safetensors(
-        path,
-        "synthpi-generator-1",
-        needs=("module", "settings", "about"),
-        foreign="build its module, load the weights, and wrap it in ModuleGenerator.",
+# %% ../../nbs/pairs/generators.ipynb #f05939cb
+def _name(source, path):
+    if path is None: return type(source).__name__
+    return path.name if path.is_dir() else path.stem
+
+def _recognised(generator):
+    n, um = generator.network, generator.um_per_px
+    return (
+        f"{n}\n  values: {n.range[0]} to {n.range[1]}; sides: multiples of {n.multiple}; scale: "
+        + (f"{um:g} um/px" if um else "not given (um_per_px=)")
     )
-    if given := [k for k, v in told.items() if v is not None]:
-        raise ValueError(
-            f"got {', '.join(given)} for {path}, which holds its own settings; expected none."
-        )
-    settings = facts["settings"]
-    if um_per_px and settings["um_per_px"] not in (None, um_per_px):
-        raise ValueError(
-            f"got um_per_px={um_per_px} for {path}, which was trained at "
-            f"{settings['um_per_px']}; expected none. The resolution of the tiles is given to "
-            "translate."
-        )
-    settings |= {
-        "um_per_px": settings["um_per_px"] or um_per_px,
-        "training_ids": list(dict.fromkeys([*settings["training_ids"], *training_ids])),
-        "name": name or settings["name"],
-        "licence": licence or settings.get("licence"),
-    }
-    spec = dict(facts["module"])
-    if spec.get("name") not in NETWORKS:
-        raise ValueError(
-            f"{path} holds a network called {spec.get('name')!r}, and this version builds "
-            f"{', '.join(NETWORKS)}: update synthpi."
-        )
-    module = NETWORKS[spec.pop("name")](**spec)
-    module.load_state_dict(state)
-    generator = ModuleGenerator(module.requires_grad_(False).to(device), **settings)
-    generator.about = facts["about"]
-    return generator

@@ -12,7 +12,6 @@ Docs: https://synthpi.github.io/synthpi/nbs/train/checkpoints.html.md"""
 __all__ = ['Checkpoints', 'check_same_run', 'load_model', 'load_optimizer']
 
 # %% ../../nbs/train/checkpoints.ipynb #c843e668
-import hashlib
 import os
 import re
 import warnings
@@ -24,7 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..core.checks import at_least
-from ..core.files import atomic_path
+from ..core.files import atomic_path, sha256_file
 
 # %% ../../nbs/train/checkpoints.ipynb #2aa077aa
 class Checkpoints:
@@ -43,11 +42,7 @@ class Checkpoints:
 
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 
-def _digest(path):
-    sha = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**22): sha.update(block)
-    return sha.hexdigest()[:16]
+def _digest(path): return sha256_file(path)[:16]
 
 def _intact(path): return _digest(path) == path.stem.split("-")[-1]
 

@@ -23,7 +23,7 @@ from synthpi.pairs.generators import (
 from synthpi.pairs.stains import StainGenerator
 from synthpi.core.files import fingerprint
 from synthpi.pairs.runtimes import as_range
-from synthpi.pairs.stains import Blank, Macenko, RandomWeights, Shuffled, macenko_stains
+from synthpi.pairs.stains import Macenko, RandomWeights, Shuffled, macenko_stains
 
 # --- The published networks as flat functions: weights are drawn here under the published names,
 # and every operation is a call of torch.nn.functional
@@ -929,5 +929,3 @@ def test_controls_demand_what_they_need():
         RandomWeights(ModuleGenerator(Own()))
     with pytest.raises(ValueError, match="has no weights"):
         RandomWeights(load_generator(lambda x: x, name="f", verbose=False))
-    with pytest.raises(ValueError, match="value=2"): Blank(2)
-    assert Blank(.5).key != Blank(0.).key and (Blank(.5).translate(images()) == .5).all()

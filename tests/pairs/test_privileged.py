@@ -34,7 +34,7 @@ from synthpi.pairs.generators import ModuleGenerator, make_unet, save_generator
 from synthpi.pairs.stains import StainGenerator
 from synthpi.pairs.privileged import add_privileged, cached_privileged, refuse_overlap
 from synthpi.studies.pretraining import pretrain
-from synthpi.pairs.stains import Blank, RandomWeights
+from synthpi.pairs.stains import RandomWeights
 from synthpi.studies.synthesise import NOTE, choose_generator, synthesise
 
 FORK = mp.get_context("fork") if "fork" in mp.get_all_start_methods() else None
@@ -152,10 +152,10 @@ def test_equal_tiles_give_equal_files(ds, tmp_path):
     assert (tmp_path/"a"/"manifest.csv").read_bytes() == (tmp_path/"b"/"manifest.csv").read_bytes()
 
 def test_colour_stays_and_gray_is_one_channel(ds, tmp_path):
-    class Half(Blank):
+    class Half(StainGenerator):
         key = "half"
         def translate(self, x, um_per_px=None): return x/2
-    class One(Blank):
+    class One(StainGenerator):
         key = "one"
         def translate(self, x, um_per_px=None): return x[:, :1]
     colour, gray = (
@@ -168,7 +168,7 @@ def test_colour_stays_and_gray_is_one_channel(ds, tmp_path):
 def test_a_generator_that_breaks_its_promise_is_named_and_nothing_is_stored(
     bad, message, ds, tmp_path
 ):
-    class Bad(Blank):
+    class Bad(StainGenerator):
         def translate(self, x, um_per_px=None): return bad(x)
     with pytest.raises(ValueError, match=message): add_privileged(ds, Bad(), tmp_path/"cache")
     assert not items(tmp_path/"cache")
