@@ -80,37 +80,32 @@ def lidar(
     return _entropy_rank(values.clip(0))
 
 # %% ../../nbs/evaluate/ranks.ipynb #9cc0a637
+def _varying(sigma:np.ndarray, z:np.ndarray)->int:
+    "How many singular values of the centred embeddings are above rounding"
+    largest = max(sigma[0], np.abs(z).max()*math.sqrt(len(z)))
+    return int((sigma > largest*max(z.shape)*np.finfo(np.float64).eps).sum())
+
 def alpha_req(
     z:np.ndarray|Tensor, # Embeddings (N, D)
     # First and last rank of the fit, counted from 1; cut to min(N - 1, D)
     ranks:tuple[int, int]=(3, 100),
-)->float: # 0 for equal eigenvalues; infinite where one direction of the range, or none, has any variance
+)->float: # 0 for equal eigenvalues; infinite where fewer than two directions of the range vary
     "Exponent of the power law by which the eigenvalues of the covariance fall."
     z = _embeddings(z, "(N, D)")
     first, last = ranks[0], min(ranks[1], len(z) - 1, z.shape[1])
     if not 1 <= first < last:
         raise ValueError(
-            f"got ranks {tuple(ranks)} for embeddings of shape {z.shape}; expected two ranks "
-            f"or more, from 1 to {min(len(z) - 1, z.shape[1])}."
+            f"got ranks {tuple(ranks)} for embeddings of shape {z.shape}, expected two ranks or "
+            f"more, from 1 to {min(len(z) - 1, z.shape[1])}."
         )
     sigma = np.linalg.svd(z - z.mean(axis=0), compute_uv=False)
-    alive = int(
-        (
-            sigma
-            > max(sigma[0], np.abs(z).max() * math.sqrt(len(z)))
-            * max(z.shape)
-            * np.finfo(np.float64).eps
-        ).sum()
-    )
-    if alive < last:
-        warnings.warn(
-            f"{alive} of {z.shape[1]} directions have any variance: alpha is fitted to ranks "
-            f"{first} to {alive}, in place of {last}."
-            if alive > first
-            else f"{alive} of {z.shape[1]} directions have any variance, too few for a slope over "
-                 f"ranks {first} to {last}: alpha is infinite."
-        )
-    if alive <= first: return math.inf
-    k = np.arange(first, min(last, alive) + 1)
+    varying = _varying(sigma, z)
+    if varying < last:
+        found = f"{varying} of {z.shape[1]} directions have any variance"
+        few = f"too few for a slope over ranks {first} to {last}: alpha is infinite."
+        cut = f"alpha is fitted to ranks {first} to {varying}, in place of {last}."
+        warnings.warn(f"{found}: {cut}" if varying > first else f"{found}, {few}")
+    if varying <= first: return math.inf
+    k = np.arange(first, min(last, varying) + 1)
     # eigenvalues are squares of singular values, up to a factor
     return float(-np.polyfit(np.log(k), 2*np.log(sigma[k - 1]), 1)[0])

@@ -340,7 +340,7 @@ def test_cross_validation_is_what_scikit_learn_gives_by_hand():
         ]
     )
     scores, C = by_hand(x, y, fold, parts, Cs)
-    result = cross_validate(x, y, g, fold, Cs)
+    result = cross_validate(x, y, g, fold, Cs=Cs)
     np.testing.assert_array_equal(result.C, C)
     np.testing.assert_allclose(result.scores, scores, atol=2e-3)
     np.testing.assert_allclose(
@@ -358,7 +358,7 @@ def test_cross_validation_is_what_scikit_learn_gives_by_hand():
 def test_classes_are_scored_as_scikit_learn_scores_them():
     x, y, g = blobs(300, 4, groups=15)
     names = np.array(["d", "a", "c", "b"])[y]
-    result = cross_validate(x, names, g, 5, [.01, 1.], metric="balanced_accuracy")
+    result = cross_validate(x, names, g, 5, Cs=[.01, 1.], metric="balanced_accuracy")
     assert result.scores.shape == (300, 4) and result.predictions.dtype == names.dtype
     for k in range(5):
         t, p = names[result.fold == k], result.predictions[result.fold == k]
@@ -375,14 +375,14 @@ def test_classes_are_scored_as_scikit_learn_scores_them():
 def test_targets_are_cross_validated_one_by_one():
     x, y, g = blobs(240, 3, groups=12, spread=2.5)
     Y, fold = y[:, None] == np.arange(3), g % 4
-    both = cross_validate(x, Y, g, fold, [.01, .1, 1.])
+    both = cross_validate(x, Y, g, fold, Cs=[.01, .1, 1.])
     assert (
         both.per_fold.shape == both.C.shape == (3, 4)
         and both.scores.shape == (240, 3)
         and both.predictions.shape == (240, 3)
     )
     for t in range(3):
-        one = cross_validate(x, Y[:, t], g, fold, [.01, .1, 1.])
+        one = cross_validate(x, Y[:, t], g, fold, Cs=[.01, .1, 1.])
         np.testing.assert_array_equal(both.C[t], one.C)
         np.testing.assert_allclose(both.per_fold[t], one.per_fold, atol=1e-3)
     np.testing.assert_allclose(both.mean, both.per_fold.mean())
@@ -392,16 +392,16 @@ def test_the_evaluation_fold_takes_no_part_in_its_own_fit_or_choice():
     x, y, g = blobs(240, 2, groups=12, spread=2.5)
     # inner folds of whole outer ones, and fresh ones
     for fold in (g % 4, g % 2):
-        before = cross_validate(x, y, g, fold, [0.01, 1.0])
+        before = cross_validate(x, y, g, fold, Cs=[0.01, 1.0])
         x2, y2 = x.copy(), y.copy()
         hit = fold == 1
         x2[hit] = 100 * np.random.default_rng(0).normal(size=x2[hit].shape)
         y2[hit] = 1 - y2[hit]
-        after = cross_validate(x2, y2, g, fold, [0.01, 1.0])
+        after = cross_validate(x2, y2, g, fold, Cs=[0.01, 1.0])
         assert before.C[1] == after.C[1]
         x2[hit] = x[hit]
         # only the labels of fold 1 differ: its own scores must not
-        again = cross_validate(x2, y2, g, fold, [0.01, 1.0])
+        again = cross_validate(x2, y2, g, fold, Cs=[0.01, 1.0])
         np.testing.assert_allclose(again.scores[hit], before.scores[hit], atol=1e-3)
         assert np.abs(again.scores[~hit] - before.scores[~hit]).max() > 0.1
 
@@ -422,7 +422,7 @@ def test_a_fold_with_one_class_is_nan_and_counted():
     Y[g % 5 == 2, 1] = False
     # one group alone holds the second target
     only = np.stack([Y[:, 0], (g == 3) & (y == 1)], axis=1)
-    result = cross_validate(x, Y, g, g % 5, [.1])
+    result = cross_validate(x, Y, g, g % 5, Cs=[.1])
     assert (
         np.isnan(result.per_fold[1]).tolist() == [False, False, True, False, False]
         and result.missing == 1
@@ -430,7 +430,7 @@ def test_a_fold_with_one_class_is_nan_and_counted():
     np.testing.assert_allclose(
         result.mean, (result.per_fold[0].mean() + np.nanmean(result.per_fold[1])) / 2
     )
-    lone = cross_validate(x, only, g, g % 5, [.1, 1.])
+    lone = cross_validate(x, only, g, g % 5, Cs=[.1, 1.])
     assert (
         np.isnan(lone.per_fold[1]).all()
         and lone.missing == 5
@@ -546,7 +546,7 @@ def test_intervals_of_several_targets_and_of_bad_arms():
     x, y, g = blobs(240, 3, groups=12, spread=2.5)
     Y = y[:, None] == np.arange(3)
     Y[g % 4 == 1, 2] = False
-    cv = cross_validate(x, Y, g, g % 4, [.1])
+    cv = cross_validate(x, Y, g, g % 4, Cs=[.1])
     r = auc_intervals(cv, n_boot=300)
     assert (
         r["missing"] == 1
@@ -562,15 +562,15 @@ def test_intervals_of_several_targets_and_of_bad_arms():
     )
     wide = auc_intervals(cv, n_boot=300, level=.99)["ci"]
     assert wide[0] < r["ci"][0] and wide[1] > r["ci"][1]
-    other = cross_validate(x[:, :3], Y, g, g % 4, [.1])
+    other = cross_validate(x[:, :3], Y, g, g % 4, Cs=[.1])
     d, back = auc_difference(cv, other, n_boot=300), auc_difference(other, cv, n_boot=300)
     np.testing.assert_allclose(
         [d["difference"], *d["ci"]], [cv.mean - other.mean, -back["ci"][1], -back["ci"][0]]
     )
     with pytest.raises(ValueError, match="differ in fold"):
-        auc_difference(cv, cross_validate(x, Y, g, g % 3, [0.1]))
+        auc_difference(cv, cross_validate(x, Y, g, g % 3, Cs=[0.1]))
     with pytest.raises(ValueError, match="scored by accuracy"):
-        auc_intervals(cross_validate(x, y, g, g % 4, [0.1], metric="accuracy"))
+        auc_intervals(cross_validate(x, y, g, g % 4, Cs=[0.1], metric="accuracy"))
 
 # label budget
 

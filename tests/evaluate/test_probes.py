@@ -129,39 +129,6 @@ def test_farndale_by_hand():
     expected = net.eval()(torch.from_numpy((vx - mean)/std).float()).detach().numpy()
     np.testing.assert_allclose(probe.logits(vx), expected, rtol=1e-3, atol=1e-4)
 
-def test_sgd_is_momentum_along_a_cosine():
-    x, y, vx, vy = SPLIT
-    mean, std = x.astype(np.float64).mean(0), x.astype(np.float64).std(0)
-    z, onehot, w, v, g = (
-        np.c_[(x - mean) / std, np.ones(240)],
-        np.eye(4)[y],
-        np.zeros((13, 4)),
-        np.zeros((13, 4)),
-        torch.Generator().manual_seed(3),
-    )
-    for epoch in range(10):
-        lr = .03*(1 + math.cos(math.pi*epoch/10))/2
-        for rows in torch.randperm(240, generator=g).chunk(3):
-            zb, p = z[rows], np.exp(z[rows] @ w)
-            v = .9*v + zb.T @ (p/p.sum(1, keepdims=True) - onehot[rows])/len(rows)
-            w = w - lr*v
-    probe = linear_probe(*SPLIT, protocol="sgd", epochs=10, batch_size=100, lrs=[.03], seed=3)
-    np.testing.assert_allclose(probe.coef, w[:12].T, atol=1e-5)
-    np.testing.assert_allclose(probe.intercept, w[12], atol=1e-5)
-    assert math.isnan(probe.C) and isinstance(probe.module(), nn.Linear)
-
-def test_sgd_comes_near_the_regression_and_validation_chooses_its_rate():
-    probe = linear_probe(*SPLIT, protocol="sgd", lrs=[1e-5, .03])
-    assert (
-        probe.path.lr.tolist() == [1e-5, 0.03]
-        and probe.path.val_log_loss[1] < probe.path.val_log_loss[0]
-    )
-    plain = linear_probe(*SPLIT)
-    assert (probe.predict(SPLIT[2]) == plain.predict(SPLIT[2])).mean() > .95
-    assert probe.val_accuracy == probe.path.val_accuracy[probe.path.val_log_loss.idxmin()]
-    back = linear_probe(*SPLIT, protocol="sgd", lrs=[.03, 1e-5])
-    np.testing.assert_array_equal(back.coef, probe.coef)
-
 @pytest.mark.parametrize("protocol", ["sgd", "farndale"])
 def test_the_seed_decides(protocol):
     a, b, c = (

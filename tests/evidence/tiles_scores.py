@@ -10,11 +10,11 @@ from synthpi.core.files import atomic_path, write_json
 from synthpi.core.runs import environment
 from synthpi.core.figures import show_images
 from synthpi.core.images import to_rgb
-from synthpi.evaluate.crossval import label_budget
-from synthpi.evaluate.intervals import error_reduction, interval
+from synthpi.evaluate.budget import label_budget
+from synthpi.evaluate.intervals import error_reduction, interval, jackknife_t
 from synthpi.evaluate.probes import linear_probe
 from synthpi.evaluate.ranks import rankme
-from synthpi.evaluate.regression import cross_regress, jackknife_t, r2_difference, r2_interval
+from synthpi.evaluate.regression import cross_regress, r2_difference, r2_interval
 
 # of `score`: another number has kept scores made anew
 VERSION = 1
