@@ -1,6 +1,6 @@
-"""Hover over an embedding map, click a point: its image, its synthetic partner, its saliency, its nearest neighbours
+"""Click a point of a map: its image, synthetic partner, saliency and neighbours
 
-A map of a data set is a picture of dots; what it says is in the images behind them. `explore_map`
+A map of a data set is a picture of dots; its meaning is in the images behind them. `explore_map`
 names the point under the pointer and shows its image; for the point that is clicked it shows the
 image, the synthetic one made for it, the saliency, and the nearest images by distance of the
 *features*, which is what the map had to bend. Like every explorer it needs a kernel to answer, and
@@ -20,11 +20,13 @@ __all__ = ['plot_points', 'point_at', 'plot_point', 'MapExplorer', 'explore_map'
 
 # %% ../../nbs/explain/map_explorer.ipynb #e2091fe3
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -36,6 +38,23 @@ from .pictures import ClickablePicture, Explorer, picture_png, side_by_side
 from .saliency import saliency_display
 
 # %% ../../nbs/explain/map_explorer.ipynb #ab6a10f2
+def _draw_dots(ax, coords, labels, classes, shown, area):
+    "Points that are shown in the look of their class, the others as small gray dots."
+    if (~shown).any(): ax.scatter(*coords[~shown].T, s=6, c="#C8C8C8", marker=".", linewidths=0)
+    edge = dict(linewidths=.3, edgecolors="white")
+    for c in [-1, *range(len(classes))]:
+        i = shown & (labels < 0 if c < 0 else labels == c)
+        look = dict(c="#777777", marker=".", label="unlabelled")
+        if c >= 0:
+            marker = MARKERS[(c + c//12) % 12]
+            look = dict(c=COLOURS[c % 12], marker=marker, label=classes[c])
+        if i.any(): ax.scatter(*coords[i].T, s=area, **edge, **look)
+
+def _ring(ax, coords, rows, area, linewidth):
+    style = dict(facecolors="none", edgecolors="black", zorder=3)
+    ax.scatter(*coords[rows].T, s=area, linewidths=linewidth, **style)
+
+# %% ../../nbs/explain/map_explorer.ipynb #5d0b7688
 def plot_points(
     coords, # (N, 2)
     labels, # Class indices, (N,); negative for unlabelled
@@ -50,51 +69,25 @@ def plot_points(
     shown = np.ones(len(coords), bool) if shown is None else np.asarray(shown)
     fig, ax = plt.subplots(figsize=(size, size + .2 + .2*-(-len(classes)//3)), layout="constrained")
     area = float(np.clip(8000/max(len(coords), 1), 8, 36))
-    if (~shown).any(): ax.scatter(*coords[~shown].T, s=6, c="#C8C8C8", marker=".", linewidths=0)
-    for c in [-1, *range(len(classes))]:
-        i = shown & (labels < 0 if c < 0 else labels == c)
-        if i.any():
-            ax.scatter(
-                *coords[i].T,
-                s=area,
-                c="#777777" if c < 0 else COLOURS[c % 12],
-                marker="." if c < 0 else MARKERS[(c + c // 12) % 12],
-                linewidths=0.3,
-                edgecolors="white",
-                label="unlabelled" if c < 0 else classes[c],
-            )
-    for rows, width, wide in ((list(near), 1, 2.5), ([] if chosen is None else [chosen], 2.2, 5)):
-        ax.scatter(
-            *coords[rows].T,
-            s=wide * area + 20,
-            facecolors="none",
-            edgecolors="black",
-            linewidths=width,
-            zorder=3,
-        )
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.margins(0.05)
+    _draw_dots(ax, coords, labels, classes, shown, area)
+    _ring(ax, coords, list(near), 2.5*area + 20, 1)
+    _ring(ax, coords, [] if chosen is None else [chosen], 5*area + 20, 2.2)
+    ax.set(xticks=[], yticks=[])
+    ax.margins(.05)
     if shown.any():
-        legend = fig.legend(
-            loc="outside lower center",
-            ncols=3,
-            fontsize=8,
-            frameon=False,
-            handletextpad=0.1,
-            columnspacing=1,
-        )
+        style = dict(fontsize=8, frameon=False, handletextpad=.1, columnspacing=1)
+        legend = fig.legend(loc="outside lower center", ncols=3, **style)
         for text in legend.get_texts(): text.set_parse_math(False)
     plt.close(fig)
     return fig
 
+# %% ../../nbs/explain/map_explorer.ipynb #a499dd94
 def _places(fig, coords):
-    "Where points of the map are in the picture: fractions from the left and the upper edge, (N, 2)"
+    "Where points of the map are in the picture: fractions from the left and upper edge, (N, 2)."
     # the layout settles when it is drawn
     fig.draw_without_rendering()
-    return fig.transFigure.inverted().transform(
-        fig.axes[0].transData.transform(np.asarray(coords, float))
-    ) * [1, -1] + [0, 1]
+    pixels = fig.axes[0].transData.transform(np.asarray(coords, float))
+    return fig.transFigure.inverted().transform(pixels)*[1, -1] + [0, 1]
 
 def point_at(
     fig:Figure, # Of `plot_points`
@@ -109,13 +102,57 @@ def point_at(
     return int(distance.argmin()) if np.isfinite(distance).any() else None
 
 # %% ../../nbs/explain/map_explorer.ipynb #62ad8061
+@dataclass(frozen=True)
+class _Behind:
+    "What a map's points stand for: images, labels and more, each a sequence or a function of a row."
+    images:object
+    labels:np.ndarray
+    classes:Sequence[str]
+    synthetic:object=None
+    saliency:object=None
+    groups:Sequence|None=None
+
+    def name(self, row): return self.classes[self.labels[row]] if self.labels[row] >= 0 else "unlabelled"
+    def caption(self, row): return self.name(row) + ("" if self.groups is None else f"\n{self.groups[row]}")
+
+def _of(source, row): return source(row) if callable(source) else source[row]
+
 def _item(source, row):
-    "An image of a sequence, or of a function of the row, as `(H, W, 3)` `uint8`"
-    image = source(row) if callable(source) else source[row]
+    "An image of a sequence, or of a function of the row, as `(H, W, 3)` `uint8`."
+    image = _of(source, row)
     if isinstance(image, Tensor):
         image = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
     return to_rgb(image)
 
+# %% ../../nbs/explain/map_explorer.ipynb #bd22efa6
+def _belongs(behind, chosen):
+    "Images of one point, with their titles: itself, its partner, its saliency."
+    found = [(_item(behind.images, chosen), f"point {chosen}\n{behind.caption(chosen)}")]
+    if behind.synthetic is not None:
+        found.append((_item(behind.synthetic, chosen), "synthetic"))
+    if behind.saliency is not None:
+        map = to_rgb(saliency_display(_of(behind.saliency, chosen)))
+        found.append((map, "saliency"))
+    return found
+
+def _draw_point(behind, chosen, near, distance, size):
+    beside = [
+        (_item(behind.images, r), f"{k + 1}. at {d:.2g}\n{behind.caption(r)}")
+        for k, (r, d) in enumerate(zip(near, distance))
+    ]
+    rows = [_belongs(behind, chosen), beside]
+    lines, ncols = 2 + (behind.groups is not None), max(map(len, rows))
+    figsize = (size*ncols + .1, 2*(size + .15*lines))
+    fig, axes = plt.subplots(2, ncols, figsize=figsize, squeeze=False, layout="constrained")
+    for ax in axes.flat: ax.axis("off")
+    for line, found in zip(axes, rows):
+        for ax, (image, title) in zip(line, found):
+            ax.imshow(image)
+            ax.set_title(title, fontsize=8, parse_math=False)
+    plt.close(fig)
+    return fig
+
+# %% ../../nbs/explain/map_explorer.ipynb #f17a050b
 def plot_point(
     chosen:int, # Row
     near:Sequence[int], # Rows of its neighbours
@@ -125,184 +162,117 @@ def plot_point(
     images,
     labels, # Class indices, (N,)
     classes:Sequence[str], # Class names
-    synthetic=None, # Synthetic partners, as `images`
-    saliency=None, # Signed maps as of `guided_gradcam`, or function of a row
-    groups:Sequence|None=None, # Patient of each, (N,)
     size:float=1.15, # Width of an image, inches
+    # `synthetic`, the partners as `images`; `saliency`, signed maps as of `guided_gradcam` or a
+    # function of a row; `groups`, the patient of each (N,)
+    **more,
 )->Figure: # The figure, not shown
     """An image with what belongs to it (first row), and its neighbours (second row), with class,
     patient and distance."""
-    def name(r):
-        return (classes[labels[r]] if labels[r] >= 0 else "unlabelled") + (
-            "" if groups is None else f"\n{groups[r]}"
-        )
-    first = [(_item(images, chosen), f"point {chosen}\n{name(chosen)}")]
-    if synthetic is not None: first.append((_item(synthetic, chosen), "synthetic"))
-    if saliency is not None:
-        first.append(
-            (
-                to_rgb(
-                    saliency_display(saliency(chosen) if callable(saliency) else saliency[chosen])
-                ),
-                "saliency",
-            )
-        )
-    rows = [
-        first,
-        [
-            (_item(images, r), f"{k + 1}. at {d:.2g}\n{name(r)}")
-            for k, (r, d) in enumerate(zip(near, distance))
-        ],
-    ]
-    lines, ncols = 2 + (groups is not None), max(map(len, rows))
-    fig, axes = plt.subplots(
-        2,
-        ncols,
-        figsize=(size * ncols + 0.1, 2 * (size + 0.15 * lines)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax in axes.flat: ax.axis("off")
-    for line, found in zip(axes, rows):
-        for ax, (image, title) in zip(line, found):
-            ax.imshow(image)
-            ax.set_title(title, fontsize=8, parse_math=False)
-    plt.close(fig)
-    return fig
+    behind = _Behind(images, labels, classes, **more)
+    return _draw_point(behind, chosen, near, distance, size)
 
 # %% ../../nbs/explain/map_explorer.ipynb #cff0e5c4
+def _choice(options, what):
+    "A list in which everything is chosen at first."
+    every, rows = [v for _, v in options], min(max(len(options), 3), 8)
+    style = dict(rows=rows, description=what, layout={"max_width": "100%"})
+    return widgets.SelectMultiple(options=options, value=every, **style)
+
+def _number(n):
+    style = dict(description="point", layout={"max_width": "100%"})
+    return widgets.BoundedIntText(value=0, min=0, max=n - 1, **style)
+
+def _beside(picture, filters, rest):
+    "The map, and the controls beside or below it."
+    wrap, narrow = widgets.Layout(flex_flow="row wrap"), {"max_width": "100%"}
+    right = widgets.VBox([widgets.HBox(filters, layout=wrap), *rest], layout=narrow)
+    return widgets.HBox([picture, right], layout=wrap)
+
+# %% ../../nbs/explain/map_explorer.ipynb #519d3292
 class MapExplorer(Explorer):
     """What `explore_map` gives: `filter` (classes), `patients` (None without `groups`) and `point`
     can be read and set, `near` holds the rows of the neighbours."""
-    def __init__(self, coords, images, labels, classes, synthetic, saliency, features, groups, k, metric):
-        # what is computed is computed once for a point
-        def once(x): return lru_cache(256)(x) if callable(x) else x
-        self.coords, self.labels, self.classes, self.features, self.groups, self.k, self.metric = (
-            coords,
-            labels,
-            classes,
-            features,
-            groups,
-            k,
-            metric,
-        )
-        self._behind, self._fig, self.near, self.patients = (
-            {
-                "images": once(images),
-                "synthetic": once(synthetic),
-                "saliency": once(saliency),
-                "groups": groups,
-            },
-            None,
-            [],
-            None,
-        )
+    def __init__(self, coords, behind, features, k, metric):
+        self.coords, self.behind, self.features = coords, behind, features
+        self.groups, self.k, self.metric = behind.groups, k, metric
+        self._fig, self.near, self.patients = None, [], None
+        labels, classes = behind.labels, behind.classes
         every = [*([-1] if (labels < 0).any() else []), *range(len(classes))]
-        def choice(options, what):
-            return widgets.SelectMultiple(
-                options=options,
-                value=[v for _, v in options],
-                rows=min(max(len(options), 3), 8),
-                description=what,
-                layout={"max_width": "100%"},
-            )
-        self.filter = choice(
-            [(classes[c] if c >= 0 else "unlabelled", c) for c in every], "classes"
-        )
-        if groups is not None:
-            names, self._whose = np.unique(groups.astype(str), return_inverse=True)
-            self.patients = choice([(str(name), i) for i, name in enumerate(names)], "patients")
-        self.point = widgets.BoundedIntText(
-            value=0, min=0, max=len(coords) - 1, description="point", layout={"max_width": "100%"}
-        )
+        self.filter = _choice([(classes[c] if c >= 0 else "unlabelled", c) for c in every], "classes")
+        if self.groups is not None:
+            names, self._whose = np.unique(self.groups.astype(str), return_inverse=True)
+            self.patients = _choice([(str(name), i) for i, name in enumerate(names)], "patients")
+        self.point = _number(len(coords))
         filters = [self.filter, *([] if self.patients is None else [self.patients])]
-        picture, self.found, wrap = (
-            ClickablePicture(),
-            ClickablePicture(),
-            widgets.Layout(flex_flow="row wrap"),
-        )
-        box = widgets.HBox(
-            [
-                picture,
-                widgets.VBox(
-                    [widgets.HBox(filters, layout=wrap), self.point, self.found],
-                    layout={"max_width": "100%"},
-                ),
-            ],
-            layout=wrap,
-        )
+        picture, self.found = ClickablePicture(), ClickablePicture()
+        box = _beside(picture, filters, [self.point, self.found])
         super().__init__(box, picture, lambda: side_by_side(self.picture.png, self.found.png), "")
         picture.on_click(self.click)
-        picture.on_hover(
-            [
-                f"point {r}: {self._name(r)}" + ("" if groups is None else f"\n{groups[r]}")
-                for r in range(len(coords))
-            ],
-            self._thumbnail,
-        )
+        captions = [f"point {r}: {behind.caption(r)}" for r in range(len(coords))]
+        picture.on_hover(captions, self._thumbnail)
         for w in (*filters, self.point): w.observe(lambda _: self.show(), "value")
         self.show()
         self.alt = f"{self.picture.alt} {self.found.alt}"
 
-    def _name(self, row):
-        return self.classes[self.labels[row]] if self.labels[row] >= 0 else "unlabelled"
-
     def _thumbnail(self, row):
-        image = Image.fromarray(_item(self._behind["images"], row))
+        image = Image.fromarray(_item(self.behind.images, row))
         image.thumbnail((192, 192))
         return picture_png(np.array(image))
 
     @property
     def shown(self):
-        return np.isin(self.labels, self.filter.value) & (
-            True if self.patients is None else np.isin(self._whose, self.patients.value)
-        )
+        chosen = np.isin(self.behind.labels, self.filter.value)
+        return chosen if self.patients is None else chosen & np.isin(self._whose, self.patients.value)
 
-    def click(self,
-        x:float, # From the left edge (0) to the right one (1)
-        y:float, # From the upper edge (0) to the lower one (1)
-    )->None:
-        "Choose the point in colour that lies nearest."
-        row = point_at(self._fig, self.coords, x, y, self.shown)
-        if row is not None: self.point.value = row
+# %% ../../nbs/explain/map_explorer.ipynb #8639c174
+@patch
+def click(self:MapExplorer,
+    x:float, # From the left edge (0) to the right one (1)
+    y:float, # From the upper edge (0) to the lower one (1)
+)->None:
+    "Choose the point in colour that lies nearest."
+    row = point_at(self._fig, self.coords, x, y, self.shown)
+    if row is not None: self.point.value = row
 
-    def show(self)->None:
-        "Draw what is chosen."
-        row, shown = self.point.value, self.shown
-        alone = np.arange(len(self.coords))
-        self.near, distance = nearest_in_others(
-            self.features,
-            alone if self.groups is None else self.groups,
-            row,
-            self.k,
-            None,
-            self.metric,
-        )
-        self._fig = plot_points(self.coords, self.labels, self.classes, shown, row, self.near)
-        self.picture.put(np.where(shown[:, None], _places(self._fig, self.coords), np.nan))
-        self.picture.png, self.found.png = (
-            picture_png(self._fig),
-            picture_png(
-                plot_point(
-                    row,
-                    self.near,
-                    distance,
-                    labels=self.labels,
-                    classes=self.classes,
-                    **self._behind,
-                )
-            ),
-        )
-        self.picture.alt = (
-            f"Map of {len(self.coords)} points, {int(shown.sum())} of them in colour; point {row} "
-            "is ringed. The number chooses the same as a click."
-        )
-        self.found.alt = (
-            f"Point {row}, {self._name(row)}, and its nearest: "
-            + "; ".join(f"point {r}, {self._name(r)}" for r in self.near)
-            + "."
-        )
+@patch
+def show(self:MapExplorer)->None:
+    "Draw what is chosen."
+    row, shown, behind = self.point.value, self.shown, self.behind
+    whose = np.arange(len(self.coords)) if self.groups is None else self.groups
+    self.near, distance = nearest_in_others(self.features, whose, row, self.k, None, self.metric)
+    self._fig = plot_points(self.coords, behind.labels, behind.classes, shown, row, self.near)
+    self.picture.put(np.where(shown[:, None], _places(self._fig, self.coords), np.nan))
+    self.picture.png = picture_png(self._fig)
+    self.found.png = picture_png(_draw_point(behind, row, self.near, distance, 1.15))
+    self.picture.alt = (
+        f"Map of {len(self.coords)} points, {int(shown.sum())} of them in colour; point {row} is "
+        "ringed. The number chooses the same as a click."
+    )
+    near = "; ".join(f"point {r}, {behind.name(r)}" for r in self.near)
+    self.found.alt = f"Point {row}, {behind.name(row)}, and its nearest: {near}."
 
+# %% ../../nbs/explain/map_explorer.ipynb #5ac967d5
+def _check_points(coords, features, behind):
+    labels, classes = behind.labels, behind.classes
+    if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) < 2 or not np.isfinite(coords).all():
+        raise ValueError(
+            f"got coordinates of shape {coords.shape}, expected finite (N, 2) of 2 points or "
+            "more."
+        )
+    if labels.dtype.kind not in "iu" or (len(labels) and labels.max() >= len(classes)):
+        raise ValueError(
+            f"got labels of type {labels.dtype} up to {labels.max() if len(labels) else '-'} "
+            f"with {len(classes)} classes; expected whole numbers below that, negative for "
+            "unlabelled."
+        )
+    named = ("labels", "images", "synthetic", "saliency", "groups")
+    given = {"features": features} | {name: getattr(behind, name) for name in named}
+    counted = {name: x for name, x in given.items() if x is not None and not callable(x)}
+    if wrong := [f"{len(x)} {name}" for name, x in counted.items() if len(x) != len(coords)]:
+        raise ValueError(f"got {', '.join(wrong)} for {len(coords)} points; expected one for each.")
+
+# %% ../../nbs/explain/map_explorer.ipynb #1e00a489
 def explore_map(
     coords, # (N, 2), or what `embedding_map` returned
     images, # The images: a sequence, or a function of the row
@@ -314,47 +284,16 @@ def explore_map(
     # What neighbours are sought by, (N, R); None: the map's coordinates, which bend distances
     features=None,
     groups:Sequence|None=None, # Patients, (N,): neighbours are of others
-    k:int=5, # Neighbours shown
-    metric:str="euclidean", # Or "cosine"
+    **how, # `k`, the number of neighbours (5), and `metric`, "euclidean" or "cosine"
 )->MapExplorer: # Shows itself as the last value of a cell; a still picture without a kernel
     "Hover over a map, click a point, and see what is behind it."
     coords = np.asarray(coords["coords"] if isinstance(coords, Mapping) else coords, float)
-    if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) < 2 or not np.isfinite(coords).all():
-        raise ValueError(
-            f"got coordinates of shape {coords.shape}, expected finite (N, 2) of 2 points or "
-            "more."
-        )
     labels = np.full(len(coords), -1) if labels is None else np.asarray(labels)
-    if labels.dtype.kind not in "iu" or (len(labels) and labels.max() >= len(classes)):
-        raise ValueError(
-            f"got labels of type {labels.dtype} up to {labels.max() if len(labels) else '-'} "
-            f"with {len(classes)} classes; expected whole numbers below that, negative for "
-            "unlabelled."
-        )
     features = coords if features is None else np.asarray(features)
-    counts = {"labels": labels, "features": features} | {
-        n: x
-        for n, x in (
-            ("images", images),
-            ("synthetic", synthetic),
-            ("saliency", saliency),
-            ("groups", groups),
-        )
-        if x is not None and not callable(x)
-    }
-    if wrong := [f"{len(x)} {n}" for n, x in counts.items() if len(x) != len(coords)]:
-        raise ValueError(
-            f"got {', '.join(wrong)} for {len(coords)} points; expected one for each."
-        )
-    return MapExplorer(
-        coords,
-        images,
-        labels,
-        list(classes),
-        synthetic,
-        saliency,
-        features,
-        None if groups is None else np.asarray(groups),
-        k,
-        metric,
-    )
+    groups = None if groups is None else np.asarray(groups)
+    def once(x): return lru_cache(256)(x) if callable(x) else x
+    pictures = {"synthetic": once(synthetic), "saliency": once(saliency), "groups": groups}
+    behind = _Behind(once(images), labels, list(classes), **pictures)
+    _check_points(coords, features, behind)
+    how = {"k": 5, "metric": "euclidean"} | how
+    return MapExplorer(coords, behind, features, **how)

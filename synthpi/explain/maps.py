@@ -256,7 +256,7 @@ def _panels(n, ncols, size, common, wider):
         layout="constrained", sharex=common, sharey=common,
     )
     for ax in axes.flat: ax.set_axis_off()
-    return fig, axes.flat
+    return fig, [*axes.flat]
 
 # %% ../../nbs/explain/maps.ipynb #375b4392
 def plot_map(

@@ -272,7 +272,7 @@ def test_neighbour_figure(odd):
     table = neighbour_table(odd, z, c, v, 4, k=2, per_subject=None)
     fig = plot_neighbours(odd, table, c, v, (3, 4, 5))
     assert len(fig.axes) == 9 and [ax.get_title().split("\n")[0] for ax in fig.axes[:3]] == [
-        "asked about",
+        "query",
         *(f"{k}. {d:.0f} mm away" for k, d in zip((1, 2), table.distance_mm[1:])),
     ]
     assert [ax.images[0].get_array().shape for ax in fig.axes[::3]] == [(4, 3), (5, 3), (5, 4)]

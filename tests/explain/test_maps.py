@@ -11,15 +11,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from synthpi.core.figures import COLOURS, MARKERS
 from synthpi.explain.maps import (
-    agreement,
     align_maps,
     embedding_map,
     load_map,
     map_scores,
     plot_map,
     save_map,
-    separation,
 )
+from synthpi.explain.neighbours import agreement, separation
 
 
 @pytest.fixture(scope="module")

@@ -299,7 +299,7 @@ def test_folds():
         "0.900 [0.850, 0.970]\n3 of 4 folds" in written
         and "0.600\n2 of 3 folds" in written
         and "0.600" in written
-        and "guessing" in written
+        and "chance" in written
     )
     assert [t.get_text() for t in ax.get_yticklabels()] == [
         "isimed",
