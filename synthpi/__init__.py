@@ -22,6 +22,7 @@ Modules:
 - `synthpi.cli.app`: What all commands share: flags from settings, errors as lines, cores, processes
 - `synthpi.cli.doctor`: What this machine has, what is missing for which feature, and what to do about it
 - `synthpi.cli.explain`: `synthpi explain` from a terminal
+- `synthpi.cli.pretrain`: One encoder from a folder of tiles, from a terminal
 - `synthpi.cli.tissue`: The study of tiles from a terminal: on simulated tiles, and on your own
 - `synthpi.cli.volumes`: Where in the body is this crop? The study of volumes from a terminal
 - `synthpi.core.checks`: Values from outside are checked where they come in; settings are said once
@@ -36,10 +37,10 @@ Modules:
 - `synthpi.data.device_views`: The same recipes on a whole batch, where the network is
 - `synthpi.data.folders`: Folders and manifests to a `Dataset`, with the patient of every image
 - `synthpi.data.nuclei_sets`: PanNuke and MoNuSeg, each read in its published layout
-- `synthpi.data.phantoms`: Simulated H&E tissue: nine classes, exact nuclear masks, patients, and a second set that looks different
-- `synthpi.data.published`: PanNuke, MoNuSeg, BCI, immunofluorescence pairs, NCT-CRC-HE and PatchCamelyon, each read in its published layout
+- `synthpi.data.phantoms`: Simulated H&E tissue: nine classes, exact nuclear masks, patients
+- `synthpi.data.published`: Seven published sets, each read by its name in its published layout
 - `synthpi.data.recipes`: What a view may differ in: the augmentations that teach an encoder what to ignore
-- `synthpi.data.splits`: Every image looked at once; splits that keep patients whole
+- `synthpi.data.splits`: Every image decoded once, and splits that keep patients whole
 - `synthpi.data.stain_sets`: H&E beside another stain: TIFF stacks, paired folders, BCI
 - `synthpi.data.tile_sets`: NCT-CRC-HE, PatchCamelyon and sets of a hub, each read in its published layout
 - `synthpi.data.views`: From a record to the augmented images that enter the branches
@@ -56,7 +57,7 @@ Modules:
 - `synthpi.evaluate.significance`: Paired tests over folds, over answers and over subjects, and Holm's adjustment
 - `synthpi.evaluate.tables`: One table of all arms, with intervals and paired tests
 - `synthpi.explain.activations`: Which nonlinearities of a network guided backpropagation covers
-- `synthpi.explain.map_explorer`: Hover over an embedding map, click a point: its image, its synthetic partner, its saliency, its nearest neighbours
+- `synthpi.explain.map_explorer`: Click a point of a map: its image, synthetic partner, saliency and neighbours
 - `synthpi.explain.maps`: How an encoder arranges a data set, and how far to trust the picture
 - `synthpi.explain.neighbours`: Do classes lie together, or patients? And what is nearest in other subjects?
 - `synthpi.explain.pair_explorer`: One pair at a time, in one place: flip between real and synthetic, the worst first
@@ -65,7 +66,7 @@ Modules:
 - `synthpi.explain.saliency`: Where in the image an encoder looks
 - `synthpi.explain.sanity`: Does a map depend on what the network has learnt, or only on the image?
 - `synthpi.explain.targets`: What a saliency map explains: a class, a similarity, or one dimension
-- `synthpi.explain.volume_explorer`: A volume to slide through and to click on, with the crops that an encoder finds most alike in other subjects
+- `synthpi.explain.volume_explorer`: Slide through a volume, click a voxel, see the nearest crops in other subjects
 - `synthpi.losses.distance`: Position as privileged information: embeddings as far apart as their crops
 - `synthpi.losses.geometry`: Distances between crops: which pairs, how far, and how well embeddings follow
 - `synthpi.losses.paired`: VICReg, Barlow Twins and SimCLR for two or more branches, on one or many devices
@@ -85,8 +86,8 @@ Modules:
 - `synthpi.pairs.privileged`: The synthesised privileged column: made once, checked, and with a history
 - `synthpi.pairs.quality`: Whether synthetic images are second images of this tissue, with intervals
 - `synthpi.pairs.runtimes`: PyTorch files, TorchScript, ONNX, diffusion pipelines and callables, opened without running a pickle
-- `synthpi.pairs.stains`: Privileged images that no network has learnt: a slide's own stains, and what a synthetic image has to be better than
-- `synthpi.pairs.tiling`: Overlapping tiles, blended: the same image in whatever order the tiles come, with seams weaker than the generator's own noise
+- `synthpi.pairs.stains`: A slide's own stains, and controls that a synthetic image has to beat
+- `synthpi.pairs.tiling`: A generator on images of any size, in overlapping tiles that are blended
 - `synthpi.pairs.training`: Training a generator on a small set of images, paired or not
 - `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and what a probe reads out of it
 - `synthpi.studies.explanation`: Coverage, saliency, sanity check and map of finished encoders, in one call and one page
@@ -95,6 +96,7 @@ Modules:
 - `synthpi.studies.generator_settings`: The arguments of a training, their checks, and the flags
 - `synthpi.studies.page`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
 - `synthpi.studies.pretraining`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
+- `synthpi.studies.pretraining_settings`: The arguments of `pretrain`, said once
 - `synthpi.studies.runs`: The names inside a run folder, and what is read back from it
 - `synthpi.studies.synthesise`: A folder of tiles and a generator to a cache of pairs, with a look at the first ones before the rest is made
 - `synthpi.studies.tissue.arms`: What a study compares: one name for one way of getting features
@@ -105,7 +107,7 @@ Modules:
 - `synthpi.studies.tissue.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
 - `synthpi.studies.tissue.tiles`: The tiles of a study: read, split, guarded, and scored by one probe
 - `synthpi.studies.volumes.arms`: What a study of volumes compares: ways of getting features of a crop
-- `synthpi.studies.volumes.report`: What a study of volumes found, as one page that a person likes to read
+- `synthpi.studies.volumes.report`: What a study of volumes found, as one page
 - `synthpi.studies.volumes.scores`: From the features of all arms to the numbers of the study, each with its interval
 - `synthpi.studies.volumes.settings`: The arguments, their checks, the identity of a folder, and the flags
 - `synthpi.studies.volumes.study`: Does it help an encoder to know where in the body a crop is? One call
