@@ -25,6 +25,12 @@ def test_exceptions_are_few_and_each_says_why():
     lines = [line for m in MODULES for line in m.read_text(encoding="utf-8").splitlines() if "noqa" in line]
     assert len(lines) <= 12 and all(re.search(r"noqa: \w+", line) for line in lines), lines
 
+@pytest.mark.parametrize("module", MODULES, ids=name)
+def test_exported_lines_are_within_the_width(module):
+    "But for `__all__`, which nbdev writes."
+    lines = module.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("__all__ = ")]
+
 def bodies(module):
     "Name and length in lines of the body of each function, its docstring left out"
     for f in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
