@@ -148,21 +148,48 @@ def test_columns_need_a_manifest(tmp_path):
     with pytest.raises(ValueError, match="group_column='patient'"):
         image_folder(tmp_path, group_column="patient")
 
-@pytest.mark.parametrize("change, error, message", [
-    (lambda t: t.replace("a/x_0.png", "a/gone.png"), FileNotFoundError, "1 of 12 files do not exist: a/gone.png"),
-    (lambda t: t.replace("a/x_0.png", "./a/x_1.png"), ValueError, "a/x_1.png more than once"),
-    (lambda t: t.assign(split="dev"), ValueError, "split names dev"),
-    (lambda t: t.assign(split=["train"]*11 + [None]), ValueError, "1 of 12 rows have an empty 'split', first in line 13"),
-    (lambda t: t.assign(patient=t.patient.where(t.patient != "ax")), ValueError, "2 of 12 rows have an empty 'patient'"),
-    (lambda t: t.assign(label=t.label.where(t.label != "a")), ValueError, "6 of 12 rows have an empty 'label'"),
-    (lambda t: t.rename(columns={"path": "file"}), ValueError, "one called 'path'"),
-    (lambda t: t.assign(Path=t.path), ValueError, "expected each once"),
-    (lambda t: t[:0], ValueError, "no rows"),
-])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (
+            lambda t: t.replace("a/x_0.png", "a/gone.png"),
+            FileNotFoundError,
+            "1 of 12 files do not exist: a/gone.png",
+        ),
+        (lambda t: t.replace("a/x_0.png", "./a/x_1.png"), ValueError, "a/x_1.png more than once"),
+        (lambda t: t.assign(split="dev"), ValueError, "split names dev"),
+        (
+            lambda t: t.assign(split=["train"] * 11 + [None]),
+            ValueError,
+            "1 of 12 rows have an empty 'split', first in line 13",
+        ),
+        (
+            lambda t: t.assign(patient=t.patient.where(t.patient != "ax")),
+            ValueError,
+            "2 of 12 rows have an empty 'patient'",
+        ),
+        (
+            lambda t: t.assign(label=t.label.where(t.label != "a")),
+            ValueError,
+            "6 of 12 rows have an empty 'label'",
+        ),
+        (lambda t: t.rename(columns={"path": "file"}), ValueError, "one called 'path'"),
+        (lambda t: t.assign(Path=t.path), ValueError, "expected each once"),
+        (lambda t: t[:0], ValueError, "no rows"),
+    ],
+)
 def test_wrong_manifests(tiles, change, error, message):
     with pytest.raises(error, match=message): image_folder(edit(tiles, change))
 
-@pytest.mark.parametrize("content", ["", "path;label\na/x_0.png;a\n", "path,label\n\"a", "path,label\na/ä.png,a\n".encode("latin-1")])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "path;label\na/x_0.png;a\n",
+        'path,label\n"a',
+        "path,label\na/ä.png,a\n".encode("latin-1"),
+    ],
+)
 def test_what_is_no_table(tiles, content):
     (tiles/"tiles.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="xpected.*commas|separated by commas"): image_folder(tiles)
@@ -229,8 +256,15 @@ def test_pair_names_and_sizes(pairs):
     with pytest.raises(ValueError, match="several files of one name: c.png, c.tif"):
         pair_folders(pairs)
 
-@pytest.mark.parametrize("rows, message", [
-    (["a", "b"], "do not match: c"), (["a", "b", "c", "d"], "do not match: d"), (["a", "b", "c", "c"], "do not match: c"), (["a", "b", "c"], None)])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (["a", "b"], "do not match: c"),
+        (["a", "b", "c", "d"], "do not match: d"),
+        (["a", "b", "c", "c"], "do not match: c"),
+        (["a", "b", "c"], None),
+    ],
+)
 def test_pairs_table(pairs, rows, message):
     pd.DataFrame({"name": rows, "patient": ["P"]*len(rows)}).to_csv(pairs/"pairs.csv", index=False)
     if message is None: assert pair_folders(pairs)["group"][:] == ["P"]*3

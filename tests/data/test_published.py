@@ -143,29 +143,99 @@ def test_pannuke_other_spellings(tmp_path, layout):
 def test_pannuke_one_fold(nuke, tmp_path):
     assert set(pannuke(nuke / "Fold 3", tmp_path / "out")["split"]) == {"test"}
 
-@pytest.mark.parametrize("damage, error, message", [
-    (lambda p: (p/"Fold 1/masks/fold1/masks.npy").unlink(), FileNotFoundError, "fold 1 .* no masks.npy"),
-    (lambda p: (p/"Fold 1/images/fold1/types.npy").unlink(), FileNotFoundError, "no types.npy"),
-    (lambda p: os.truncate(p/"Fold 2/images/fold2/images.npy", 20000), ValueError, "images.npy cannot be read"),
-    (lambda p: (p/"Fold 2/images/fold2/images.npy").write_bytes(b""), ValueError, "cannot be read"),
-    (lambda p: np.save(p/"Fold 2/images/fold2/types.npy", np.array(["a", None], object)), ValueError, "without pickled objects"),
-    (lambda p: np.save(p/"Fold 2/masks/fold2/masks.npy", np.zeros((2, 24, 24, 6))), ValueError, "fold 2 has 3 images, 2 masks, 3 types"),
-    (lambda p: np.save(p/"Fold 2/masks/fold2/masks.npy", np.zeros((3, 20, 24, 6))), ValueError, r"\(3, 20, 24, 6\); expected \(any, 24, 24, 6\)"),
-    (lambda p: np.save(p/"Fold 2/masks/fold2/masks.npy", np.zeros((3, 24, 24, 5))), ValueError, "expected .*24, 6"),
-    (lambda p: np.save(p/"Fold 2/masks/fold2/masks.npy", np.full((3, 24, 24, 6), .5)), ValueError, "whole numbers of nuclei"),
-    (lambda p: np.save(p/"Fold 2/images/fold2/images.npy", np.full((3, 24, 24, 3), .5)), ValueError, "image 0 of fold 2 has values 0.5 to 0.5"),
-    (lambda p: np.save(p/"Fold 2/images/fold2/images.npy", np.full((3, 24, 24, 3), 300.)), ValueError, "0 to 255"),
-    (lambda p: np.save(p/"Fold 2/images/fold2/images.npy", np.zeros((3, 24, 24))), ValueError, "has the shape"),
-    (lambda p: shutil.copytree(p/"Fold 2", p/"copy of Fold 2"), ValueError, "are both images of fold 2"),
-    (lambda p: (p/"Fold 1").rename(p/"Fold 7"), ValueError, "names the folds"),
-    (lambda p: shutil.copytree(write_pannuke(p.parent/"x", folds=(4,)), p/"more"), ValueError, r"folds \[1, 2, 3, 4\]"),
-    (lambda p: [shutil.rmtree(p/f"Fold {f}") for f in (1, 2, 3)] and (p/"a.txt").touch(), FileNotFoundError, "Found: a.txt"),
-])
+@pytest.mark.parametrize(
+    "damage, error, message",
+    [
+        (
+            lambda p: (p / "Fold 1/masks/fold1/masks.npy").unlink(),
+            FileNotFoundError,
+            "fold 1 .* no masks.npy",
+        ),
+        (
+            lambda p: (p / "Fold 1/images/fold1/types.npy").unlink(),
+            FileNotFoundError,
+            "no types.npy",
+        ),
+        (
+            lambda p: os.truncate(p / "Fold 2/images/fold2/images.npy", 20000),
+            ValueError,
+            "images.npy cannot be read",
+        ),
+        (
+            lambda p: (p / "Fold 2/images/fold2/images.npy").write_bytes(b""),
+            ValueError,
+            "cannot be read",
+        ),
+        (
+            lambda p: np.save(p / "Fold 2/images/fold2/types.npy", np.array(["a", None], object)),
+            ValueError,
+            "without pickled objects",
+        ),
+        (
+            lambda p: np.save(p / "Fold 2/masks/fold2/masks.npy", np.zeros((2, 24, 24, 6))),
+            ValueError,
+            "fold 2 has 3 images, 2 masks, 3 types",
+        ),
+        (
+            lambda p: np.save(p / "Fold 2/masks/fold2/masks.npy", np.zeros((3, 20, 24, 6))),
+            ValueError,
+            r"\(3, 20, 24, 6\); expected \(any, 24, 24, 6\)",
+        ),
+        (
+            lambda p: np.save(p / "Fold 2/masks/fold2/masks.npy", np.zeros((3, 24, 24, 5))),
+            ValueError,
+            "expected .*24, 6",
+        ),
+        (
+            lambda p: np.save(p / "Fold 2/masks/fold2/masks.npy", np.full((3, 24, 24, 6), 0.5)),
+            ValueError,
+            "whole numbers of nuclei",
+        ),
+        (
+            lambda p: np.save(p / "Fold 2/images/fold2/images.npy", np.full((3, 24, 24, 3), 0.5)),
+            ValueError,
+            "image 0 of fold 2 has values 0.5 to 0.5",
+        ),
+        (
+            lambda p: np.save(p / "Fold 2/images/fold2/images.npy", np.full((3, 24, 24, 3), 300.0)),
+            ValueError,
+            "0 to 255",
+        ),
+        (
+            lambda p: np.save(p / "Fold 2/images/fold2/images.npy", np.zeros((3, 24, 24))),
+            ValueError,
+            "has the shape",
+        ),
+        (
+            lambda p: shutil.copytree(p / "Fold 2", p / "copy of Fold 2"),
+            ValueError,
+            "are both images of fold 2",
+        ),
+        (lambda p: (p / "Fold 1").rename(p / "Fold 7"), ValueError, "names the folds"),
+        (
+            lambda p: shutil.copytree(write_pannuke(p.parent / "x", folds=(4,)), p / "more"),
+            ValueError,
+            r"folds \[1, 2, 3, 4\]",
+        ),
+        (
+            lambda p: [shutil.rmtree(p / f"Fold {f}") for f in (1, 2, 3)] and (p / "a.txt").touch(),
+            FileNotFoundError,
+            "Found: a.txt",
+        ),
+    ],
+)
 def test_damaged_pannuke(nuke, tmp_path, damage, error, message):
     damage(nuke)
     with pytest.raises(error, match=message): pannuke(nuke, tmp_path/"out")
 
-@pytest.mark.parametrize("options, message", [(dict(masks="cells"), "masks 'cells'"), (dict(folds={4: "test"}), "got fold 4"), (dict(folds={1: "dev"}), "splits dev")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(masks="cells"), "masks 'cells'"),
+        (dict(folds={4: "test"}), "got fold 4"),
+        (dict(folds={1: "dev"}), "splits dev"),
+    ],
+)
 def test_pannuke_options(nuke, tmp_path, options, message):
     with pytest.raises(ValueError, match=message): pannuke(nuke, tmp_path/"out", **options)
     assert not (tmp_path/"out").exists()
@@ -206,12 +276,20 @@ def test_moved_source_goes_on_and_changed_source_does_not(nuke, tmp_path):
     with pytest.raises(ValueError, match="another conversion: source was"):
         pannuke(tmp_path / "moved", tmp_path / "out")
 
-@pytest.mark.parametrize("there, message", [("note.txt", "holds 1 files or folders .note.txt. and "
-                                                         "no provenance.json"), (".", "is a file"), (None, "lies in the source")])
+@pytest.mark.parametrize(
+    "there, message",
+    [
+        ("note.txt", "holds 1 files or folders .note.txt. and no provenance.json"),
+        (".", "is a file"),
+        (None, "lies in the source"),
+    ],
+)
 def test_other_content_is_refused(nuke, tmp_path, there, message):
     out = tmp_path/"out"
     if there == ".": out.touch()
-    elif there: out.mkdir(); (out/there).touch()
+    elif there:
+        out.mkdir()
+        (out/there).touch()
     else: out = nuke/"deep/out"
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=message): pannuke(nuke, out)
@@ -269,8 +347,9 @@ def box(x, y, w=20, h=20): return [(x, y), (x + w, y), (x + w, y + h), (x, y + h
 def write_xml(path, outlines):
     path.parent.mkdir(parents=True, exist_ok=True)
     regions = "".join(
-        '<Region '
-        f'Id="{i}"><Attributes/><Vertices>{"".join(f"""<Vertex X="{x}" Y="{y}" Z="0"/>""" for x, y in xy)}</Vertices></Region>'
+        "<Region "
+        f'Id="{i}"><Attributes/><Vertices>'
+        f'{"".join(f"""<Vertex X="{x}" Y="{y}" Z="0"/>""" for x, y in xy)}</Vertices></Region>'
         for i, xy in enumerate(outlines, 1)
     )
     path.write_text(
@@ -355,26 +434,64 @@ def test_outlines_keep_their_place_when_halved():
 
 def edit_xml(outlines): return lambda p: write_xml(next(p.rglob(f"{A}.xml")), outlines)
 
-@pytest.mark.parametrize("damage, error, message", [
-    (edit_xml([]), ValueError, "has 0 regions and no outline"),
-    (edit_xml([[(1, 1), (2, 2)]]), ValueError, "has 1 regions and no outline"),
-    (edit_xml([box(10, 10), box(700, 10)]), ValueError, "outlines 2 lie outside the 100x80"),
-    (edit_xml([box(-50, 10)]), ValueError, "outlines 1 lie outside"),
-    (lambda p: next(p.rglob(f"{A}.xml")).write_text('<A><Region><Vertex X="a" Y="1"/></Region></A>'), ValueError, "Vertex without numbers"),
-    (lambda p: next(p.rglob(f"{A}.xml")).write_text('<A><Region><Vertex Y="1"/></Region></A>'), ValueError, "Vertex without numbers"),
-    (lambda p: next(p.rglob(f"{A}.xml")).write_text("<Annotations><Annotation>"), ValueError, "not whole XML"),
-    (lambda p: next(p.rglob(f"{A}.xml")).unlink(), ValueError, f"no partner: .*{A}.tif"),
-    (lambda p: next(p.rglob(f"{B}.tif")).unlink(), ValueError, f"no partner: .*{B}.xml"),
-    (lambda p: shutil.copy(next(p.rglob(f"{B}.tif")), p/f"{B}.tif"), ValueError, "several files of one name"),
-    (lambda p: [f.unlink() for f in p.rglob("*.xml")], FileNotFoundError, "2 TIFF and 0 XML"),
-    (lambda p: tifffile.imwrite(next(p.rglob(f"{A}.tif")), np.zeros((80, 100), np.uint16)), ValueError, "8-bit picture"),
-    (lambda p: [f.rename(f.with_stem("slide1")) for f in p.rglob(f"{A}.*")], ValueError, "TCGA patient"),
-])
+@pytest.mark.parametrize(
+    "damage, error, message",
+    [
+        (edit_xml([]), ValueError, "has 0 regions and no outline"),
+        (edit_xml([[(1, 1), (2, 2)]]), ValueError, "has 1 regions and no outline"),
+        (edit_xml([box(10, 10), box(700, 10)]), ValueError, "outlines 2 lie outside the 100x80"),
+        (edit_xml([box(-50, 10)]), ValueError, "outlines 1 lie outside"),
+        (
+            lambda p: next(p.rglob(f"{A}.xml")).write_text(
+                '<A><Region><Vertex X="a" Y="1"/></Region></A>'
+            ),
+            ValueError,
+            "Vertex without numbers",
+        ),
+        (
+            lambda p: next(p.rglob(f"{A}.xml")).write_text(
+                '<A><Region><Vertex Y="1"/></Region></A>'
+            ),
+            ValueError,
+            "Vertex without numbers",
+        ),
+        (
+            lambda p: next(p.rglob(f"{A}.xml")).write_text("<Annotations><Annotation>"),
+            ValueError,
+            "not whole XML",
+        ),
+        (lambda p: next(p.rglob(f"{A}.xml")).unlink(), ValueError, f"no partner: .*{A}.tif"),
+        (lambda p: next(p.rglob(f"{B}.tif")).unlink(), ValueError, f"no partner: .*{B}.xml"),
+        (
+            lambda p: shutil.copy(next(p.rglob(f"{B}.tif")), p / f"{B}.tif"),
+            ValueError,
+            "several files of one name",
+        ),
+        (lambda p: [f.unlink() for f in p.rglob("*.xml")], FileNotFoundError, "2 TIFF and 0 XML"),
+        (
+            lambda p: tifffile.imwrite(next(p.rglob(f"{A}.tif")), np.zeros((80, 100), np.uint16)),
+            ValueError,
+            "8-bit picture",
+        ),
+        (
+            lambda p: [f.rename(f.with_stem("slide1")) for f in p.rglob(f"{A}.*")],
+            ValueError,
+            "TCGA patient",
+        ),
+    ],
+)
 def test_damaged_monuseg(mono, tmp_path, damage, error, message):
     damage(mono)
     with pytest.raises(error, match=message): monuseg(mono, tmp_path/"out")
 
-@pytest.mark.parametrize("options, message", [(dict(downscale=3), "downscale=3 does not divide"), (dict(downscale=0), "downscale=0"), (dict(side=90), "expected at most 80")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(downscale=3), "downscale=3 does not divide"),
+        (dict(downscale=0), "downscale=0"),
+        (dict(side=90), "expected at most 80"),
+    ],
+)
 def test_monuseg_options(mono, tmp_path, options, message):
     with pytest.raises(ValueError, match=message): monuseg(mono, tmp_path/"out", **options)
 
@@ -466,7 +583,8 @@ def test_tiff_axes(tmp_path, kind, axis):
     if kind == "last": tifffile.imwrite(path, np.moveaxis(stack, 0, 2), photometric="minisblack")
     elif kind == "ome":
         path = path.with_name("a.ome.tif")
-        save(tmp_path/"s/HE/a.ome.png", picture(0, 24, 40)); (tmp_path/"s/HE/a.png").unlink()
+        save(tmp_path / "s/HE/a.ome.png", picture(0, 24, 40))
+        (tmp_path / "s/HE/a.png").unlink()
         tifffile.imwrite(path, stack[:, None], metadata={"axes": "CZYX"}, ome=True)
     else: tifffile.imwrite(path, np.moveaxis(stack, 0, 2), photometric="rgb")
     if axis is not None:
@@ -485,16 +603,55 @@ def rewrite(array, name="P0_t1.tif", side="IF"):
         p / side / name, array, photometric="rgb" if array.shape[-1] == 3 else "minisblack"
     )
 
-@pytest.mark.parametrize("damage, options, message", [
-    (None, {}, "has 5 channels; say which"), (None, dict(channels=(5,)), r"channels=\[5\], expected one to three from 0 to 4"), (None, dict(channels=(0, 1, 2, 3)), "one to three"), (None, dict(channels=()), "one to three"),
-    (None, dict(channels=(0,), window=[(0, 1), (0, 1)]), "for each of 1 channels"), (None, dict(channels=(0,), window=[(5, 5)]), "window"), (None, dict(channels=(0,), window=[(0, 5)], per_image=True), "expected one of them"),
-    (None, dict(channels=(0,), percentiles=(99, 1)), "two that rise"), (None, dict(channels=(0,), percentiles=(50, 50.1)), "channels 0 are constant between the percentiles"), (None, dict(channels=(0,), group_pattern=r"^(Q\d)"), "is not in 3 of 3 names"),
-    (rewrite(np.zeros((5, 24, 41), np.uint16)), dict(channels=(0,)), "41x24 pixels and .* has 40x24"), (rewrite(np.zeros((4, 24, 40), np.uint16)), dict(channels=(0,)), "has 4 channels and .* has 5"),
-    (rewrite(np.zeros((5, 24, 40), np.float32)), dict(channels=(0,)), "type float32"), (rewrite(np.zeros((2, 5, 24, 40), np.uint16)), dict(channels=(0,)), "one axis of channels"),
-    (lambda p: os.truncate(p/"IF/P0_t1.tif", 300), dict(channels=(0,)), "P0_t1.tif cannot be read"), (rewrite(np.zeros((24, 40), np.uint16), side="HE"), dict(channels=(0,)), "8-bit picture"),
-    (rewrite(np.zeros((24, 40, 3), np.uint16), side="HE"), dict(channels=(0,)), "8-bit picture"), (lambda p: os.truncate(p/"HE/P0_t1.tif", 300), dict(channels=(0,)), "HE/P0_t1.tif cannot be read"),
-    (lambda p: (p/"IF/P0_t1.tif").unlink(), dict(channels=(0,)), "no partner: HE/P0_t1.tif"), (lambda p: (p/"IF").rename(p/"DAPI"), dict(channels=(0,)), "holds DAPI, HE"),
-])
+@pytest.mark.parametrize(
+    "damage, options, message",
+    [
+        (None, {}, "has 5 channels; say which"),
+        (None, dict(channels=(5,)), r"channels=\[5\], expected one to three from 0 to 4"),
+        (None, dict(channels=(0, 1, 2, 3)), "one to three"),
+        (None, dict(channels=()), "one to three"),
+        (None, dict(channels=(0,), window=[(0, 1), (0, 1)]), "for each of 1 channels"),
+        (None, dict(channels=(0,), window=[(5, 5)]), "window"),
+        (None, dict(channels=(0,), window=[(0, 5)], per_image=True), "expected one of them"),
+        (None, dict(channels=(0,), percentiles=(99, 1)), "two that rise"),
+        (
+            None,
+            dict(channels=(0,), percentiles=(50, 50.1)),
+            "channels 0 are constant between the percentiles",
+        ),
+        (None, dict(channels=(0,), group_pattern=r"^(Q\d)"), "is not in 3 of 3 names"),
+        (
+            rewrite(np.zeros((5, 24, 41), np.uint16)),
+            dict(channels=(0,)),
+            "41x24 pixels and .* has 40x24",
+        ),
+        (
+            rewrite(np.zeros((4, 24, 40), np.uint16)),
+            dict(channels=(0,)),
+            "has 4 channels and .* has 5",
+        ),
+        (rewrite(np.zeros((5, 24, 40), np.float32)), dict(channels=(0,)), "type float32"),
+        (rewrite(np.zeros((2, 5, 24, 40), np.uint16)), dict(channels=(0,)), "one axis of channels"),
+        (
+            lambda p: os.truncate(p / "IF/P0_t1.tif", 300),
+            dict(channels=(0,)),
+            "P0_t1.tif cannot be read",
+        ),
+        (rewrite(np.zeros((24, 40), np.uint16), side="HE"), dict(channels=(0,)), "8-bit picture"),
+        (
+            rewrite(np.zeros((24, 40, 3), np.uint16), side="HE"),
+            dict(channels=(0,)),
+            "8-bit picture",
+        ),
+        (
+            lambda p: os.truncate(p / "HE/P0_t1.tif", 300),
+            dict(channels=(0,)),
+            "HE/P0_t1.tif cannot be read",
+        ),
+        (lambda p: (p / "IF/P0_t1.tif").unlink(), dict(channels=(0,)), "no partner: HE/P0_t1.tif"),
+        (lambda p: (p / "IF").rename(p / "DAPI"), dict(channels=(0,)), "holds DAPI, HE"),
+    ],
+)
 def test_damaged_tiff(shift, tmp_path, damage, options, message):
     if damage: damage(shift)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -605,8 +762,31 @@ def test_nct(tmp_path):
     assert_disjoint(ds)
     assert np.array_equal(ds[0]["primary"], np.array(Image.open(root/ds[0]["path"])))
 
-@pytest.mark.parametrize("damage, error, message", [(lambda p: shutil.rmtree(p/"CRC-VAL-HE-7K/MUS"), ValueError, "CRC-VAL-HE-7K: MUS are missing"), (lambda p: save(p/"NCT-CRC-HE-100K/EXTRA/a.tif", picture(0)), ValueError, "EXTRA are missing or too many"),
-    (lambda p: save(p/"NCT-CRC-HE-100K/a.tif", picture(0)), ValueError, "a.tif are missing or too many"), (lambda p: [f.rename(p/f"x{i}") for i, f in enumerate(sorted(p.iterdir()))], FileNotFoundError, "Found: x0, x1")])
+@pytest.mark.parametrize(
+    "damage, error, message",
+    [
+        (
+            lambda p: shutil.rmtree(p / "CRC-VAL-HE-7K/MUS"),
+            ValueError,
+            "CRC-VAL-HE-7K: MUS are missing",
+        ),
+        (
+            lambda p: save(p / "NCT-CRC-HE-100K/EXTRA/a.tif", picture(0)),
+            ValueError,
+            "EXTRA are missing or too many",
+        ),
+        (
+            lambda p: save(p / "NCT-CRC-HE-100K/a.tif", picture(0)),
+            ValueError,
+            "a.tif are missing or too many",
+        ),
+        (
+            lambda p: [f.rename(p / f"x{i}") for i, f in enumerate(sorted(p.iterdir()))],
+            FileNotFoundError,
+            "Found: x0, x1",
+        ),
+    ],
+)
 def test_damaged_nct(tmp_path, damage, error, message):
     damage(write_nct(tmp_path, "NCT-CRC-HE-100K", "CRC-VAL-HE-7K"))
     with pytest.raises(error, match=message): nct_crc(tmp_path)
@@ -675,13 +855,51 @@ def h5(name, key, array):
         with h5py.File(p/f"camelyonpatch_level_2_split_{name}.h5", "w") as f: f[key] = array
     return write
 
-@pytest.mark.parametrize("damage, error, message", [
-    (lambda p: (p/"camelyonpatch_level_2_split_test_y.h5").unlink(), FileNotFoundError, "split_test_y.h5 not found"), (lambda p: [f.unlink() for f in p.glob("*.h5")], FileNotFoundError, "no camelyonpatch.* Found: camelyon"),
-    (lambda p: (p/"camelyonpatch_level_2_split_test_meta.csv").unlink(), FileNotFoundError, "train, valid of train, valid, test have a _meta.csv"), (lambda p: os.truncate(p/"camelyonpatch_level_2_split_train_x.h5", 5000), ValueError, "not a whole HDF5 file"),
-    (h5("test_y", "y", np.zeros((3, 1, 1, 1), np.uint8)), ValueError, "split test has 2 images, 3 labels, 2 rows"), (h5("test_y", "y", np.full((2, 1, 1, 1), 2, np.uint8)), ValueError, "labels 2"), (h5("test_x", "z", np.zeros(3)), ValueError, "holds z; expected a data set 'x'"),
-    (h5("test_x", "x", np.zeros((2, 64, 64, 3), np.uint8)), ValueError, r"shape \(2, 64, 64, 3\)"), (h5("test_x", "x", np.zeros((2, 96, 96, 3), np.uint16)), ValueError, "type uint16"),
-    (lambda p: (p/"camelyonpatch_level_2_split_test_meta.csv").write_text("a,b\n1,2\n3,4\n"), ValueError, "expected 'wsi'"),
-])
+@pytest.mark.parametrize(
+    "damage, error, message",
+    [
+        (
+            lambda p: (p / "camelyonpatch_level_2_split_test_y.h5").unlink(),
+            FileNotFoundError,
+            "split_test_y.h5 not found",
+        ),
+        (
+            lambda p: [f.unlink() for f in p.glob("*.h5")],
+            FileNotFoundError,
+            "no camelyonpatch.* Found: camelyon",
+        ),
+        (
+            lambda p: (p / "camelyonpatch_level_2_split_test_meta.csv").unlink(),
+            FileNotFoundError,
+            "train, valid of train, valid, test have a _meta.csv",
+        ),
+        (
+            lambda p: os.truncate(p / "camelyonpatch_level_2_split_train_x.h5", 5000),
+            ValueError,
+            "not a whole HDF5 file",
+        ),
+        (
+            h5("test_y", "y", np.zeros((3, 1, 1, 1), np.uint8)),
+            ValueError,
+            "split test has 2 images, 3 labels, 2 rows",
+        ),
+        (h5("test_y", "y", np.full((2, 1, 1, 1), 2, np.uint8)), ValueError, "labels 2"),
+        (h5("test_x", "z", np.zeros(3)), ValueError, "holds z; expected a data set 'x'"),
+        (
+            h5("test_x", "x", np.zeros((2, 64, 64, 3), np.uint8)),
+            ValueError,
+            r"shape \(2, 64, 64, 3\)",
+        ),
+        (h5("test_x", "x", np.zeros((2, 96, 96, 3), np.uint16)), ValueError, "type uint16"),
+        (
+            lambda p: (p / "camelyonpatch_level_2_split_test_meta.csv").write_text(
+                "a,b\n1,2\n3,4\n"
+            ),
+            ValueError,
+            "expected 'wsi'",
+        ),
+    ],
+)
 def test_damaged_pcam(cam, tmp_path, damage, error, message):
     damage(cam)
     with pytest.raises(error, match=message): pcam(cam, tmp_path/"out")
@@ -799,8 +1017,18 @@ def test_hub_splits_of_other_names(hub, tmp_path):
     ds = hub_tiles("parquet", splits={"NCT_CRC_HE_100K": "train", "CRC_VAL_HE_7K": "test"}, **here)
     assert Counter(ds["split"]) == {"train": 4, "test": 2}
 
-@pytest.mark.parametrize("options, error, message", [(dict(splits={"holdout": "test"}), ValueError, "no split holdout; it has"), (dict(image_column="picture"), ValueError, "say image_column"), (dict(label_column="grade"), ValueError, "say label_column"),
-    (dict(group_column="patient"), ValueError, "say group_column"), (dict(split="train"), TypeError, "expected splits="), (dict(um_per_px=0), ValueError, "um_per_px=0"), (dict(streaming=True), ValueError, "give label_names")])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(splits={"holdout": "test"}), ValueError, "no split holdout; it has"),
+        (dict(image_column="picture"), ValueError, "say image_column"),
+        (dict(label_column="grade"), ValueError, "say label_column"),
+        (dict(group_column="patient"), ValueError, "say group_column"),
+        (dict(split="train"), TypeError, "expected splits="),
+        (dict(um_per_px=0), ValueError, "um_per_px=0"),
+        (dict(streaming=True), ValueError, "give label_names"),
+    ],
+)
 def test_hub_is_asked_for_what_is_not_there(hub, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         hub_tiles(hub, cache_dir=str(tmp_path / "cache"), **options)

@@ -48,7 +48,7 @@ def same(a, b):
 # ---- randomness
 
 @pytest.mark.parametrize("cls", [Views, BatchViews])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_views_do_not_know_their_worker(tiles, cls, context):
     branches = [
         ("primary", strong),
@@ -118,6 +118,7 @@ def test_recorded_runs_keep_their_views():
         )
     assert hashlib.sha256(repr(drawn).encode()).hexdigest()[:16] == "ee6150d8bdb554c2"
 
+@pytest.mark.slow
 def test_a_worker_is_not_stopped_by_threads_of_its_parent():
     """OpenCV's threads do not survive a fork, and a worker that changes their number waits for
     them for ever. In a process of its own, with a time limit, for the
@@ -166,7 +167,10 @@ def test_batches_ask_torch_distributed_for_their_share(tiles, tmp_path):
     finally:
         torch.distributed.destroy_process_group()
 
-@pytest.mark.parametrize("n, batch_size, epochs, steps", [(100, 10, 3, 30), (100, 32, 1, 4), (30, 1, .1, 3), (10, 100, 1, 1)])
+@pytest.mark.parametrize(
+    "n, batch_size, epochs, steps",
+    [(100, 10, 3, 30), (100, 32, 1, 4), (30, 1, 0.1, 3), (10, 100, 1, 1)],
+)
 def test_an_epoch_is_a_number_of_records(n, batch_size, epochs, steps):
     assert epoch_steps(n, batch_size, epochs) == steps
 
@@ -332,8 +336,16 @@ def test_the_cache_is_counted_in_bytes():
     list(images)
     assert len(images._kept) == 2 and images[4].nbytes == 1024
 
-@pytest.mark.parametrize("branches, message", [([("nothing", weak)], "no column 'nothing'"), ([Branch("primary", weak, "gray")], "expected one of rgb, raw, mask"),
-    ([Branch("primary", weak, classes=3)], "only a mask has classes"), ([Branch("primary", weak, geometry=0)], "the first branch has its own"), ([], "no branches")])
+@pytest.mark.parametrize(
+    "branches, message",
+    [
+        ([("nothing", weak)], "no column 'nothing'"),
+        ([Branch("primary", weak, "gray")], "expected one of rgb, raw, mask"),
+        ([Branch("primary", weak, classes=3)], "only a mask has classes"),
+        ([Branch("primary", weak, geometry=0)], "the first branch has its own"),
+        ([], "no branches"),
+    ],
+)
 def test_branches_that_cannot_be(tiles, branches, message):
     with pytest.raises(ValueError, match=message): Views(tiles, branches, 32)
 
@@ -586,10 +598,19 @@ def test_autocast_does_not_reach_the_views(tiles):
         and set(views(batch)) == {"views", "epoch", "index", "label"}
     )
 
-@pytest.mark.parametrize("recipe, message", [(lambda s: A.Compose([A.CLAHE()]), "holds CLAHE, which has no counterpart"), (lambda s: A.Compose([A.GaussianBlur(blur_limit=(3, 5))]), "settings that the device"),
-    (lambda s: A.Compose([A.RandomResizedCrop((s + 1, s))]), "settings that the device"), (lambda s: A.Compose([A.HorizontalFlip()], p=.5), "a recipe of probability 0.5"),
-    (lambda s: A.Compose([A.Transpose()]), "Transpose, which has no counterpart on the device; "
-                                           "expected HorizontalFlip")])
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        (lambda s: A.Compose([A.CLAHE()]), "holds CLAHE, which has no counterpart"),
+        (lambda s: A.Compose([A.GaussianBlur(blur_limit=(3, 5))]), "settings that the device"),
+        (lambda s: A.Compose([A.RandomResizedCrop((s + 1, s))]), "settings that the device"),
+        (lambda s: A.Compose([A.HorizontalFlip()], p=0.5), "a recipe of probability 0.5"),
+        (
+            lambda s: A.Compose([A.Transpose()]),
+            "Transpose, which has no counterpart on the device; expected HorizontalFlip",
+        ),
+    ],
+)
 def test_recipes_the_device_refuses(tiles, recipe, message):
     with pytest.raises(ValueError, match=message): BatchViews(tiles, [("primary", recipe)], 32)
     assert len(GEOMETRY) == 6
