@@ -454,7 +454,8 @@ def test_a_fold_with_one_class_is_nan_and_counted():
 
 @pytest.mark.parametrize("change, message", [
     (dict(folds=lambda g: np.arange(len(g)) % 4), "12 groups are in more than one fold: 0, 1, 2, "
-                                                  "3, 4, and 7 more"), (dict(folds=lambda g: np.where(np.arange(len(g)) == 7, 1 - g % 2, g % 2)),
+                                                  "3, 4, and 7 more"),
+     (dict(folds=lambda g: np.where(np.arange(len(g)) == 7, 1 - g % 2, g % 2)),
                                                   "1 groups are in more than one fold: "),
     (dict(folds=13), "12 groups for 13 folds"),
     (dict(folds=lambda g: g[:5]), r"folds of shape \(5,\)"),

@@ -298,9 +298,11 @@ def test_fold_sizes_may_stand_with_one_arm():
      "'b' and 'a' hold per_fold but no n_train"),
     (dict(a=dict(per_fold=[.1, .2, .4], n_train=9), b=dict(per_fold=[.2, .2, .5])), dict(base="a"),
      "hold per_fold but no n_test"),
-    (dict(a=dict(per_fold=[.1, .2, .4], n_train=9, n_test=3), b=dict(per_fold=[.2, .2, .5], n_train=9, n_test=4)), dict(base="a"),
+    (dict(a=dict(per_fold=[.1, .2, .4], n_train=9, n_test=3), b=dict(per_fold=[.2, .2, .5],
+     n_train=9, n_test=4)), dict(base="a"),
      "n_test is 4 in 'b' but 3 in 'a'"),
-    (dict(a=dict(per_fold=[.1, .2, .4], n_train=9, n_test=3), b=dict(per_fold=[.2, .2, .5], n_train=90, n_test=3)), dict(base="a"),
+    (dict(a=dict(per_fold=[.1, .2, .4], n_train=9, n_test=3), b=dict(per_fold=[.2, .2, .5],
+     n_train=90, n_test=3)), dict(base="a"),
      "n_train is 90 in 'b' but 9 in 'a'")])
 def test_tables_that_cannot_be_made(arms, options, message):
     with pytest.raises(ValueError, match=message): compare(arms, **options)
