@@ -20,6 +20,7 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
+import synthpi.evaluate.budget
 import synthpi.evaluate.logistic
 from synthpi.evaluate.significance import compare_folds, holm, mcnemar, permutation_test
 from synthpi.evaluate.crossval import (
@@ -27,8 +28,8 @@ from synthpi.evaluate.crossval import (
     auc_difference,
     auc_intervals,
     cross_validate,
-    label_budget,
 )
+from synthpi.evaluate.budget import label_budget
 from synthpi.evaluate.scores import auc
 from synthpi.core.groups import group_folds
 from synthpi.evaluate.logistic import fit_logistic
@@ -70,7 +71,7 @@ def reference(x, y, C, tol=1e-10):
 @pytest.mark.parametrize("path", [0, np.inf], ids=["along C", "every C by itself"])
 @pytest.mark.parametrize("n_classes", [2, 3, 7])
 def test_the_optimum_is_scikit_learns(monkeypatch, path, n_classes):
-    monkeypatch.setattr(synthpi.evaluate.logistic, "_PATH", path)
+    monkeypatch.setattr(synthpi.evaluate.logistic, "PATH_FROM", path)
     x, y, g = blobs(n_classes=n_classes)
     x = x.astype(np.float64)
     train = np.stack([g % 3 != k for k in range(3)])
@@ -113,7 +114,7 @@ def test_the_optimum_is_scikit_learns(monkeypatch, path, n_classes):
 
 @pytest.mark.parametrize("path", [0, np.inf], ids=["along C", "every C by itself"])
 def test_many_targets_are_single_regressions_and_one_class_only_is_nan(monkeypatch, path):
-    monkeypatch.setattr(synthpi.evaluate.logistic, "_PATH", path)
+    monkeypatch.setattr(synthpi.evaluate.logistic, "PATH_FROM", path)
     x, y, g = blobs(n_classes=5)
     Y = y[:, None] == np.arange(5)
     train = np.stack([g % 2 == 0, g % 2 == 1])
@@ -185,7 +186,7 @@ def test_the_gradient_is_that_of_the_objective():
     x, y, g = blobs(90, 3, d=4)
     for labels, L in ((y, 3), ((y[:, None] == [0, 1]).astype(float), 1)):
         train = torch.from_numpy(np.stack([g % 2 == 0, g >= 0])).double()
-        shared, *_ = synthpi.evaluate.logistic._standardise(x.astype(float), train, "cpu")
+        shared, *_ = synthpi.evaluate.logistic._standardise(x.astype(float), train)
         p = synthpi.evaluate.logistic._Problems(
             **shared,
             y=torch.from_numpy(labels),
@@ -236,9 +237,15 @@ def test_a_fit_that_is_stopped_says_so():
     assert fits.converged.ravel().tolist() == [True, False]
 
 @pytest.mark.parametrize("x, y, options, message", [
-    (np.zeros((3, 2)), [0, 1], {}, "3 rows of features and 2 labels"), (np.zeros(3), [0, 1, 1], {}, r"shape \(3,\)"), (np.full((2, 2), np.inf), [0, 1], {}, "first is row 0"),
-    (np.zeros((2, 2)), [1, 1], {}, "every label is .*1"), (np.zeros((2, 2)), [[0, 2], [1, 0]], {}, "other values than 0 and 1"), (np.zeros((2, 2)), np.zeros((2, 2, 2)), {}, r"\(2, 2, 2\)"),
-    (np.zeros((2, 2)), [0, 1], dict(train=[0, 1]), "expected bool of shape"), (np.zeros((2, 2)), [0, 1], dict(train=[False, False]), "one row at least"), (np.zeros((2, 2)), [0, 1], dict(Cs=[0.]), "positive")])
+    (np.zeros((3, 2)), [0, 1], {}, "3 rows of features and 2 labels"),
+    (np.zeros(3), [0, 1, 1], {}, r"shape \(3,\)"),
+    (np.full((2, 2), np.inf), [0, 1], {}, "are not finite: rows 0"),
+    (np.zeros((2, 2)), [1, 1], {}, "every label is .*1"),
+    (np.zeros((2, 2)), [[0, 2], [1, 0]], {}, "other values than 0 and 1"),
+    (np.zeros((2, 2)), np.zeros((2, 2, 2)), {}, r"\(2, 2, 2\)"),
+    (np.zeros((2, 2)), [0, 1], dict(train=[0, 1]), "expected bool of shape"),
+    (np.zeros((2, 2)), [0, 1], dict(train=[False, False]), "one row at least"),
+    (np.zeros((2, 2)), [0, 1], dict(Cs=[0.]), "got C=0.0")])
 def test_bad_input_of_the_solver(x, y, options, message):
     with pytest.raises(ValueError, match=message): fit_logistic(x, y, **options)
 
@@ -251,7 +258,13 @@ def test_cuda_gives_the_same_optimum():
 
 # folds
 
-@pytest.mark.parametrize("k, n_groups, labels", [(3, 3, None), (10, 10, "classes"), (5, 37, "classes"), (4, 30, "targets"), (10, 200, None)])
+@pytest.mark.parametrize("k, n_groups, labels", [
+    (3, 3, None),
+    (10, 10, "classes"),
+    (5, 37, "classes"),
+    (4, 30, "targets"),
+    (10, 200, None)
+])
 def test_folds_hold_whole_groups_and_none_is_empty(k, n_groups, labels):
     rng = np.random.default_rng(k)
     groups = np.concatenate([np.arange(n_groups), rng.integers(n_groups, size=20*n_groups)])
@@ -441,10 +454,18 @@ def test_a_fold_with_one_class_is_nan_and_counted():
 
 @pytest.mark.parametrize("change, message", [
     (dict(folds=lambda g: np.arange(len(g)) % 4), "12 groups are in more than one fold: 0, 1, 2, "
-                                                  "3, 4, and 7 more"), (dict(folds=lambda g: np.where(np.arange(len(g)) == 7, 1 - g % 2, g % 2)), "1 groups are in more than one fold: "),
-    (dict(folds=13), "12 groups for 13 folds"), (dict(folds=lambda g: g[:5]), r"folds of shape \(5,\)"), (dict(folds=lambda g: 0*g), "every row is in fold"), (dict(metric="f1"), "metric is 'f1'"),
-    (dict(metric="auc", y=lambda y: np.arange(len(y)) % 3), "does not fit labels of shape .* with 3 classes"), (dict(metric="accuracy", y=lambda y: y[:, None] == [0, 1]), "does not fit labels"),
-    (dict(inner=1), "inner is 1"), (dict(groups=lambda g: g[:-1]), "groups of shape"), (dict(y=lambda y: y[:-1]), "240 rows of features and 239 labels"),
+                                                  "3, 4, and 7 more"),
+     (dict(folds=lambda g: np.where(np.arange(len(g)) == 7, 1 - g % 2, g % 2)),
+                                                  "1 groups are in more than one fold: "),
+    (dict(folds=13), "12 groups for 13 folds"),
+    (dict(folds=lambda g: g[:5]), r"folds of shape \(5,\)"),
+    (dict(folds=lambda g: 0*g), "every row is in fold"),
+    (dict(metric="f1"), "got metric 'f1'"),
+    (dict(metric="auc", y=lambda y: np.arange(len(y)) % 3), "does not fit labels of shape .* with 3 classes"),
+    (dict(metric="accuracy", y=lambda y: y[:, None] == [0, 1]), "does not fit labels"),
+    (dict(inner=1), "got inner=1"),
+    (dict(groups=lambda g: g[:-1]), "groups of shape"),
+    (dict(y=lambda y: y[:-1]), "240 rows of features and 239 labels"),
     (dict(metric="accuracy", folds=lambda g: g % 4, y=lambda y: np.where(np.arange(len(y)) == 0, "z", "ab")), None)])
 def test_bad_input_of_cross_validation(change, message):
     x, y, g = blobs(240, 2, groups=12)
@@ -461,7 +482,7 @@ def test_bad_input_of_cross_validation(change, message):
             y,
             change.get("groups", lambda v: v)(g),
             folds(g) if callable(folds) else folds,
-            [1.0],
+            Cs=[1.0],
             **options,
         )
 
@@ -523,6 +544,7 @@ def test_replicates_are_those_of_drawing_subjects_one_by_one():
             value, np.average([a for a, _ in folds], weights=[w for _, w in folds]), rtol=1e-12
         )
 
+@pytest.mark.slow
 def test_intervals_cover_at_their_nominal_rate():
     rng = np.random.default_rng(0)
     truth = np.mean([study(rng).mean for _ in range(600)])
@@ -531,6 +553,7 @@ def test_intervals_cover_at_their_nominal_rate():
     # nominal 0.95; 200 studies have a standard error of 0.015
     assert .9 <= covered <= .985, covered
 
+@pytest.mark.slow
 def test_paired_intervals_of_no_difference_cover_zero_and_are_narrower():
     rng, covered, narrower = np.random.default_rng(1), 0, 0
     for i in range(100):
@@ -633,13 +656,13 @@ def test_every_class_is_drawn_and_in_training_of_every_kind_of_inner_fold():
     rng = np.random.default_rng(0)
     codes = np.repeat([0, 1, 2], [300, 20, 2])
     for groups in (rng.integers(10, size=322), np.repeat([0, 1, 2], [300, 20, 2])):
-        for draw in (synthpi.evaluate.crossval._draw_rows, synthpi.evaluate.crossval._draw_groups):
+        for draw in (synthpi.evaluate.budget._draw_rows, synthpi.evaluate.budget._draw_groups):
             for seed in range(5):
                 rows = draw(np.random.default_rng(seed), codes, groups, .01)
                 assert np.bincount(codes[rows], minlength=3).min() >= 2 and len(set(rows)) == len(
                     rows
                 )
-                part, how = synthpi.evaluate.crossval._budget_folds(
+                part, how = synthpi.evaluate.budget._budget_folds(
                     codes[rows], groups[rows], 3, seed
                 )
                 assert any(len(set(codes[rows][part != j])) == 3 for j in range(part.max() + 1))
@@ -656,8 +679,15 @@ def test_label_budget_of_two_classes_has_an_auc():
     )
 
 @pytest.mark.parametrize("change, message", [
-    (dict(test_y=[0, 5]), r"test labels \[5\]"), (dict(test_groups=[3, 99]), "1 groups are in training and test, the first is 3"), (dict(shares=[0.]), "shares are"), (dict(shares=[1.5]), "shares are"), (dict(unit="tiles"), "unit is"),
-    (dict(test_x=np.zeros((2, 3))), "12 training and 3 test features"), (dict(y=np.arange(100) == 0), "one training row"), (dict(y=np.eye(100, 2)), "one target at a time"), (dict(groups=[1, 2]), "groups of shape")])
+    (dict(test_y=[0, 5]), r"test labels \[5\]"),
+    (dict(test_groups=[3, 99]), "1 groups are in training and test, the first is 3"),
+    (dict(shares=[0.]), "got shares="),
+    (dict(shares=[1.5]), "got shares="),
+    (dict(unit="tiles"), "got unit 'tiles'"),
+    (dict(test_x=np.zeros((2, 3))), "12 training and 3 test features"),
+    (dict(y=np.arange(100) == 0), "one training row"),
+    (dict(y=np.eye(100, 2)), "one target at a time"),
+    (dict(groups=[1, 2]), "groups of shape")])
 def test_bad_input_of_label_budget(change, message):
     x, y, g = blobs(100, 2)
     with pytest.raises(ValueError, match=message):
@@ -700,7 +730,7 @@ def test_t_tests_of_equal_arms_and_of_missing_folds():
     for bad, message in (
         ((a[:2], a[:2] * np.nan, 3, 1), "0 of 2 folds"),
         ((a, a[:3], 3, 1), "expected"),
-        ((a, a, 0, 1), "n_train is 0"),
+        ((a, a, 0, 1), "n_train=0"),
         ((a[None], a[None], 3, 1), "fold_means"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -837,8 +867,13 @@ def test_rows_of_zeros_have_no_direction():
     np.testing.assert_allclose(near.distance, distance, atol=1e-12)
 
 @pytest.mark.parametrize("change, message", [
-    (dict(k=0), "k is 0"), (dict(k=7), "k is 7; expected 1 to 6"), (dict(metric="l1"), "metric is 'l1'"), (dict(train_y=[1, 2]), "6 training features and 2 labels"), (dict(test_x=np.zeros((2, 3))), "2 training and 3 test"),
-    (dict(test_x=np.full((2, 2), np.nan)), "2 of 2 rows of test features"), (dict(train_x=np.zeros(6)), r"training features of shape \(6,\)")])
+    (dict(k=0), "got k=0"),
+    (dict(k=7), "got k=7, expected 1 to 6"),
+    (dict(metric="l1"), "got metric 'l1'"),
+    (dict(train_y=[1, 2]), "6 training features and 2 labels"),
+    (dict(test_x=np.zeros((2, 3))), "2 training and 3 test"),
+    (dict(test_x=np.full((2, 2), np.nan)), "2 of 2 rows of test features"),
+    (dict(train_x=np.zeros(6)), r"training features of shape \(6,\)")])
 def test_bad_input_of_neighbours(change, message):
     with pytest.raises(ValueError, match=message):
         knn_probe(
@@ -850,6 +885,7 @@ def test_bad_input_of_neighbours(change, message):
 
 # the benchmark
 
+@pytest.mark.slow
 def test_the_benchmark_solves_the_same_problems():
     spec = importlib.util.spec_from_file_location(
         "benchmark_crossval", Path(__file__).parents[1] / "benchmarks" / "crossval.py"

@@ -181,12 +181,12 @@ def test_features_are_those_of_evaluation_mode_and_do_not_depend_on_the_form_or_
      r"image 5 has shape \(3, 16, 8\) but image 4 has \(3, 16, 16\)"),
     (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), TypeError, "torch.uint8"),
     (torch.full((12, 3, 16, 16), torch.nan), ValueError, r"12 of 12 rows of features are not "
-                                                         r"finite: rows 0, 1, .*7, \.\.\.")])
+                                                         r"finite: rows 0, 1, .*7 and 4 more")])
 def test_bad_images(images, error, message):
     with pytest.raises(error, match=message): extract_features(encoder(), images, batch_size=4)
 
 def test_bad_encoder():
-    with pytest.raises(ValueError, match=r"gave shape \(4, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"features of shape \(4, 3, 16, 16\)"):
         extract_features(nn.Identity(), pictures(4))
 
 def test_colour_baselines():
@@ -312,8 +312,10 @@ def test_non_convergence_is_reported():
         assert linear_probe(x, y, vx, vy).path.converged.all()
 
 @pytest.mark.parametrize("change, message", [
-    (dict(train_y=np.zeros(60, int)), "every training label is"), (dict(val_y=np.full(30, 7)), r"validation labels \[7\] do not occur"),
-    (dict(val_x=np.zeros((0, 12)), val_y=[]), "0 validation features"), (dict(train_y=np.zeros(59, int)), "60 training features and 59 labels"),
+    (dict(train_y=np.zeros(60, int)), "every training label is"),
+    (dict(val_y=np.full(30, 7)), r"validation labels \[7\] do not occur"),
+    (dict(val_x=np.zeros((0, 12)), val_y=[]), "0 validation features"),
+    (dict(train_y=np.zeros(59, int)), "60 training features and 59 labels"),
     (dict(val_x=np.full((30, 12), np.inf)), "30 of 30 rows of validation features are not finite")])
 def test_probe_errors(change, message):
     (x, y), (vx, vy) = blobs(60, 3), blobs(30, 3, seed=1)
@@ -470,7 +472,13 @@ def test_no_errors_is_at_least():
     none = error_reduction(np.stack([base]*3), np.ones((3, 50)))["ratio"]
     assert error_reduction(base, one)["ratio"] < none
 
-@pytest.mark.parametrize("bad, message", [([], "answers of shape \\(0,\\)"), (np.ones((3, 0)), "at least one image"), ([1, np.nan, 0, np.inf], "2 of 4 answers are not finite, the first nan for image 1"), ([[1, 0], [1, None]], "1 of 4 answers are not finite"), (np.ones((2, 2, 2)), "expected \\(N,\\)")])
+@pytest.mark.parametrize("bad, message", [
+    ([], "answers of shape \\(0,\\)"),
+    (np.ones((3, 0)), "at least one image"),
+    ([1, np.nan, 0, np.inf], "2 of 4 answers are not finite, the first nan for image 1"),
+    ([[1, 0], [1, None]], "1 of 4 answers are not finite"),
+    (np.ones((2, 2, 2)), "expected \\(N,\\)")
+])
 def test_answers_that_are_none_are_refused(bad, message):
     for call in (
         lambda: interval(bad),
@@ -478,7 +486,7 @@ def test_answers_that_are_none_are_refused(bad, message):
         lambda: error_reduction(np.ones(np.shape(bad)[-1]), bad),
         lambda: compare(dict(a=dict(correct=bad), b=dict(correct=bad)), base="a"),
     ):
-        with pytest.raises(ValueError, match="arrived|not finite"):
+        with pytest.raises(ValueError, match="expected|not finite"):
             call()
     with pytest.raises(ValueError, match=message): interval(bad)
 

@@ -246,7 +246,13 @@ def test_a_subject_in_training_and_test_is_named():
         position_probe(h, c, np.arange(len(h)), h[:4], c[:4], ["a", "b", "1", "d"])
 
 @pytest.mark.parametrize("what, index, message", [("h", 3, "1 of 240 rows of the training "
-                                                           "features are not finite, rows 3:"), ("c", 5, "training positions are not finite, rows 5:"), ("h", -1, "test features are not finite, rows 119"), ("c", -2, "test positions")])
+                                                           "features are not finite: rows 3\\."), ("c",
+                                                           5,
+                                                           "training positions are not finite: rows 5\\."), ("h",
+                                                           -1,
+                                                           "test features are not finite: rows 119"), ("c",
+                                                           -2,
+                                                           "test positions")])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite(what, index, message, value):
     h, c, g, train = data()
@@ -254,11 +260,21 @@ def test_values_that_are_not_finite(what, index, message, value):
     with pytest.raises(ValueError, match=message): probe(h, c, g, train)
 
 @pytest.mark.parametrize("change, message", [
-    (lambda a: a.update(train_h=a["train_h"][:-1]), r"training features of shape \(239, 8\)"), (lambda a: a.update(train_h=a["train_h"][:, 0]), r"\(240,\)"), (lambda a: a.update(test_mm=a["test_mm"][:, :2]), "8 and 3 columns, test ones 8 and 2"),
-    (lambda a: a.update(test_h=a["test_h"][:, :5]), "test ones 5 and 3"), (lambda a: a.update(test_groups=a["test_groups"][:3]), r"groups of shape \(3,\)"), (lambda a: a.update(train_groups=["p"]*240), "all training crops are of the subject 'p'"),
-    (lambda a: a.update(test_h=a["test_h"][:0], test_mm=a["test_mm"][:0], test_groups=[]), "N and R at least 1"), (lambda a: a["test_mm"].__setitem__((slice(None), 1), 4.), "the test positions are all the same along axis 1"),
-    (lambda a: a["train_mm"].__setitem__((slice(None), 0), 4.), "the training positions are all the same along axis 0"), (lambda a: a.update(alphas=[0, 1]), "penalties above 0"), (lambda a: a.update(alphas=[]), "penalties above 0"),
-    (lambda a: a.update(folds=1), "folds=1"), (lambda a: a.update(n_boot=0), "n_boot=0"), (lambda a: a.update(level=95), "level=95")])
+    (lambda a: a.update(train_h=a["train_h"][:-1]), r"training features of shape \(239, 8\)"),
+    (lambda a: a.update(train_h=a["train_h"][:, 0]), r"\(240,\)"),
+    (lambda a: a.update(test_mm=a["test_mm"][:, :2]), "8 and 3 columns, test ones 8 and 2"),
+    (lambda a: a.update(test_h=a["test_h"][:, :5]), "test ones 5 and 3"),
+    (lambda a: a.update(test_groups=a["test_groups"][:3]), r"groups of shape \(3,\)"),
+    (lambda a: a.update(train_groups=["p"]*240), "all training crops are of the subject 'p'"),
+    (lambda a: a.update(test_h=a["test_h"][:0], test_mm=a["test_mm"][:0], test_groups=[]), "N and R at least 1"),
+    (lambda a: a["test_mm"].__setitem__((slice(None), 1), 4.), "the test positions are all the same along axis 1"),
+    (lambda a: a["train_mm"].__setitem__((slice(None), 0), 4.),
+     "the training positions are all the same along axis 0"),
+    (lambda a: a.update(alphas=[0, 1]), "alpha=0.0, expected a finite number above 0"),
+    (lambda a: a.update(alphas=[]), "penalties above 0"),
+    (lambda a: a.update(folds=1), "folds=1"),
+    (lambda a: a.update(n_boot=0), "n_boot=0"),
+    (lambda a: a.update(level=95), "level=95")])
 def test_wrong_arguments(change, message):
     h, c, g, train = data()
     a = {
@@ -284,7 +300,14 @@ def test_histograms_are_numpy_s(bins):
         got, intensity_histogram(x, bins)
     )
 
-@pytest.mark.parametrize("x, message", [(np.full((2, 1, 3, 3, 3), 1.2), "values 1.2 to 1.2"), (np.full((2, 1, 3, 3, 3), -.1), r"values -0.1"), (np.full((2, 1, 3, 3, 3), np.nan), "nan"), (np.zeros((2, 1, 3, 3, 3), np.uint8), "uint8"), (np.zeros((0, 1, 3, 3, 3)), "shape"), (np.zeros(3), "shape")])
+@pytest.mark.parametrize("x, message", [
+    (np.full((2, 1, 3, 3, 3), 1.2), "values 1.2 to 1.2"),
+    (np.full((2, 1, 3, 3, 3), -.1), r"values -0.1"),
+    (np.full((2, 1, 3, 3, 3), np.nan), "nan"),
+    (np.zeros((2, 1, 3, 3, 3), np.uint8), "uint8"),
+    (np.zeros((0, 1, 3, 3, 3)), "shape"),
+    (np.zeros(3), "shape")
+])
 def test_crops_that_are_not_in_the_unit_interval(x, message):
     with pytest.raises(ValueError, match=message): intensity_histogram(x)
     with pytest.raises(ValueError, match="bins=0"):
@@ -314,8 +337,13 @@ def test_the_basis_of_test_positions_is_that_of_the_training_range():
     a, b = position_basis(ref[:4], ref), position_basis(np.concatenate([ref[:4], [[9, 9, 9]]]), ref)
     assert np.array_equal(a, b[:4]) and b[4].max() < 1e-9
 
-@pytest.mark.parametrize("args, message", [((np.zeros((3, 3)), np.zeros((4, 2))), r"\(3, 3\) and reference positions of shape \(4, 2\)"), ((np.zeros((3, 2)), np.array([[0, 1], [0, 2.]])), "all 0 along axis 0"), ((np.zeros((3, 2)), np.array([[np.nan, 1]])), "not finite"),
-    ((np.zeros((3, 2)), np.eye(2), 1), "grid=1"), ((np.zeros((3, 2)), np.eye(2), (3, 3, 3)), "one for each of 2 axes"), ((np.zeros((3, 2)), np.zeros((0, 2))), "M at least 1")])
+@pytest.mark.parametrize("args, message", [
+    ((np.zeros((3, 3)), np.zeros((4, 2))), r"\(3, 3\) and reference positions of shape \(4, 2\)"),
+    ((np.zeros((3, 2)), np.array([[0, 1], [0, 2.]])), "all 0 along axis 0"),
+    ((np.zeros((3, 2)), np.array([[np.nan, 1]])), "not finite"),
+    ((np.zeros((3, 2)), np.eye(2), 1), "grid=1"),
+    ((np.zeros((3, 2)), np.eye(2), (3, 3, 3)), "one for each of 2 axes"),
+    ((np.zeros((3, 2)), np.zeros((0, 2))), "M at least 1")])
 def test_wrong_positions_of_the_basis(args, message):
     with pytest.raises(ValueError, match=message): position_basis(*args)
 

@@ -105,8 +105,16 @@ def test_intervals_cover(n):
             hits[k] += ci[0] <= true[k] <= ci[1]
     assert (.89 <= hits/400).all() and (hits/400 <= .99).all(), hits/400
 
-@pytest.mark.parametrize("change, says", [({"x": X[:, 0]}, "features of shape (84,)"), ({"y": Y[:5]}, "quantities of shape (5, 2)"), ({"groups": PATIENT[:5]}, "groups of shape (5,)"), ({"x": np.where(np.arange(84)[:, None] == 3, np.nan, X)}, "1 of 84 rows of features"),
-                                          ({"y": np.where(np.arange(84) == 3, np.inf, Y[:, 0])}, "1 of 84 rows of quantities"), ({"folds": 13}, "folds=13 for 12 groups"), ({"folds": 1}, "folds=1"), ({"groups": np.where(PATIENT == "p0", "a", "b")}, "2 groups"),
+@pytest.mark.parametrize("change, says", [
+    ({"x": X[:, 0]}, "features of shape (84,)"),
+    ({"y": Y[:5]}, "quantities of shape (5, 2)"),
+    ({"groups": PATIENT[:5]}, "groups of shape (5,)"),
+    ({"x": np.where(np.arange(84)[:, None] == 3, np.nan, X)}, "1 of 84 rows of features"),
+                                          ({"y": np.where(np.arange(84) == 3, np.inf, Y[:, 0])},
+                                           "1 of 84 rows of quantities"),
+                                          ({"folds": 13}, "folds=13 for 12 groups"),
+                                          ({"folds": 1}, "folds=1"),
+                                          ({"groups": np.where(PATIENT == "p0", "a", "b")}, "2 groups"),
                                           ({"y": np.ones(84)}, "quantity 0 has the same value in all 84 rows")])
 def test_what_cannot_be_answered_is_refused(change, says):
     with pytest.raises(ValueError) as error:
