@@ -1,7 +1,7 @@
-"""A picture that tells where it was clicked, two that are compared in place, and the still one that stands in without a kernel
+"""A picture that can be clicked, two compared in place, and a still one
 
-What the explorers of synthpi are made of. `ipywidgets` has sliders and menus, and no picture that
-tells where it was clicked, or that lets another shine through. With
+What the explorers of synthpi are made of. `ipywidgets` has sliders and menus, but no picture that
+reports where it was clicked, or that blends with another. With
 [anywidget](https://anywidget.dev), some lines of JavaScript in this file make them, for JupyterLab
 and Colab alike and without a build.
 
@@ -57,11 +57,14 @@ def side_by_side(
 
 # %% ../../nbs/explain/pictures.ipynb #23875534
 _STILL = """
-    function bytes(view) { return view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength); }
-    function hideStill(fallback, own) {       // the still picture, which stands in the notebook for readers without a kernel
+    function bytes(view) {
+      return view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength); }
+    // the still picture, which stands in the notebook for readers without a kernel
+    function hideStill(fallback, own) {
       if (!fallback) return;
       for (const other of document.images)
-        if (!own.contains(other) && other.src.includes(fallback)) (other.closest(".jp-OutputArea-child, .output_area") || other).style.display = "none";
+        if (!own.contains(other) && other.src.includes(fallback))
+          (other.closest(".jp-OutputArea-child, .output_area") || other).style.display = "none";
     }
 """
 
@@ -72,7 +75,9 @@ class ClickablePicture(anywidget.AnyWidget):
         _STILL
         + """
     function render({ model, el }) {
-      const holder = document.createElement("div"), img = document.createElement("img"), tip = document.createElement("div"), thumb = document.createElement("img"), name = document.createElement("div");
+      const holder = document.createElement("div"), img = document.createElement("img"),
+        tip = document.createElement("div"), thumb = document.createElement("img"),
+        name = document.createElement("div");
       const thumbs = new Map();       // number of a place to a URL, or null once it was asked for
       let url = null, places = [], near = -1, rest = null;
       function draw() {
@@ -91,27 +96,36 @@ class ClickablePicture(anywidget.AnyWidget):
         name.textContent = model.get("names")[k] || "";
         thumb.style.display = thumbs.get(k) ? "block" : "none";
         if (thumbs.get(k)) thumb.src = thumbs.get(k);
-        else if (model.get("thumbnails") && !thumbs.has(k)) rest = setTimeout(() => { thumbs.set(k, null); model.send({ hover: k }); }, 120);
+        else if (model.get("thumbnails") && !thumbs.has(k)) rest = setTimeout(() => {
+          thumbs.set(k, null); model.send({ hover: k }); }, 120);
       }
       function hover(e) {
         const box = img.getBoundingClientRect(), x = e.clientX - box.left, y = e.clientY - box.top;
-        let k = -1, best = 18*18;                                                       // pixels of the screen
+        // pixels of the screen
+        let k = -1, best = 18*18;
         for (let i = 0; 2*i < places.length; i++) {
           const d = (places[2*i]*box.width - x)**2 + (places[2*i + 1]*box.height - y)**2;
           if (d < best) { best = d; k = i; }
         }
         if (k !== near) tell(k);
         tip.style.left = x + "px"; tip.style.top = y + "px";
-        tip.style.transform = `translate(${x > box.width/2 ? "calc(-100% - 12px)" : "12px"}, ${y > box.height/2 ? "calc(-100% - 4px)" : "4px"})`;
+        const right = x > box.width/2 ? "calc(-100% - 12px)" : "12px";
+        const down = y > box.height/2 ? "calc(-100% - 4px)" : "4px";
+        tip.style.transform = `translate(${right}, ${down})`;
       }
       function got(message, buffers) {
         if (!("thumbnail" in message)) return;
-        thumbs.set(message.thumbnail, URL.createObjectURL(new Blob([buffers[0]], { type: "image/png" })));
+        thumbs.set(message.thumbnail,
+          URL.createObjectURL(new Blob([buffers[0]], { type: "image/png" })));
         if (near === message.thumbnail) tell(near);
       }
-      Object.assign(holder.style, { position: "relative", display: "inline-block", maxWidth: "100%" });
+      Object.assign(holder.style,
+        { position: "relative", display: "inline-block", maxWidth: "100%" });
       Object.assign(img.style, { maxWidth: "100%", display: "block" });
-      Object.assign(tip.style, { position: "absolute", display: "none", pointerEvents: "none", zIndex: 9, padding: "4px 6px", background: "white", color: "black", border: "1px solid black", font: "12px/1.3 sans-serif", whiteSpace: "pre", textAlign: "left" });
+      Object.assign(tip.style,
+        { position: "absolute", display: "none", pointerEvents: "none", zIndex: 9,
+        padding: "4px 6px", background: "white", color: "black", border: "1px solid black",
+        font: "12px/1.3 sans-serif", whiteSpace: "pre", textAlign: "left" });
       Object.assign(thumb.style, { marginTop: "4px", width: "96px", imageRendering: "pixelated" });
       img.draggable = false; thumb.alt = ""; tip.setAttribute("aria-hidden", "true");
       img.addEventListener("click", (e) => {
@@ -121,11 +135,14 @@ class ClickablePicture(anywidget.AnyWidget):
       });
       img.addEventListener("pointermove", hover);
       img.addEventListener("pointerleave", () => tell(-1));
-      model.on("change:png change:alt change:clickable", draw); model.on("change:places", put); model.on("msg:custom", got);
+      model.on("change:png change:alt change:clickable", draw); model.on("change:places", put);
+      model.on("msg:custom", got);
       tip.append(name, thumb); holder.append(img, tip); el.appendChild(holder);
-      draw(); put(); hideStill(model.get("fallback"), el); requestAnimationFrame(() => hideStill(model.get("fallback"), el));
+      draw(); put(); hideStill(model.get("fallback"), el);
+      requestAnimationFrame(() => hideStill(model.get("fallback"), el));
       return () => {
-        model.off("change:png change:alt change:clickable", draw); model.off("change:places", put); model.off("msg:custom", got); clearTimeout(rest);
+        model.off("change:png change:alt change:clickable", draw);
+        model.off("change:places", put); model.off("msg:custom", got); clearTimeout(rest);
         for (const u of [url, ...thumbs.values()]) if (u) URL.revokeObjectURL(u);
       };
     }
@@ -186,54 +203,92 @@ class ComparePicture(anywidget.AnyWidget):
         _STILL
         + """
     function render({ model, el }) {
-      const make = (tag, properties, style) => { const e = document.createElement(tag); Object.assign(e, properties); Object.assign(e.style, style); return e; };
-      const root = make("div", {}, { maxWidth: "100%", color: "var(--jp-ui-font-color1, inherit)", font: "13px/1.4 var(--jp-ui-font-family, sans-serif)" });
-      const stage = make("div", { tabIndex: 0 }, { position: "relative", cursor: "pointer", overflow: "hidden", maxWidth: "100%", boxSizing: "border-box", border: "1px solid #888888" });
-      const under = make("img", { alt: "", draggable: false }, { display: "block", width: "100%" }), over = make("img", { alt: "", draggable: false }, { position: "absolute", inset: 0, width: "100%", height: "100%" });
-      const line = make("div", {}, { position: "absolute", top: 0, bottom: 0, width: "0", borderLeft: "1px solid black", borderRight: "1px solid white" });
-      const caption = make("div", { className: "synthpi-caption" }, { margin: "4px 0", fontWeight: "bold" });
-      const bar = make("div", {}, { display: "flex", flexWrap: "wrap", gap: "6px", alignItems: "center" });
-      const button = (text, label) => { const b = make("button", { textContent: text, className: "jupyter-button widget-button", type: "button" }, { width: "auto" }); b.setAttribute("aria-label", label); return b; };
-      const previous = button("\\u25C0", "previous"), flip = button("flip", "flip"), next = button("\\u25B6", "next");
-      const share = make("input", { type: "range", min: 0, max: 100, step: 1 }, { flex: "1 1 6em", minWidth: "5em" });
+      const make = (tag, properties, style) => { const e = document.createElement(tag);
+        Object.assign(e, properties); Object.assign(e.style, style); return e; };
+      const root = make("div", {},
+        { maxWidth: "100%", color: "var(--jp-ui-font-color1, inherit)",
+        font: "13px/1.4 var(--jp-ui-font-family, sans-serif)" });
+      const stage = make("div", { tabIndex: 0 },
+        { position: "relative", cursor: "pointer", overflow: "hidden", maxWidth: "100%",
+        boxSizing: "border-box", border: "1px solid #888888" });
+      const under = make("img", { alt: "", draggable: false },
+        { display: "block", width: "100%" }),
+        over = make("img", { alt: "", draggable: false },
+        { position: "absolute", inset: 0, width: "100%", height: "100%" });
+      const line = make("div", {},
+        { position: "absolute", top: 0, bottom: 0, width: "0", borderLeft: "1px solid black",
+        borderRight: "1px solid white" });
+      const caption = make("div", { className: "synthpi-caption" },
+        { margin: "4px 0", fontWeight: "bold" });
+      const bar = make("div", {},
+        { display: "flex", flexWrap: "wrap", gap: "6px", alignItems: "center" });
+      const button = (text, label) => {
+        const b = make("button",
+        { textContent: text, className: "jupyter-button widget-button", type: "button" },
+        { width: "auto" }); b.setAttribute("aria-label", label); return b; };
+      const previous = button("\\u25C0", "previous"), flip = button("flip", "flip"),
+        next = button("\\u25B6", "next");
+      const share = make("input", { type: "range", min: 0, max: 100, step: 1 },
+        { flex: "1 1 6em", minWidth: "5em" });
       const mix = make("select", {}, {});
       const urls = { first: null, second: null };
-      for (const m of ["wipe", "blend"]) mix.appendChild(make("option", { value: m, textContent: m }, {}));
-      mix.setAttribute("aria-label", "how the two are mixed"); caption.setAttribute("aria-live", "polite"); stage.setAttribute("role", "button"); line.setAttribute("aria-hidden", "true");
-      root.setAttribute("data-lm-suppress-shortcuts", "true");                          // or JupyterLab would take the arrow keys and Enter
+      for (const m of ["wipe", "blend"]) mix.appendChild(make("option",
+        { value: m, textContent: m }, {}));
+      mix.setAttribute("aria-label", "how the two are mixed");
+      caption.setAttribute("aria-live", "polite"); stage.setAttribute("role", "button");
+      line.setAttribute("aria-hidden", "true");
+      // or JupyterLab would take the arrow keys and Enter
+      root.setAttribute("data-lm-suppress-shortcuts", "true");
       function load(key, img) {
         const old = urls[key];
         urls[key] = URL.createObjectURL(new Blob([model.get(key)], { type: "image/png" }));
         img.src = urls[key];
         if (old) URL.revokeObjectURL(old);
       }
-      function sharp() { for (const i of [under, over]) i.style.imageRendering = i.naturalWidth && 1.5*i.naturalWidth <= model.get("width") ? "pixelated" : "auto"; }
+      function sharp() {
+        for (const i of [under, over])
+          i.style.imageRendering = i.naturalWidth && 1.5*i.naturalWidth <= model.get("width")
+            ? "pixelated" : "auto"; }
       function mixed() {
-        const s = model.get("share"), wipe = model.get("mix") === "wipe", [a, b] = model.get("names");
+        const s = model.get("share"), wipe = model.get("mix") === "wipe",
+          [a, b] = model.get("names");
         over.style.opacity = wipe ? 1 : s;
         over.style.clipPath = wipe ? `inset(0 ${100*(1 - s)}% 0 0)` : "none";
-        line.style.display = wipe && s > 0 && s < 1 ? "block" : "none"; line.style.left = `calc(${100*s}% - 1px)`;
+        line.style.display = wipe && s > 0 && s < 1 ? "block" : "none";
+        line.style.left = `calc(${100*s}% - 1px)`;
         share.value = Math.round(100*s); mix.value = model.get("mix");
-        caption.textContent = s <= 0 ? a : s >= 1 ? b : wipe ? `left ${b}, right ${a}` : `${Math.round(100*s)} % ${b}, ${Math.round(100 - 100*s)} % ${a}`;
-        share.setAttribute("aria-label", `from ${a} to ${b}`); share.setAttribute("aria-valuetext", caption.textContent);
-        stage.setAttribute("aria-label", `${model.get("alt")} Shown: ${caption.textContent}. Enter flips.`);
+        caption.textContent = s <= 0 ? a : s >= 1 ? b : wipe ? `left ${b}, right ${a}`
+          : `${Math.round(100*s)} % ${b}, ${Math.round(100 - 100*s)} % ${a}`;
+        share.setAttribute("aria-label", `from ${a} to ${b}`);
+        share.setAttribute("aria-valuetext", caption.textContent);
+        stage.setAttribute("aria-label",
+          `${model.get("alt")} Shown: ${caption.textContent}. Enter flips.`);
       }
       const set = (name, value) => { model.set(name, value); model.save_changes(); };
       const flipped = () => set("share", model.get("share") < .5 ? 1 : 0);
-      const first = () => load("first", under), second = () => load("second", over), wide = () => { stage.style.width = model.get("width") + "px"; root.style.width = model.get("width") + "px"; sharp(); };
+      const first = () => load("first", under), second = () => load("second", over),
+        wide = () => { stage.style.width = model.get("width") + "px";
+        root.style.width = model.get("width") + "px"; sharp(); };
       under.addEventListener("load", sharp); over.addEventListener("load", sharp);
       stage.addEventListener("click", flipped); flip.addEventListener("click", flipped);
-      previous.addEventListener("click", () => model.send({ step: -1 })); next.addEventListener("click", () => model.send({ step: 1 }));
+      previous.addEventListener("click", () => model.send({ step: -1 }));
+      next.addEventListener("click", () => model.send({ step: 1 }));
       stage.addEventListener("keydown", (e) => {
-        const act = { Enter: flipped, " ": flipped, ArrowLeft: () => model.send({ step: -1 }), ArrowRight: () => model.send({ step: 1 }) }[e.key];
+        const act = { Enter: flipped, " ": flipped, ArrowLeft: () => model.send({ step: -1 }),
+          ArrowRight: () => model.send({ step: 1 }) }[e.key];
         if (act) { e.preventDefault(); act(); }
       });
-      share.addEventListener("input", () => set("share", share.value/100)); mix.addEventListener("change", () => set("mix", mix.value));
-      const heard = [["change:first", first], ["change:second", second], ["change:share change:mix change:names change:alt", mixed], ["change:width", wide]];
+      share.addEventListener("input", () => set("share", share.value/100));
+      mix.addEventListener("change", () => set("mix", mix.value));
+      const heard = [["change:first", first], ["change:second", second],
+        ["change:share change:mix change:names change:alt", mixed], ["change:width", wide]];
       for (const [event, f] of heard) model.on(event, f);
-      stage.append(under, over, line); bar.append(previous, flip, next, share, mix); root.append(stage, caption, bar); el.appendChild(root);
-      first(); second(); mixed(); wide(); hideStill(model.get("fallback"), el); requestAnimationFrame(() => hideStill(model.get("fallback"), el));
-      return () => { for (const [event, f] of heard) model.off(event, f); for (const u of Object.values(urls)) if (u) URL.revokeObjectURL(u); };
+      stage.append(under, over, line); bar.append(previous, flip, next, share, mix);
+      root.append(stage, caption, bar); el.appendChild(root);
+      first(); second(); mixed(); wide(); hideStill(model.get("fallback"), el);
+      requestAnimationFrame(() => hideStill(model.get("fallback"), el));
+      return () => { for (const [event, f] of heard) model.off(event, f);
+        for (const u of Object.values(urls)) if (u) URL.revokeObjectURL(u); };
     }
     export default { render };
     """

@@ -449,7 +449,7 @@ def test_an_interrupt_in_the_backward_pass_leaves_the_model(images):
 def live(): return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
 
 
-def test_memory_does_not_grow_over_a_thousand_images():
+def test_memory_does_not_grow_with_the_number_of_images():
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3),
@@ -460,10 +460,10 @@ def test_memory_does_not_grow_over_a_thousand_images():
         nn.Flatten(),
         nn.Linear(4, 2),
     )
-    images, seen, calls = torch.rand(1000, 1, 10, 10), [], []
+    images, seen, calls = torch.rand(200, 1, 10, 10), [], []
     hook = net[2].register_forward_hook(
         lambda m, x, out: (
-            (calls.append(1), len(calls) % 100 == 50 and seen.append(live()))[:0] or None
+            (calls.append(1), len(calls) % 20 == 10 and seen.append(live()))[:0] or None
         )
     )
     gc.collect()
@@ -472,10 +472,10 @@ def test_memory_does_not_grow_over_a_thousand_images():
     hook.remove()
     gc.collect()
     # no batch leaves a tensor behind
-    assert len(calls) == 1 + 2*250 and len(seen) == 5 and max(seen[1:]) <= seen[0]
+    assert len(calls) == 1 + 2*50 and len(seen) == 5 and max(seen[1:]) <= seen[0]
     # only the maps are left
     assert live() == start + 1
-    some = [0, 3, 501, 999]
+    some = [0, 3, 101, 199]
     # batched as one by one
     close(torch.cat([guided_gradcam(net, images[i:i + 1], 0) for i in some]), maps[some])
 
