@@ -461,7 +461,7 @@ def test_harm_needs_groups_and_seeds_but_no_baseline():
 def test_an_interval_that_holds_1_as_printed_is_open(row):
     said = tissue_report.verdict(study_of(row, BEATS, groups=4, seeds=1))
     assert (
-        said.startswith("**Not shown:** ")
+        said.startswith("**No difference was shown:** ")
         and "holds 1" in said
         and "the best arm without training" in said
         and "hint" not in said

@@ -165,7 +165,7 @@ def test_report_is_one_file(study):
     # 2 steps, 2 seeds: no study of this size says yes
     assert (
         "**" not in page
-        and ("A hint, not a finding" in page or "Not shown:" in page)
+        and ("A hint, not a finding" in page or "No difference was shown:" in page)
         and "the best arm without training" in page
     )
     heads = re.findall(r'<button type="button">(.*?)</button>', page)
