@@ -30,7 +30,7 @@ from PIL import Image
 from ..core.checks import at_least, some_names
 from .cache import add_rows, append_rows, item_path, look, read_manifest, writing
 from synthpi.pairs.makers import (
-    ahead, content_of, make_images, Maker, Scales, threads, tile_facts, tile_name,
+    ahead, content_of, make_images, Maker, Scales, threads, tile_row, tile_name,
 )
 from ..train.processes import Processes
 
@@ -108,7 +108,7 @@ def _rows(tiles, maker, items, known):
     before, rows = {r["privileged"]: r for r in read_manifest(maker.cache).values()}, []
     for i, item in enumerate(items):
         if item not in known: continue
-        tile = tile_facts(tiles.name(i), tiles.splits[i], tiles.hashes[i])
+        tile = tile_row(tiles.name(i), tiles.splits[i], tiles.hashes[i])
         rows.append(maker.row(tile, tiles.values[i], item, known[item], before.get(item, {})))
     return rows
 
@@ -162,8 +162,8 @@ class _Streamed:
 
     def __call__(self, batch):
         maker, sources = self.maker, batch["primary"]
-        n, nothing = len(sources), [None]*len(sources)
         _refuse_overlap(maker.generator, batch, batch.get)
+        n, nothing = len(sources), [None]*len(sources)
         values, paths, splits = (batch.get(c, nothing) for c in ("um_per_px", "path", "split"))
         hashes, items, looks = _look_at(maker, sources, values)
         there = {item: sha for item, (intact, sha) in looks.items() if intact}
@@ -171,12 +171,10 @@ class _Streamed:
         todo = {item: i for i, item in enumerate(items) if item not in there}
         jobs = [(t, maker.scales(values[i])[1], sources[i], names[i]) for t, i in todo.items()]
         def row(i, sha):
-            tile = tile_facts(names[i], splits[i], hashes[i])
-            return maker.row(tile, values[i], items[i], sha, {})
+            return maker.row(tile_row(names[i], splits[i], hashes[i]), values[i], items[i], sha, {})
         finished = self._make(jobs, list(zip(names, items)), there, row)
-        hits = sum(item in there for item in items)
-        damaged = sum(intact is False for intact, _ in looks.values())
-        self._count(n=n, cache_hits=hits, made=len(finished), rebuilt=damaged)
+        hits, damaged = [i in there for i in items], [x is False for x, _ in looks.values()]
+        self._count(n=n, cache_hits=sum(hits), made=len(finished), rebuilt=sum(damaged))
         if self.on_tiles: self.on_tiles(n)
         return {self.column: [_image(maker.cache/item, self.decoded) for item in items]}
 
@@ -191,8 +189,8 @@ class _Streamed:
             try: make_images(self.maker, jobs, len(jobs), own, finished, lambda item: None)
             finally:
                 known = there | finished
-                rows = [row(i, known[pairs[i][1]]) for i in new if pairs[i][1] in known]
-                append_rows(cache, rows, own)
+                rows = (row(i, known[pairs[i][1]]) for i in new if pairs[i][1] in known)
+                append_rows(cache, list(rows), own)
         self.known |= {pairs[i] for i in new}
         return finished
 
