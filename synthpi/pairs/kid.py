@@ -1,4 +1,4 @@
-"""How far a set of synthetic images is from the set of true ones, and what looks at them
+"""How far a set of synthetic images is from the set of true ones
 
 `kid` compares two *sets* of images by their features. What it sees depends on who gives the
 features: `PhantomEncoder`, a small network that ships with synthpi and has seen simulated tissue
@@ -46,11 +46,9 @@ def kid(
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     def mean(a, b, keep): return ((a @ b.T/x.shape[1] + 1)**3)[keep].mean()
     if groups is None:
-        return float(
-            mean(x, x, ~np.eye(len(x), dtype=bool))
-            + mean(y, y, ~np.eye(len(y), dtype=bool))
-            - 2 * mean(x, y, np.ones((len(x), len(y)), bool))
-        )
+        apart_x, apart_y = ~np.eye(len(x), dtype=bool), ~np.eye(len(y), dtype=bool)
+        everything = np.ones((len(x), len(y)), bool)
+        return float(mean(x, x, apart_x) + mean(y, y, apart_y) - 2*mean(x, y, everything))
     g = pd.factorize(np.asarray(groups).astype(str))[0]
     if len(x) != len(y) or len(g) != len(x) or g.max() < 1:
         raise ValueError(
@@ -107,45 +105,36 @@ class PhantomEncoder(nn.Module):
     def forward(self, x): return (pooled_stages(self.encoder, x) - self.mean)/self.std
 
 # %% ../../nbs/pairs/kid.ipynb #eed1bc1e
+def _by_size(images, batch_size):
+    "Numbers of the images, in batches of one size"
+    by_size = {}
+    for i, x in enumerate(images): by_size.setdefault(x.shape, []).append(i)
+    for members in by_size.values():
+        for k in range(0, len(members), batch_size): yield members[k:k + batch_size]
+
 @torch.no_grad()
 def embed_images(
-    # `(B, 3, H, W)` in [0, 1] to `(B, R)`; a module is used in eval mode, where it is, and left in
-    # the mode it was in
-    encoder:Callable,
+    encoder:Callable, # `(B, 3, H, W)` in [0, 1] to `(B, R)`; a module is used in eval mode
     images:Sequence, # Images of any sizes, anything `to_rgb` reads
     batch_size:int=64, # Images of one size that share a batch
 )->np.ndarray: # (N, R) float64
     "The features of every image. `ValueError` when the encoder does not give one vector an image."
-    modes = [(m, m.training) for m in encoder.modules()] if isinstance(encoder, nn.Module) else []
-    place = (
-        next((t.device for t in (*encoder.parameters(), *encoder.buffers())), torch.device("cpu"))
-        if modes
-        else torch.device("cpu")
-    )
-    if modes: encoder.eval()
-    images = [to_rgb(x) for x in images]
-    by_size, rows = {}, [None]*len(images)
-    for i, x in enumerate(images): by_size.setdefault(x.shape, []).append(i)
+    module = encoder if isinstance(encoder, nn.Module) else nn.Identity()
+    modes = [(m, m.training) for m in module.modules()]
+    tensors = (*module.parameters(), *module.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
+    images, rows = [to_rgb(x) for x in images], [None]*len(images)
     try:
-        for index in (
-            members[k : k + batch_size]
-            for members in by_size.values()
-            for k in range(0, len(members), batch_size)
-        ):
-            h = encoder(
-                torch.from_numpy(np.stack([images[i] for i in index]))
-                .permute(0, 3, 1, 2)
-                .float()
-                .div(255)
-                .to(place)
-            )
+        module.eval()
+        for index in _by_size(images, batch_size):
+            x = torch.from_numpy(np.stack([images[i] for i in index])).permute(0, 3, 1, 2)
+            h = encoder(x.float().div(255).to(device))
             if h.ndim != 2:
                 raise ValueError(
                     f"the encoder gave shape {tuple(h.shape)}; expected (B, R): pool and flatten "
                     "inside it."
                 )
-            for i, row in zip(index, h.cpu().double().numpy()):
-                rows[i] = row
+            for i, row in zip(index, h.cpu().double().numpy()): rows[i] = row
     finally:
-        for module, training in modes: module.training = training
+        for m, training in modes: m.training = training
     return np.stack(rows)

@@ -3,7 +3,7 @@
 `add_privileged` gives every tile of a data set its synthetic second image. The images live in a
 cache whose names are hashes of *what they were made from*: the bytes of the tile, the weights of
 the generator, and the resolution. A second run finds them again, also after the folder was moved; a
-run that was killed goes on; a file that was damaged is made anew. `manifest.csv` beside them says
+run that was killed continues; a file that was damaged is made anew. `manifest.csv` beside them says
 which image belongs to which tile, who made it, and under which licence.
 
 **Synthetic images are training aids, not findings.**
@@ -18,26 +18,20 @@ __all__ = ['refuse_overlap', 'check_generator', 'add_privileged', 'cached_privil
 # %% ../../nbs/pairs/privileged.ipynb #09c841ef
 import contextlib
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from pathlib import Path, PurePath
+from pathlib import Path
 
-import fsspec
-import numpy as np
-import torch
-from PIL import Image
 from datasets import Dataset, Features, Image as ImageFeature, IterableDataset
-from torch import nn
+from PIL import Image
 
-import synthpi
-from ..core.images import to_rgb
-from synthpi.pairs.cache import (
-    add_rows, append_rows, encode_item, item_path, look, publish, read_manifest, require_room,
-    writing,
+from ..core.checks import at_least, some_names
+from .cache import add_rows, append_rows, item_path, look, read_manifest, writing
+from synthpi.pairs.makers import (
+    ahead, content_of, make_images, Maker, Scales, threads, tile_row, tile_name,
 )
-from .generators import check_scale
 from ..train.processes import Processes
 
 # %% ../../nbs/pairs/privileged.ipynb #a890b6aa
@@ -46,16 +40,9 @@ def refuse_overlap(
     groups, # Groups (patients) that are used to evaluate
 )->None:
     "`ValueError` when a generator was trained on a group that is used to evaluate."
-    meet = sorted(
-        {str(g) for g in groups}
-        & {
-            str(g)
-            for g in (
-                *getattr(generator, "training_ids", ()),
-                *(getattr(generator, "about", None) or {}).get("validation_groups", ()),
-            )
-        }
-    )
+    chosen_by = (getattr(generator, "about", None) or {}).get("validation_groups", ())
+    known = {str(g) for g in (*getattr(generator, "training_ids", ()), *chosen_by)}
+    meet = sorted({str(g) for g in groups} & known)
     if meet:
         raise ValueError(
             f"the generator was trained on, or chosen by, {len(meet)} groups that are in the "
@@ -69,35 +56,6 @@ def _refuse_overlap(generator, columns, read):
         refuse_overlap(generator, [g for g, s in zip(read("group"), read("split")) if s != "train"])
 
 # %% ../../nbs/pairs/privileged.ipynb #8f6fa599
-class _Scales:
-    "The scale of each tile: what goes to the manifest, and what goes to `translate`"
-    def __init__(self, generator, given):
-        if given not in (None, "same"):
-            if isinstance(given, str) or not 0 < given < float("inf"):
-                raise ValueError(
-                    f"got um_per_px={given!r}, expected micrometres per pixel, for example "
-                    "0.5 at 20x, or 'same'."
-                )
-            given = float(f"{given:.6g}")
-        self.generator, self.given, self.known = generator, given, {}
-
-    def __call__(self, value):
-        # a column has 32 bits, an argument 64
-        if value is not None: value = float(f"{value:.6g}") if value == value else None
-        if value not in self.known: self.known[value] = self._find(value)
-        return self.known[value]
-
-    def _find(self, value):
-        if value is not None and self.given not in (None, "same", value):
-            raise ValueError(
-                f"got um_per_px={self.given} for tiles whose column um_per_px says {value:g}: "
-                "give none, or correct the column."
-            )
-        used = value if self.given is None else self.given
-        return (value or self.generator.um_per_px if used == "same" else used), check_scale(
-            self.generator, used
-        )
-
 def _values(ds): return ds["um_per_px"][:] if "um_per_px" in ds.column_names else [None]*len(ds)
 
 def check_generator(
@@ -109,412 +67,144 @@ def check_generator(
     """`ValueError` when a generator has seen a group that is used to evaluate, or when a scale is
     not known."""
     _refuse_overlap(generator, ds.column_names, lambda c: ds[c][:])
-    scales = scales or _Scales(generator, um_per_px)
+    scales = scales or Scales(generator, um_per_px)
     for value in dict.fromkeys(_values(ds)): scales(value)
 
-# %% ../../nbs/pairs/privileged.ipynb #e143f358
-def _content(source):
-    "The bytes that a tile is known by: those of its file, or its pixels where there is no file"
-    if isinstance(source, dict):
-        source = source["bytes"] if source.get("bytes") is not None else source["path"]
-    if isinstance(source, bytes): return source
-    if isinstance(source, (str, Path)):
-        if "://" not in str(source): return Path(source).read_bytes()
-        with fsspec.open(source) as file: return file.read()
-    pixels = to_rgb(source)
-    return f"pixels {pixels.shape}".encode() + pixels.tobytes()
+class _Tiles:
+    "The files, names, splits and scales of a data set's tiles; `hashes` comes from `_survey`"
+    def __init__(self, ds):
+        plain = ds.with_format(None).select_columns("primary")
+        self.stored = plain.cast_column("primary", ImageFeature(decode=False))
+        self.values, nothing = _values(ds), [None]*len(ds)
+        columns = (ds[c][:] if c in ds.column_names else nothing for c in ("path", "split"))
+        self.paths, self.splits = columns
+        self.hashes = nothing
 
-def _pixels(source):
-    return to_rgb(
-        ImageFeature().decode_example({"bytes": _content(source), "path": None})
-        if isinstance(source, (dict, bytes, str, Path))
-        else source
-    )
+    def __len__(self): return len(self.stored)
 
-def _threads():
-    return max(
-        2,
-        (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
-        // int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-    )
+    def source(self, i): return self.stored[i]["primary"]
 
-def _ahead(pool, f, items, n):
-    "`f` of each item, in order, `n` of them under way"
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(f, item))
-        if len(waiting) >= n: yield waiting.popleft().result()
-    while waiting: yield waiting.popleft().result()
-
-def _batches(images, size):
-    """`(item, scale, image)` in batches of one shape and scale; no more than eight batches wait for
-    their like"""
-    waiting = {}
-    for found in images:
-        kind = (found[2].shape, found[1])
-        waiting.setdefault(kind, []).append(found)
-        if len(waiting[kind]) == size: yield waiting.pop(kind)
-        elif sum(map(len, waiting.values())) >= 8*size: yield waiting.pop(max(waiting, key=lambda k: len(waiting[k])))
-    yield from waiting.values()
-
-# that a generator is given at once: 64 tiles of 256 pixels, so that a batch of large images does
-# not fill the memory
-_PIXELS = 2**22
-
-def _translate(generator, images, um_per_px):
-    "`(H, W, 3)` arrays to `(H, W, 1 or 3)` arrays, on the generator's device"
-    module = getattr(generator, "module", None)
-    device = (
-        next((t.device for t in (*module.parameters(), *module.buffers())), None)
-        if isinstance(module, nn.Module)
-        else None
-    )
-    x = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float()/255
-    at_once = max(1, _PIXELS//(x.shape[2]*x.shape[3]))
-    y = torch.cat([generator.translate(part, um_per_px=um_per_px) for part in x.split(at_once)])
-    if y.ndim != 4 or len(y) != len(x) or y.shape[1] not in (1, 3) or y.shape[2:] != x.shape[2:]:
-        raise ValueError(
-            f"the generator gave shape {tuple(y.shape)} for images {tuple(x.shape)}; expected (B, "
-            "1 or 3, H, W) of the same size."
-        )
-    low, high = y.amin().item(), y.amax().item()
-    if not (-1e-3 <= low and high <= 1 + 1e-3):
-        raise ValueError(f"the generator gave values {low:.3g} to {high:.3g}; expected [0, 1].")
-    return (y.clamp(0, 1).permute(0, 2, 3, 1)*255).round().byte().cpu().numpy()
-
-# %% ../../nbs/pairs/privileged.ipynb #6ec9c150
-class _Unwritten(Exception): "An item could not be written; its cause says why"
-
-def _make(maker, jobs, n, own, finished, report):
-    """Make and write the images of `jobs`, (item, scale, tile, name); `n` of them in all processes;
-    what is written goes to `finished` at once"""
-    readers, writers, waiting, started = (
-        ThreadPoolExecutor(_threads()),
-        ThreadPoolExecutor(_threads()),
-        deque(),
-        False,
-    )
-    def read(job):
-        item, scale, source, name = job
-        try:
-            return item, scale, _pixels(source)
-        except Exception as error:
-            raise ValueError(
-                f"the tile {name} cannot be read ({error}): look at all of them with check_images "
-                "first."
-            ) from error
-    def save(item, image, data=None):
-        try: return item, publish(data or encode_item(item, image), maker.cache, item, own)
-        except OSError as error: raise _Unwritten from error
-    def collect(left):
-        while len(waiting) > left:
-            item, sha = waiting.popleft().result()
-            finished[item] = sha
-            report(item)
-    try:
-        for batch in _batches(_ahead(readers, read, jobs, 2*maker.batch_size), maker.batch_size):
-            items, (scale, *_), tiles = zip(*batch)
-            images = _translate(maker.generator, tiles, scale)
-            data = [None]*len(items)
-            if not started:
-                data, started = list(writers.map(encode_item, items, images)), True
-                require_room(maker.cache, [len(d) for d in data], n)
-            waiting.extend(writers.submit(save, *args) for args in zip(items, images, data))
-            collect(3*maker.batch_size)
-        collect(0)
-    except BaseException as error:
-        readers.shutdown(cancel_futures=True)
-        # what the generator has given is kept, if it can be
-        writers.shutdown(cancel_futures=isinstance(error, _Unwritten))
-        for future in [w for w in waiting if not w.cancelled() and w.exception() is None]:
-            item, sha = future.result()
-            finished[item] = sha
-        if not isinstance(error, _Unwritten): raise
-        cause = error.__cause__
-        raise OSError(
-            cause.errno,
-            f"{cause.strerror or cause}: stopped with {len(finished)} of the {n} missing images "
-            f"written to {maker.cache}. They are whole and will be found: "
-            "make room, and repeat the same call to go on",
-        ) from cause
-    finally:
-        readers.shutdown(cancel_futures=True)
-        writers.shutdown()
-
-# %% ../../nbs/pairs/privileged.ipynb #4a017992
-class _Maker:
-    "A generator, where its images go, and what is known about them"
-    def __init__(self, generator, cache, um_per_px, batch_size, licence):
-        self.generator, self.key, self.cache, self.batch_size = (
-            generator,
-            generator.key,
-            Path(cache),
-            batch_size,
-        )
-        self.scales, about = _Scales(generator, um_per_px), getattr(generator, "about", None) or {}
-        seed = getattr(generator, "seed", about.get("seed"))
-        self.facts = {
-            "generator": getattr(generator, "name", type(generator).__name__),
-            "generator_key": self.key,
-            "generator_um_per_px": getattr(generator, "um_per_px", None),
-            "seed": seed,
-            "generator_licence": getattr(generator, "licence", None),
-            "licence": licence,
-            "synthpi": synthpi.__version__,
-        }
-
-    def item(self, source, value): return item_path(source, self.key, self.scales(value)[1])
-
-    def row(self, name, split, source, value, item, sha, before):
-        "A row of the manifest; `before` is what it said about this image"
-        row = {
-            "primary": name,
-            "privileged": item,
-            "split": split,
-            "primary_sha256": source,
-            "sha256": sha,
-            "um_per_px": self.scales(value)[0],
-            **self.facts,
-        }
-        row = {k: "" if v is None else str(v) for k, v in row.items()}
-        # who has made it, not who has found it
-        if before.get("sha256") == sha:
-            row |= {"synthpi": before["synthpi"]} | {
-                k: row[k] or before[k] for k in ("licence", "generator_licence")
-            }
-        return row
-
-def _name(path, source, i):
-    "What the manifest calls a tile: never a path of this machine"
-    path = path if path is not None else source.get("path") if isinstance(source, dict) else None
-    if path is None: return f"row {i}"
-    path = PurePath(path)
-    return path.name if path.is_absolute() else path.as_posix()
+    def name(self, i):
+        path = self.paths[i]
+        return tile_name(path, self.source(i) if path is None else None, i)
 
 # %% ../../nbs/pairs/privileged.ipynb #536bb70f
-def add_privileged(
-    # Tiles with an image column `primary`; `group` and `split` are used by the overlap guard,
-    # `um_per_px` as their scale, `path` for the manifest
-    ds:Dataset|IterableDataset,
-    # `.translate(images, um_per_px)`, `.key`, `.training_ids`, see `load_generator`; or several, by
-    # the names of their columns
-    generator,
-    # Folder of the images and their manifest; may hold those of other generators and other tiles
-    cache:str|Path,
-    # Scale of the tiles, micrometres per pixel; "same": the generator's; None: their column
-    # `um_per_px`
-    um_per_px:float|str|None=None,
-    batch_size:int=32, # Tiles per call of the generator
-    # Called with the number of tiles that were just finished, by this process
-    on_tiles:Callable[[int], None]|None=None,
-    *,
-    column:str="privileged", # Name of the new column, for one generator
-    licence:str|None=None, # Of the tiles; goes to the manifest
-)->tuple: # The data set with the new columns; and `{"n", "cache_hits", "made", "rebuilt", "generator"}`, for several generators by column. For a stream it counts while it is read
-    """Give every tile its synthetic image. `ValueError` for a generator that has seen a group that
-    is used to evaluate, or a scale that is not known; `OSError` for a full disk. Under
-    `accelerate launch` all processes call it."""
-    generators = generator if isinstance(generator, dict) else {column: generator}
-    if not generators or "primary" in generators:
-        raise ValueError(
-            f"got generators for the columns {', '.join(generators) or '(none)'}, expected at "
-            "least one, and none called primary."
-        )
-    if batch_size < 1: raise ValueError(f"got batch_size={batch_size}, expected at least 1.")
-    if ds.column_names is not None and "primary" not in ds.column_names:
-        raise ValueError(
-            f"the tiles have the columns {', '.join(ds.column_names)}; expected an image column "
-            "primary."
-        )
-    makers = {c: _Maker(g, cache, um_per_px, batch_size, licence) for c, g in generators.items()}
-    # a table of something else is an error before anything is made
-    read_manifest(cache)
-    stats = {
-        c: {"n": 0, "cache_hits": 0, "made": 0, "rebuilt": 0, "generator": m.key}
-        for c, m in makers.items()
-    }
-    if isinstance(ds, IterableDataset): ds = _stream(ds, makers, stats, on_tiles)
-    else:
-        for m in makers.values(): check_generator(ds, m.generator, um_per_px, m.scales)
-        values = _values(ds)
-        with Processes() as processes:
-            states = _survey(ds, makers.values(), values, processes)
-            for k, (c, m) in enumerate(makers.items()):
-                items = _complete(
-                    ds,
-                    m,
-                    values,
-                    [source for source, _ in states],
-                    [looks[k] for _, looks in states],
-                    processes,
-                    stats[c],
-                    on_tiles,
-                )
-                ds = _with_images(ds, c, [m.cache/item for item in items])
-    return ds, stats if isinstance(generator, dict) else stats[column]
-
-def _stored(ds):
-    return (
-        ds.with_format(None)
-        .select_columns("primary")
-        .cast_column("primary", ImageFeature(decode=False))
-    )
-
-def _survey(ds, makers, values, processes):
+def _survey(tiles, makers, processes):
     "For every tile the hash of its bytes, and for every generator the state of its image"
-    tiles, mine = _stored(ds), range(processes.rank, len(ds), processes.n)
-    def one(arrived):
-        source = sha256(_content(arrived[1])).hexdigest()
-        return source, [look(m.cache, m.item(source, values[arrived[0]])) for m in makers]
-    with ThreadPoolExecutor(_threads()) as pool:
-        found = list(_ahead(pool, one, ((i, tiles[i]["primary"]) for i in mine), 64))
-    states = [None]*len(ds)
+    mine = range(processes.rank, len(tiles), processes.n)
+    def one(numbered):
+        i, source = numbered
+        content = sha256(content_of(source)).hexdigest()
+        return content, [look(m.cache, m.item(content, tiles.values[i])) for m in makers]
+    with ThreadPoolExecutor(threads()) as pool:
+        found = list(ahead(pool, one, ((i, tiles.source(i)) for i in mine), 64))
+    states = [None]*len(tiles)
     for rank, part in enumerate(processes.meet(found)): states[rank::processes.n] = part
-    return states
+    tiles.hashes = [content for content, _ in states]
+    return [[looks[k] for _, looks in states] for k in range(len(makers))]
 
-def _complete(ds, maker, values, sources, looks, processes, stats, on_tiles):
-    "Make what is missing, write the manifest, count; the item of every tile"
-    items, cache, tiles = (
-        [maker.item(s, v) for s, v in zip(sources, values)],
-        maker.cache,
-        _stored(ds),
-    )
-    there = {item: sha for item, (intact, sha) in zip(items, looks) if intact}
+def _rows(tiles, maker, items, known):
+    "The manifest of the tiles whose image is known"
+    before, rows = {r["privileged"]: r for r in read_manifest(maker.cache).values()}, []
+    for i, item in enumerate(items):
+        if item not in known: continue
+        tile = tile_row(tiles.name(i), tiles.splits[i], tiles.hashes[i])
+        rows.append(maker.row(tile, tiles.values[i], item, known[item], before.get(item, {})))
+    return rows
+
+def _is_stale(cache, rows):
+    "Whether a killed run has left something, or the manifest lacks a row"
+    if (cache/".writing").exists(): return True
+    new = {(r["primary"], r["privileged"]): r for r in rows()}
+    return not new.items() <= read_manifest(cache).items()
+
+# %% ../../nbs/pairs/privileged.ipynb #4543f101
+def _fill(tiles, maker, items, there, processes, report):
+    "Make what is missing and write the manifest; SHA-256 of what was made, by item"
     # a tile that is there twice is made once
     todo = list({item: i for i, item in enumerate(items) if item not in there}.items())
-    count = Counter(items)
-    report = (lambda item: on_tiles(count[item])) if on_tiles else (lambda item: None)
-    paths, splits = (
-        ds[c][:] if c in ds.column_names else [None] * len(ds) for c in ("path", "split")
-    )
-    def rows(made):
-        before, known = {r["privileged"]: r for r in read_manifest(cache).values()}, there | made
-        return [
-            maker.row(
-                _name(paths[i], tiles[i]["primary"] if paths[i] is None else None, i),
-                splits[i],
-                sources[i],
-                values[i],
-                item,
-                known[item],
-                before.get(item, {}),
-            )
-            for i, item in enumerate(items)
-            if item in known
-        ]
-    stats |= {
-        "n": len(ds),
-        "cache_hits": sum(count[i] for i in there),
-        "rebuilt": len({item for item, (intact, _) in zip(items, looks) if intact is False}),
-    }
-    if on_tiles and processes.rank == 0: on_tiles(stats["cache_hits"])
-    stale = processes.rank == 0 and (
-        (cache / ".writing").exists()
-        or not {(r["primary"], r["privileged"]): r for r in rows({})}.items()
-        <= read_manifest(cache).items()
-    )
-    finished = {}
-    # a second run writes nothing
+    main, cache, finished = processes.rank == 0, maker.cache, {}
+    def rows(made): return _rows(tiles, maker, items, there | made)
+    stale = main and _is_stale(cache, lambda: rows({}))
     with writing(cache) if todo or stale else contextlib.nullcontext() as own:
         jobs = (
-            (item, maker.scales(values[i])[1], tiles[i]["primary"], _name(paths[i], None, i))
-            for item, i in processes.rounds(todo, 8 * maker.batch_size)
+            (item, maker.scales(tiles.values[i])[1], tiles.source(i), tiles.name(i))
+            for item, i in processes.rounds(todo, 8*maker.batch_size)
         )
-        try: _make(maker, jobs, len(todo), own, finished, report)
+        try: make_images(maker, jobs, len(todo), own, finished, report)
         except BaseException:
             # a full disk may have no room for it
             with contextlib.suppress(OSError): add_rows(cache, rows(finished), own)
             raise
         for part in processes.meet(finished): finished |= part
-        stats["made"] = len(finished)
-        if stale or todo and processes.rank == 0: add_rows(cache, rows(finished), own)
+        if stale or todo and main: add_rows(cache, rows(finished), own)
     processes.meet()
+    return finished
+
+def _complete(tiles, maker, looks, processes, stats, on_tiles):
+    "Make what is missing, write the manifest, count; the item of every tile"
+    items = [maker.item(s, v) for s, v in zip(tiles.hashes, tiles.values)]
+    there = {item: sha for item, (intact, sha) in zip(items, looks) if intact}
+    damaged, count = {i for i, (intact, _) in zip(items, looks) if intact is False}, Counter(items)
+    stats |= {"n": len(tiles), "cache_hits": sum(count[i] for i in there), "rebuilt": len(damaged)}
+    report = (lambda item: on_tiles(count[item])) if on_tiles else (lambda item: None)
+    if on_tiles and processes.rank == 0: on_tiles(stats["cache_hits"])
+    stats["made"] = len(_fill(tiles, maker, items, there, processes, report))
     return items
 
-def _with_images(ds, column, paths):
-    if column in ds.column_names: ds = ds.remove_columns(column)
-    return ds.add_column(column, [os.path.abspath(p) for p in paths]).cast_column(
-        column, ImageFeature()
-    )
-
-# %% ../../nbs/pairs/privileged.ipynb #4543f101
+# %% ../../nbs/pairs/privileged.ipynb #a634b6f3
 class _Streamed:
     "What `IterableDataset.map` calls with every batch of records"
-    def __init__(self, maker, column, stats, on_tiles, open):
-        self.maker, self.column, self.stats, self.on_tiles, self.open = (
-            maker,
-            column,
-            stats,
-            on_tiles,
-            open,
-        )
-        self.known = {key for key in read_manifest(maker.cache)}
+    def __init__(self, maker, column, stats, on_tiles, decoded):
+        self.maker, self.column, self.stats = maker, column, stats
+        self.on_tiles, self.decoded = on_tiles, decoded
+        self.known = set(read_manifest(maker.cache))
 
     def __call__(self, batch):
-        maker, sources, finished = self.maker, batch["primary"], {}
-        n, blank = len(sources), [None]*len(sources)
+        maker, sources = self.maker, batch["primary"]
         _refuse_overlap(maker.generator, batch, batch.get)
-        values, paths, splits = (batch.get(c, blank) for c in ("um_per_px", "path", "split"))
-        with ThreadPoolExecutor(_threads()) as pool:
-            hashes = list(pool.map(lambda s: sha256(_content(s)).hexdigest(), sources))
-            items = [maker.item(s, v) for s, v in zip(hashes, values)]
-            looks = dict(zip(items, pool.map(lambda item: look(maker.cache, item), items)))
+        n, nothing = len(sources), [None]*len(sources)
+        values, paths, splits = (batch.get(c, nothing) for c in ("um_per_px", "path", "split"))
+        hashes, items, looks = _look_at(maker, sources, values)
         there = {item: sha for item, (intact, sha) in looks.items() if intact}
+        names = [tile_name(paths[i], sources[i], self.stats["n"] + i) for i in range(n)]
         todo = {item: i for i, item in enumerate(items) if item not in there}
-        names = [_name(paths[i], sources[i], self.stats["n"] + i) for i in range(n)]
-        new = [i for i in range(n) if items[i] in todo or (names[i], items[i]) not in self.known]
-        if new:
-            with writing(maker.cache) as own:
-                try:
-                    _make(
-                        maker,
-                        (
-                            (item, maker.scales(values[i])[1], sources[i], names[i])
-                            for item, i in todo.items()
-                        ),
-                        len(todo),
-                        own,
-                        finished,
-                        lambda item: None,
-                    )
-                finally:
-                    known = there | finished
-                    append_rows(
-                        maker.cache,
-                        [
-                            maker.row(
-                                names[i],
-                                splits[i],
-                                hashes[i],
-                                values[i],
-                                items[i],
-                                known[items[i]],
-                                {},
-                            )
-                            for i in new
-                            if items[i] in known
-                        ],
-                        own,
-                    )
-            self.known |= {(names[i], items[i]) for i in new}
-        for k, v in {
-            "n": n,
-            "cache_hits": sum(item in there for item in items),
-            "made": len(finished),
-            "rebuilt": sum(intact is False for intact, _ in looks.values()),
-        }.items():
-            self.stats[k] += v
+        jobs = [(t, maker.scales(values[i])[1], sources[i], names[i]) for t, i in todo.items()]
+        def row(i, sha):
+            return maker.row(tile_row(names[i], splits[i], hashes[i]), values[i], items[i], sha, {})
+        finished = self._make(jobs, list(zip(names, items)), there, row)
+        hits, damaged = [i in there for i in items], [x is False for x, _ in looks.values()]
+        self._count(n=n, cache_hits=sum(hits), made=len(finished), rebuilt=sum(damaged))
         if self.on_tiles: self.on_tiles(n)
-        return {
-            self.column: [
-                _opened(maker.cache / item)
-                if self.open
-                else {"path": str(maker.cache / item), "bytes": None}
-                for item in items
-            ]
-        }
+        return {self.column: [_image(maker.cache/item, self.decoded) for item in items]}
 
-def _opened(path):
+    def _count(self, **new):
+        for k, v in new.items(): self.stats[k] += v
+
+    def _make(self, jobs, pairs, there, row):
+        todo, cache, finished = {job[0] for job in jobs}, self.maker.cache, {}
+        new = [i for i, p in enumerate(pairs) if p[1] in todo or p not in self.known]
+        if not new: return finished
+        with writing(cache) as own:
+            try: make_images(self.maker, jobs, len(jobs), own, finished, lambda item: None)
+            finally:
+                known = there | finished
+                rows = (row(i, known[pairs[i][1]]) for i in new if pairs[i][1] in known)
+                append_rows(cache, list(rows), own)
+        self.known |= {pairs[i] for i in new}
+        return finished
+
+# %% ../../nbs/pairs/privileged.ipynb #9cf3fd18
+def _look_at(maker, sources, values):
+    "Hash and item of every tile, and the state of every item"
+    with ThreadPoolExecutor(threads()) as pool:
+        hashes = list(pool.map(lambda s: sha256(content_of(s)).hexdigest(), sources))
+        items = [maker.item(s, v) for s, v in zip(hashes, values)]
+        looks = dict(zip(items, pool.map(lambda item: look(maker.cache, item), items)))
+    return hashes, items, looks
+
+def _image(path, decoded):
+    if not decoded: return {"path": str(path), "bytes": None}
     with Image.open(path) as image: return image.copy()
 
 def _stream(ds, makers, stats, on_tiles):
@@ -527,14 +217,132 @@ def _stream(ds, makers, stats, on_tiles):
             if isinstance(f, ImageFeature): ds = ds.cast_column(c, ImageFeature(decode=False))
         features = Features({**features, **dict.fromkeys(makers, ImageFeature())})
     for c, m in makers.items():
-        ds = ds.map(
-            _Streamed(m, c, stats[c], on_tiles, features is None),
-            batched=True,
-            batch_size=m.batch_size,
-        )
+        step = _Streamed(m, c, stats[c], on_tiles, features is None)
+        ds = ds.map(step, batched=True, batch_size=m.batch_size)
     return ds if features is None else ds.cast(features)
 
+# %% ../../nbs/pairs/privileged.ipynb #63acf3d5
+def _makers(generators, cache, um_per_px, batch_size, licence):
+    "A maker for every column"
+    if not generators or "primary" in generators:
+        raise ValueError(
+            f"got generators for the columns {', '.join(generators) or '(none)'}, expected at "
+            "least one, and none called primary."
+        )
+    at_least(1, batch_size, "batch_size")
+    return {c: Maker(g, cache, um_per_px, batch_size, licence) for c, g in generators.items()}
+
+def _with_images(ds, column, paths):
+    if column in ds.column_names: ds = ds.remove_columns(column)
+    ds = ds.add_column(column, [os.path.abspath(p) for p in paths])
+    return ds.cast_column(column, ImageFeature())
+
+def _add_columns(ds, makers, stats, on_tiles):
+    "The data set with the images of every maker"
+    tiles = _Tiles(ds)
+    with Processes() as processes:
+        looks = _survey(tiles, list(makers.values()), processes)
+        for (column, m), states in zip(makers.items(), looks):
+            items = _complete(tiles, m, states, processes, stats[column], on_tiles)
+            ds = _with_images(ds, column, [m.cache/item for item in items])
+    return ds
+
+# %% ../../nbs/pairs/privileged.ipynb #ebc29556
+def add_privileged(
+    # Tiles with an image column `primary`; `group` and `split` are used by the overlap guard,
+    # `um_per_px` as their scale, `path` for the manifest
+    ds:Dataset|IterableDataset,
+    # `.translate(images, um_per_px)`, `.key`, `.training_ids`, see `load_generator`; or several, by
+    # the names of their columns
+    generator,
+    # Folder of the images and their manifest; may hold those of other generators and other tiles
+    cache:str|Path,
+    # Micrometres per pixel of the tiles; "same": the generator's; None: their column `um_per_px`
+    um_per_px:float|str|None=None,
+    batch_size:int=32, # Tiles per call of the generator
+    # Called with the number of tiles that were just finished, by this process
+    on_tiles:Callable[[int], None]|None=None,
+    *,
+    column:str="privileged", # Name of the new column, for one generator
+    licence:str|None=None, # Of the tiles; goes to the manifest
+)->tuple: # Data set; `n`, `cache_hits`, `made`, `rebuilt`, `generator`, or these by column
+    """Give every tile its synthetic image. `ValueError` for a generator that has seen a group that
+    is used to evaluate, or a scale that is not known; `OSError` for a full disk. Under
+    `accelerate launch` all processes call it."""
+    generators = generator if isinstance(generator, dict) else {column: generator}
+    makers = _makers(generators, cache, um_per_px, batch_size, licence)
+    if ds.column_names is not None and "primary" not in ds.column_names:
+        raise ValueError(
+            f"the tiles have the columns {some_names(ds.column_names, 40)}; expected an image "
+            "column primary."
+        )
+    # a table of something else is an error before anything is made
+    read_manifest(cache)
+    zero = dict.fromkeys(("n", "cache_hits", "made", "rebuilt"), 0)
+    stats = {c: zero | {"generator": m.key} for c, m in makers.items()}
+    if isinstance(ds, IterableDataset): ds = _stream(ds, makers, stats, on_tiles)
+    else:
+        for m in makers.values(): check_generator(ds, m.generator, um_per_px, m.scales)
+        ds = _add_columns(ds, makers, stats, on_tiles)
+    return ds, stats if isinstance(generator, dict) else stats[column]
+
 # %% ../../nbs/pairs/privileged.ipynb #677629ed
+def _rows_of(cache):
+    "The rows of a finished cache's manifest"
+    path = cache/"manifest.csv"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}; expected a folder that add_privileged has filled, to the end: a "
+            "run that was stopped continues when it is repeated."
+        )
+    rows = list(read_manifest(cache).values())
+    if not rows:
+        raise ValueError(
+            f"{path} lists no images with checksums; expected a manifest of this version's "
+            "add_privileged: make them with it."
+        )
+    return rows
+
+def _choose_key(rows, cache, key):
+    "The key of the generator whose images are meant"
+    names = {row["generator_key"]: row["generator"] for row in rows}
+    known = ", ".join(f"{k!r} ({v})" for k, v in names.items())
+    if key is None and len(names) > 1:
+        raise ValueError(
+            f"{cache} holds images of {len(names)} generators: give generator_key, one of {known}."
+        )
+    if key and key not in names:
+        raise ValueError(
+            f"got generator_key={key!r}, and {cache} holds images of {known}: give one of these "
+            "keys."
+        )
+    return key or next(iter(names))
+
+# %% ../../nbs/pairs/privileged.ipynb #de6e6246
+def _cached(cache, source, key, scales):
+    "Item, whether it is intact, and scale, of every image that a tile has at one of the scales"
+    content = sha256(content_of(source)).hexdigest()
+    items = [(item_path(content, key, scale), scale) for scale in scales]
+    found = [(item, look(cache, item)[0], scale) for item, scale in items]
+    return [f for f in found if f[1] is not None]
+
+def _find_images(tiles, values, cache, key, scales):
+    "For every tile its item and whether that is intact; None and None where there is no image"
+    def one(numbered):
+        (i, source), value = numbered, values[numbered[0]]
+        possible = scales if value is None else [float(f"{value:.6g}"), None]
+        found = _cached(cache, source, key, possible)
+        if value is None and len(found) > 1:
+            known = ["the same as the generator" if s is None else f"{s:g}" for *_, s in found]
+            raise ValueError(
+                f"{cache} holds images of the tile {tiles.name(i)} at several scales "
+                f"({', '.join(known)}): give um_per_px."
+            )
+        return found[0][:2] if found else (None, None)
+    with ThreadPoolExecutor(threads()) as pool:
+        return list(ahead(pool, one, ((i, tiles.source(i)) for i in range(len(tiles))), 64))
+
+# %% ../../nbs/pairs/privileged.ipynb #a8b08eb3
 def cached_privileged(
     ds:Dataset, # Tiles with an image column `primary`
     cache:str|Path, # Folder that `add_privileged` has filled from the same tiles
@@ -547,76 +355,18 @@ def cached_privileged(
 )->Dataset: # `ds` with the column
     """The synthetic images of a cache. `ValueError` when a tile has none, one that is damaged, or
     several that could be meant."""
-    cache = Path(cache)
-    if not (cache/"manifest.csv").is_file():
-        raise FileNotFoundError(
-            f"there is no {cache / 'manifest.csv'}; expected a folder that add_privileged has "
-            "filled, to the end: a run that was stopped goes on when it is repeated."
-        )
-    rows = read_manifest(cache).values()
-    if not rows:
+    cache, tiles = Path(cache), _Tiles(ds)
+    rows = _rows_of(cache)
+    key = _choose_key(rows, cache, generator_key)
+    ours = [row["um_per_px"] for row in rows if row["generator_key"] == key]
+    scales = [None, *sorted({float(um) for um in ours if um})]
+    values = tiles.values if "um_per_px" in ds.column_names else [um_per_px]*len(ds)
+    found = _find_images(tiles, values, cache, key, scales)
+    bad = [(i, intact) for i, (_, intact) in enumerate(found) if not intact]
+    if bad:
+        first = [f"{tiles.name(i)} ({'none' if x is None else 'damaged'})" for i, x in bad[:5]]
         raise ValueError(
-            f"{cache / 'manifest.csv'} lists no images with checksums; expected a manifest of "
-            "this version's add_privileged: make them with it."
+            f"{len(bad)} of {len(ds)} tiles have no intact image in {cache}: {', '.join(first)}. "
+            "Make them with add_privileged, from these very files and with the same generator."
         )
-    names = {row["generator_key"]: row["generator"] for row in rows}
-    if generator_key is None and len(names) > 1:
-        raise ValueError(
-            f"{cache} holds images of {len(names)} generators: give generator_key, one of "
-            + ", ".join(f"{k!r} ({v})" for k, v in names.items())
-            + "."
-        )
-    key = generator_key or next(iter(names))
-    if key not in names:
-        raise ValueError(
-            f"got generator_key={key!r}, and {cache} holds images of "
-            + ", ".join(f"{k!r} ({v})" for k, v in names.items())
-            + ": give one of these keys."
-        )
-    scales = [
-        None,
-        *sorted(
-            {
-                float(row["um_per_px"])
-                for row in rows
-                if row["generator_key"] == key and row["um_per_px"]
-            }
-        ),
-    ]
-    tiles, values = (
-        _stored(ds),
-        _values(ds) if "um_per_px" in ds.column_names else [um_per_px] * len(ds),
-    )
-    def one(arrived):
-        i, source = arrived
-        content = sha256(_content(source)).hexdigest()
-        asked = scales if values[i] is None else [float(f"{values[i]:.6g}"), None]
-        found = [
-            (item, intact, scale)
-            for scale in asked
-            for item in [item_path(content, key, scale)]
-            for intact in [look(cache, item)[0]]
-            if intact is not None
-        ]
-        if values[i] is None and len(found) > 1:
-            raise ValueError(
-                f"{cache} holds images of the tile {_name(paths[i], source, i)} at several scales "
-                f"({', '.join('the same as the generator' if s is None else f'{s:g}' for *_, s in found)}): "
-                "give um_per_px."
-            )
-        return (*found[0][:2], None) if found else (None, None, _name(paths[i], source, i))
-    paths = ds["path"][:] if "path" in ds.column_names else [None]*len(ds)
-    with ThreadPoolExecutor(_threads()) as pool:
-        found = list(_ahead(pool, one, ((i, tiles[i]["primary"]) for i in range(len(ds))), 64))
-    if bad := [
-        f"{name or _name(paths[i], tiles[i]['primary'], i)} "
-        f"({'none' if intact is None else 'damaged'})"
-        for i, (_, intact, name) in enumerate(found)
-        if not intact
-    ]:
-        raise ValueError(
-            f"{len(bad)} of {len(ds)} tiles have no intact image in {cache}: "
-            f"{', '.join(bad[:5])}. Make them with add_privileged, from these very files and with "
-            "the same generator."
-        )
-    return _with_images(ds, column, [cache/item for item, *_ in found])
+    return _with_images(ds, column, [cache/item for item, _ in found])

@@ -38,7 +38,7 @@ from ..core.checks import one_of, positive
 from ..core.groups import multinomial_counts
 from ..core.images import to_rgb
 from .kid import embed_images, kid, PhantomEncoder
-from .measures import MEASURES, pair_scores
+from .measures import _scores_of, MEASURES
 
 # %% ../../nbs/pairs/quality.ipynb #49400369
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _set_distance(encoder, judged, seed):
 def _refuse(n, kind, um_per_px):
     if n < 2:
         raise ValueError(
-            f"got {n} pairs, expected at least two: diversity and intervals need a set."
+            f"got {n} pair{'s'*(n != 1)}, expected at least two: diversity and intervals need a set."
         )
     positive(um_per_px, "um_per_px")
     if kind is not None: one_of("kind", kind, ("image", "mask"))
@@ -290,7 +290,7 @@ def pair_quality(
     images, kind = judged.images, kind or _kind(judged.images["privileged"])
     partners = images.get("true", [None]*len(judged.index))
     rows = zip(images["primary"], images["privileged"], partners)
-    scores = pd.DataFrame([pair_scores(*row, kind, um_per_px, seam) for row in rows])
+    scores = pd.DataFrame([_scores_of(*row, kind, um_per_px, seam) for row in rows])
     w = _draws(judged.groups, sampling.n_boot, sampling.seed)
     values = {m: _weighted_mean(w, scores[m].to_numpy(float)) for m in MEASURES if m in scores}
     values |= _set_values(judged, w, um_per_px, scores)
