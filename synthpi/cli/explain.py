@@ -2,7 +2,7 @@
 
 `synthpi explain` shows what finished encoders look at: which activations can be guided,
 Guided-GradCAM maps, the sanity check of these maps, and a map of the data set, in one page. Flags
-are the arguments of `synthpi.studies.explanation.explain_run`.
+are the fields of `synthpi.studies.explanation_settings.ExplainSettings`.
 
 Docs: https://synthpi.github.io/synthpi/nbs/cli/explain.html.md"""
 
@@ -13,70 +13,36 @@ __all__ = ['explain']
 
 # %% ../../nbs/cli/explain.ipynb #15797c74
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from .app import app, command_line, Device, share_cores, told
+from .app import app, command_line, Device, flags, share_cores
+from ..studies.explanation_settings import ExplainSettings
 
 # %% ../../nbs/cli/explain.ipynb #ea6e059a
+_SAID = {True: "passes", False: "does not pass", None: "cannot be judged"}
+
+def _say(found, out):
+    "What was found, in a few lines."
+    for name, table in found["coverage"].items():
+        guided = sum(r["calls"] for r in table if r["guided"])
+        missed = sum(r["calls"] for r in table if not r["guided"])
+        typer.echo(f"{name}: {guided} activations guided, {missed} missed")
+    for name, check in found.get("sanity", {}).items():
+        passes = ", ".join(f"{method} {_SAID[ok]}" for method, ok in check["passes"].items())
+        typer.echo(f"{name}: {passes}")
+    if "target" in found: typer.echo(f"Explained: {found['target']}")
+    for what, name in (("Report", "report.html"), ("Numbers", "results.json"), ("Maps", "maps.npz")):
+        typer.echo(f"{what}: {out/name}")
+
 @app.command()
-@told()
+@flags(ExplainSettings)
 def explain(
-    encoder: Annotated[
-        list[Path],
-        typer.Option(
-            help="An encoder.safetensors, or the run folder of a study, which also holds its "
-                 "probe (OUT/runs/NAME); may be given several times."
-        ),
-    ],
-    images: Annotated[
-        Path,
-        typer.Option(
-            help="Folder or manifest of tiles; for encoders of volumes a folder of prepared "
-                 "volumes, as a study leaves it in OUT/cache/volumes."
-        ),
-    ],
+    settings:ExplainSettings,
     out: Annotated[
         Path, typer.Option(help="Output folder: report.html, results.json, maps.npz, figures.")
     ],
-    target: Annotated[
-        str,
-        typer.Option(
-            help="What to explain: class (needs a probe), similarity (needs labels or "
-                 "--reference), component:K or dimension:K of the embedding; auto: the first of "
-                 "these that is possible."
-        ),
-    ] = "auto",
-    reference: Annotated[
-        Optional[Path], typer.Option(help="An image: explain the similarity of the others to it.")
-    ] = None,
-    size: Annotated[
-        Optional[int],
-        typer.Option(
-            min=8,
-            help="Side of the images, pixels or voxels; default: that of training, where the "
-                 "encoder's file tells it.",
-        ),
-    ] = None,
-    n: Annotated[int, typer.Option(min=8, help="Images for the map, drawn at random.")] = 300,
-    shown: Annotated[
-        int, typer.Option(min=1, help="Images with a saliency map, where there are no classes.")
-    ] = 8,
-    checked: Annotated[
-        int, typer.Option(min=0, help="Images of the sanity check; 0: no check.")
-    ] = 12,
-    split: Annotated[
-        Optional[str], typer.Option(help="Of the images; default: test if there is one.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of draws, random weights and maps.")] = 0,
-    group_column: Annotated[
-        Optional[str], typer.Option(help="Column of the manifest that names the patient.")
-    ] = None,
-    on_bad: Annotated[
-        str, typer.Option(help="Unreadable images: raise, or skip and count.")
-    ] = "raise",
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another report in the output folder.")
     ] = False,
@@ -87,42 +53,9 @@ def explain(
     share_cores(0)
     try:
         found = explain_run(
-            encoder,
-            images,
-            out,
-            target,
-            reference,
-            size,
-            n,
-            shown,
-            checked,
-            split,
-            seed,
-            group_column,
-            on_bad,
-            batch,
-            device,
-            overwrite,
-            command_line(),
+            settings, out, device=device, overwrite=overwrite, command=command_line()
         )
     except KeyboardInterrupt:  # a report is made in one go
         typer.echo("\nsynthpi: stopped. Nothing is kept; the same command begins anew.", err=True)
         raise typer.Exit(130)
-    for name, table in found["coverage"].items():
-        typer.echo(
-            f"{name}: {sum(r['calls'] for r in table if r['guided'])} activations guided, "
-            f"{sum(r['calls'] for r in table if not r['guided'])} missed"
-        )
-    for name, check in found.get("sanity", {}).items():
-        typer.echo(
-            f"{name}: "
-            + ", ".join(
-                f"{method} "
-                f"{({True: 'passes', False: 'does not pass', None: 'cannot be judged'})[ok]}"
-                for method, ok in check["passes"].items()
-            )
-        )
-    if "target" in found: typer.echo(f"Explained: {found['target']}")
-    typer.echo(
-        f"Report: {out / 'report.html'}\nNumbers: {out / 'results.json'}\nMaps: {out / 'maps.npz'}"
-    )
+    _say(found, out)

@@ -13,10 +13,13 @@ from typer.testing import CliRunner
 import synthpi.cli.explain
 import synthpi.cli.doctor
 import synthpi.studies.explanation as room
+import synthpi.studies.explanation_page as page_room
+import synthpi.studies.runs as runs_room
 from synthpi.volumes.bodies import write_bodies
 from synthpi.evaluate.features import extract_features
 from synthpi.explain.saliency import Similarity, guided_gradcam
 from synthpi.studies.explanation import explain_run
+from synthpi.studies.explanation_settings import ExplainSettings
 from synthpi.studies.runs import open_runs
 from synthpi.explain.maps import load_map, map_scores
 from synthpi.models.files import load_encoder, save_encoder
@@ -36,7 +39,7 @@ def quick_map(monkeypatch):
             "params": {"seed": seed},
             "versions": {},
         }
-    monkeypatch.setattr(room, "embedding_map", fake)
+    monkeypatch.setattr(page_room, "embedding_map", fake)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,16 @@ def folder(tmp_path_factory):
     return folder
 
 
+CALL = ("device", "overwrite", "command", "progress")
+
+
+def explain(encoders, images, out, **more):
+    "An explanation with the arguments of the call beside those of the settings."
+    call = {k: more.pop(k) for k in CALL if k in more}
+    if "batch_size" in more: more["batch"] = more.pop("batch_size")
+    return explain_run(ExplainSettings(encoders, images, **more), out, **call)
+
+
 def runs(folder): return [folder/f"study/runs/arm{k}-weak-seed0" for k in range(2)]
 
 
@@ -82,7 +95,7 @@ def page(out): return (out/"report.html").read_text()
 
 
 def test_two_runs_of_a_study(folder, tmp_path):
-    found = explain_run(
+    found = explain(
         runs(folder),
         folder / "tiles",
         tmp_path / "o",
@@ -143,35 +156,35 @@ def test_two_runs_of_a_study(folder, tmp_path):
         and (tmp_path / "o" / "figures" / "map_groups.png").exists()
         and "http://" not in re.sub(r"http://www.w3.org\S*", "", html)
     )
-    again = explain_run(runs(folder), folder/"tiles", tmp_path/"o", checked=4, progress=False)
+    again = explain(runs(folder), folder/"tiles", tmp_path/"o", checked=4, progress=False)
     assert (
         again["maps"]["arm0"] == found["maps"]["arm0"]
         and again["sanity"]["arm1"]["curve"] == found["sanity"]["arm1"]["curve"]
     )
     with pytest.raises(ValueError, match="another study"):
-        explain_run(runs(folder), folder / "tiles", tmp_path / "o", seed=1, progress=False)
+        explain(runs(folder), folder / "tiles", tmp_path / "o", seed=1, progress=False)
 
 
 def spy(monkeypatch):
     "What was explained: models, images, targets"
-    seen, true = [], room.guided_gradcam
+    seen, true = [], page_room.guided_gradcam
     def see(model, images, *target, batch_size=32):
         # and not the trial, which asks for nothing
         if target: seen.append((model, images, *target))
         return true(model, images, *target, batch_size=batch_size)
-    monkeypatch.setattr(room, "guided_gradcam", see)
+    monkeypatch.setattr(page_room, "guided_gradcam", see)
     return seen
 
 
 def test_targets(folder, tmp_path, monkeypatch):
     seen = spy(monkeypatch)
-    explain_run(runs(folder)[:1], folder/"tiles", tmp_path/"class", checked=0, progress=False)
+    explain(runs(folder)[:1], folder/"tiles", tmp_path/"class", checked=0, progress=False)
     model, images, target = seen.pop()
     assert target is None and isinstance(model[1], nn.Linear) and len(images) == 2
     with np.load(runs(folder)[0] / "predictions.npz") as arrays:
         assert np.array_equal(model[1].weight, arrays["probe_weight"])
 
-    found = explain_run([folder/"lone"], folder/"tiles", tmp_path/"lone", checked=0, progress=False)
+    found = explain([folder/"lone"], folder/"tiles", tmp_path/"lone", checked=0, progress=False)
     model, images, target = seen.pop()
     assert (
         isinstance(target, Similarity)
@@ -179,9 +192,8 @@ def test_targets(folder, tmp_path, monkeypatch):
         and "mean of the other images" in found["target"]
         and not isinstance(model, nn.Sequential)
     )
-    sample = room._sample_tiles(
-        open_runs([folder / "lone"]), folder / "tiles", 300, None, None, 0, None, "raise"
-    )
+    settings = ExplainSettings([folder/"lone"], folder/"tiles")
+    sample = room._sample_tiles(open_runs([folder/"lone"]), settings)
     h = extract_features(
         load_encoder(folder / "lone" / "encoder.safetensors"), iter(sample.x.split(32))
     )
@@ -190,7 +202,7 @@ def test_targets(folder, tmp_path, monkeypatch):
         others = [j for j in range(len(h)) if sample.labels[j] == sample.labels[i] and j != i]
         assert np.allclose(reference, h[others].mean(0), atol=1e-5)
 
-    explain_run(
+    explain(
         runs(folder)[:1],
         folder / "tiles",
         tmp_path / "component",
@@ -203,7 +215,7 @@ def test_targets(folder, tmp_path, monkeypatch):
     expected = (h - h.mean(0)) @ np.linalg.svd(h - h.mean(0), full_matrices=False)[2][1]
     assert np.allclose(target(z), expected, atol=1e-4)
 
-    explain_run(
+    explain(
         [folder / "lone"],
         folder / "tiles",
         tmp_path / "reference",
@@ -219,7 +231,7 @@ def test_targets(folder, tmp_path, monkeypatch):
     assert torch.allclose(
         target.reference, load_encoder(folder / "lone" / "encoder.safetensors")(alone)[0], atol=1e-4
     )
-    explain_run(
+    explain(
         [folder / "lone"],
         folder / "tiles",
         tmp_path / "dimension",
@@ -240,7 +252,7 @@ def test_images_without_classes(folder, tmp_path, monkeypatch):
     for i in range(9):
         (tmp_path / "plain").mkdir(exist_ok=True)
         (tmp_path / "plain" / f"{i}.png").write_bytes((folder / "tiles" / f"{i}.png").read_bytes())
-    found = explain_run(
+    found = explain(
         [folder / "lone"], tmp_path / "plain", tmp_path / "o", shown=3, checked=0, progress=False
     )
     assert (
@@ -250,7 +262,7 @@ def test_images_without_classes(folder, tmp_path, monkeypatch):
     )
     assert found["data"]["split"] is None
     # a probe needs no labels
-    found = explain_run(
+    found = explain(
         runs(folder)[:1], tmp_path / "plain", tmp_path / "p", shown=2, checked=0, progress=False
     )
     assert found["target"] == "the score of the predicted class"
@@ -268,12 +280,12 @@ def test_an_encoder_that_cannot_be_guided_gets_no_map(folder, tmp_path, monkeypa
                 {"arm": "smooth", "size": 24},
             )
         def forward(self, x): return self.act(self.net(x))
-    true = room.load_encoder
+    true = runs_room.load_encoder
     monkeypatch.setattr(
-        room, "load_encoder", lambda path: Smooth().eval() if "lone" in str(path) else true(path)
+        runs_room, "load_encoder", lambda path: Smooth().eval() if "lone" in str(path) else true(path)
     )
     seen = spy(monkeypatch)
-    found = explain_run(
+    found = explain(
         [folder / "lone", runs(folder)[0]],
         folder / "tiles",
         tmp_path / "o",
@@ -285,7 +297,7 @@ def test_an_encoder_that_cannot_be_guided_gets_no_map(folder, tmp_path, monkeypa
         and found["coverage"]["smooth"][-1]["operation"] == "gelu"
         and found["maps"].keys() == {"smooth", "arm0"}
     )
-    found = explain_run([folder/"lone"], folder/"tiles", tmp_path/"p", progress=False)
+    found = explain([folder/"lone"], folder/"tiles", tmp_path/"p", progress=False)
     assert (
         "target" not in found
         and len(seen) == 1
@@ -319,7 +331,7 @@ def volumes(tmp_path_factory):
 
 def test_crops_of_prepared_volumes(volumes, tmp_path, monkeypatch):
     seen = spy(monkeypatch)
-    found = explain_run(
+    found = explain(
         [volumes / "run"],
         volumes / "store",
         tmp_path / "o",
@@ -351,13 +363,13 @@ def test_crops_of_prepared_volumes(volumes, tmp_path, monkeypatch):
         (dict(reference=volumes / "x.png"), "for an encoder of volumes"),
     ):
         with pytest.raises(ValueError, match=said):
-            explain_run(
+            explain(
                 [volumes / "run"], volumes / "store", tmp_path / "p", progress=False, **kwargs
             )
     with pytest.raises(ValueError, match="no folder of prepared volumes"):
-        explain_run([volumes / "run"], volumes / "bodies", tmp_path / "p", progress=False)
+        explain([volumes / "run"], volumes / "bodies", tmp_path / "p", progress=False)
     with pytest.raises(ValueError, match="trained on voxels of"):
-        explain_run(
+        explain(
             [volumes / "coarse.safetensors"], volumes / "store", tmp_path / "p", progress=False
         )
     assert not (tmp_path/"p").exists()
@@ -485,7 +497,7 @@ def content(folder):
 
 def test_encoders_with_and_without_a_probe_are_asked_the_same(folder, tmp_path, monkeypatch):
     seen = spy(monkeypatch)
-    found = explain_run(
+    found = explain(
         [runs(folder)[1], folder / "lone"],
         folder / "tiles",
         tmp_path / "o",
@@ -497,7 +509,7 @@ def test_encoders_with_and_without_a_probe_are_asked_the_same(folder, tmp_path, 
         and [isinstance(t, Similarity) for *_, t in seen[-2:]] == [True] * 2
         and found["target"] in page(tmp_path / "o")
     )
-    found = explain_run(
+    found = explain(
         [folder / "lone", runs(folder)[0]],
         folder / "tiles",
         tmp_path / "r",
@@ -512,7 +524,7 @@ def test_encoders_with_and_without_a_probe_are_asked_the_same(folder, tmp_path, 
     for i in range(9):
         (tmp_path / "plain").mkdir(exist_ok=True)
         (tmp_path / "plain" / f"{i}.png").write_bytes((folder / "tiles" / f"{i}.png").read_bytes())
-    found = explain_run(
+    found = explain(
         [folder / "lone", runs(folder)[0]],
         tmp_path / "plain",
         tmp_path / "p",
@@ -554,31 +566,31 @@ def test_damaged_probes(folder, tmp_path):
 
 def test_what_fails_leaves_the_old_report(folder, tmp_path, monkeypatch):
     out, args = tmp_path/"o", dict(checked=0, progress=False)
-    explain_run([folder/"lone"], folder/"tiles", out, **args)
+    explain([folder/"lone"], folder/"tiles", out, **args)
     before, read = content(out), []
     true = room.extract_features
     monkeypatch.setattr(room, "extract_features", lambda *a: read.append(1) or true(*a))
-    with pytest.raises(ValueError, match="none with a map larger than one pixel"):
-        explain_run([folder / "lone"], folder / "tiles", out, size=2, overwrite=True, **args)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        explain_run([folder / "lone"], folder / "tiles", out, batch_size=0, overwrite=True, **args)
+    with pytest.raises(ValueError, match="size=2"):
+        explain([folder / "lone"], folder / "tiles", out, size=2, overwrite=True, **args)
+    with pytest.raises(ValueError, match="batch=0"):
+        explain([folder / "lone"], folder / "tiles", out, batch_size=0, overwrite=True, **args)
     with pytest.raises(ValueError, match="another study"):
-        explain_run([folder / "lone"], folder / "tiles", out, seed=3, **args)
+        explain([folder / "lone"], folder / "tiles", out, seed=3, **args)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="holds 1 files"):
-        explain_run([folder / "lone"], folder / "tiles", tmp_path / "full", **args)
+        explain([folder / "lone"], folder / "tiles", tmp_path / "full", **args)
     with pytest.raises(ValueError, match="lies in the input folder"):
-        explain_run([folder / "lone"], folder / "tiles", folder / "tiles" / "new", **args)
+        explain([folder / "lone"], folder / "tiles", folder / "tiles" / "new", **args)
     with pytest.raises(ValueError, match="is a file"):
-        explain_run([folder / "lone"], folder / "tiles", tmp_path / "full" / "mine.txt", **args)
+        explain([folder / "lone"], folder / "tiles", tmp_path / "full" / "mine.txt", **args)
     assert not read and content(out) == before
     # whatever happens late
-    monkeypatch.setattr(room, "embedding_map", lambda *a, **k: 1/0)
+    monkeypatch.setattr(page_room, "embedding_map", lambda *a, **k: 1/0)
     with pytest.raises(ZeroDivisionError):
-        explain_run([folder / "lone"], folder / "tiles", out, seed=3, overwrite=True, **args)
+        explain([folder / "lone"], folder / "tiles", out, seed=3, overwrite=True, **args)
     with pytest.raises(ZeroDivisionError):
-        explain_run([folder / "lone"], folder / "tiles", tmp_path / "new", **args)
+        explain([folder / "lone"], folder / "tiles", tmp_path / "new", **args)
     assert read and content(out) == before and not (tmp_path/"new").exists()
 
 
@@ -592,7 +604,7 @@ def test_a_study_of_another_kind_is_never_replaced(folder, tmp_path):
         (study / "report.html").write_text("mine")
         for overwrite in (False, True):
             with pytest.raises(ValueError, match="study of another kind"):
-                explain_run(
+                explain(
                     [folder / "lone"],
                     folder / "tiles",
                     study,
@@ -610,7 +622,7 @@ def test_the_report_knows_its_images(folder, tmp_path):
     (tmp_path/"tiles").mkdir()
     for p in (folder/"tiles").iterdir(): (tmp_path/"tiles"/p.name).write_bytes(p.read_bytes())
     def again(**kwargs):
-        return explain_run(
+        return explain(
             runs(folder)[:1],
             tmp_path / "tiles",
             tmp_path / "o",
@@ -640,7 +652,7 @@ def test_the_report_knows_its_images(folder, tmp_path):
 
 def test_ctrl_c_promises_nothing(folder, tmp_path, monkeypatch):
     def stop(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(room, "align_maps", stop)
+    monkeypatch.setattr(page_room, "align_maps", stop)
     said = ask(
         "--encoder",
         folder / "lone",

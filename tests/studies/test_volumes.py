@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from synthpi.studies.volumes import study as study_module
+from synthpi.studies.volumes import report as report_module, study as study_module
 from synthpi.volumes.bodies import write_bodies
 from synthpi.cli import app
 from synthpi.volumes.crop_lists import read_crop_list
@@ -63,6 +63,14 @@ ARMS = ["position_atlas", "intensity_histogram", "random_encoder", "isimed", "ba
 def study_of(volumes, out, *more):
     return synthpi("volumes", "--volumes", volumes, "--out", out, *SMALL, *more)
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_maps():
+    "UMAP has its own tests; two columns of the features stand for it."
+    with pytest.MonkeyPatch.context() as patch:
+        def fake(h, seed=0): return {"coords": h[:, :2], "trustworthiness": 1.}
+        patch.setattr(report_module, "embedding_map", fake)
+        yield
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
     "Simulated bodies; never changed by a test"
@@ -73,7 +81,7 @@ def source(tmp_path_factory):
 @pytest.fixture
 def data(source, tmp_path): return Path(shutil.copytree(source, tmp_path/"data"))
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def study(source, tmp_path_factory):
     "A study of two seeds; never changed by a test"
     out = tmp_path_factory.mktemp("study")/"out"
@@ -398,7 +406,7 @@ def test_volumes_of_different_voxels_are_refused_or_resampled(data, tmp_path):
     )
 
 def test_a_stopped_study_continues_and_ends_with_the_same_numbers(source, tmp_path, monkeypatch):
-    settings, quiet = settings_of(source, arms=["isimed", "barlow"]), dict(device="cpu", progress=False)
+    settings, quiet = settings_of(source, arms=["isimed", "barlow"], labels=False), dict(device="cpu", progress=False)
     whole = volume_study(settings, tmp_path/"whole", **quiet)
     real, calls = study_module.train_volume_arm, []
     def stopping(name, *args, **kwargs):

@@ -230,7 +230,9 @@ They show that every part of the pipeline works. They say nothing about real sca
 What was done:
 
 - **Volumes.** {{ volumes }}, of {{ subjects }} subjects; no subject is in two splits.
-  {{ d.not_used ~ " volumes of other splits were not used." if d.not_used }}
+  {% if d.not_used %}
+  {{ d.not_used }} volumes of other splits were not used.
+  {% endif %}
   Voxels of {{ voxels }} mm.
 - **Places** are counted in the frame `{{ d.frame }}`: {{ d.frame_because }}.
 - **Arms.**
