@@ -61,7 +61,7 @@ Modules:
 - `synthpi.explain.maps`: How an encoder arranges a data set, and how far to trust the picture
 - `synthpi.explain.neighbours`: Do classes lie together, or patients? And what is nearest in other subjects?
 - `synthpi.explain.pair_explorer`: One pair at a time, in one place: flip between real and synthetic, the worst first
-- `synthpi.explain.pictures`: A picture that tells where it was clicked, two that are compared in place, and the still one that stands in without a kernel
+- `synthpi.explain.pictures`: A picture that can be clicked, two compared in place, and a still one
 - `synthpi.explain.places`: What an encoder of crops knows of where in the body they were
 - `synthpi.explain.saliency`: Where in the image an encoder looks
 - `synthpi.explain.sanity`: Does a map depend on what the network has learnt, or only on the image?
@@ -76,11 +76,12 @@ Modules:
 - `synthpi.models.distances`: An embedding whose distances are millimetres, loaded from a run
 - `synthpi.models.encoders`: MONAI's networks by name, and those of other libraries
 - `synthpi.models.files`: Weights and what they are, in one file that opens without a pickle
-- `synthpi.pairs.cache`: Files named by what they were made from, each with its own checksum, and a table that says where they come from
+- `synthpi.pairs.cache`: Files named by what they were made from, each with a checksum, and their table
 - `synthpi.pairs.examples`: What a generator learns from: pairs or two folders, with patients held out
 - `synthpi.pairs.foreign`: Which published network a file of weights belongs to, read from its names and shapes
 - `synthpi.pairs.generators`: One calling convention for everything that supplies a privileged image
-- `synthpi.pairs.kid`: How far a set of synthetic images is from the set of true ones, and what looks at them
+- `synthpi.pairs.kid`: How far a set of synthetic images is from the set of true ones
+- `synthpi.pairs.makers`: From tiles to images on the disk: read ahead, translate, write behind
 - `synthpi.pairs.measures`: Agreement of nuclei, edges, seams and checkerboards of one image
 - `synthpi.pairs.objectives`: What a generator learns from: pairs, or two sets that are not paired
 - `synthpi.pairs.privileged`: The synthesised privileged column: made once, checked, and with a history
@@ -91,6 +92,8 @@ Modules:
 - `synthpi.pairs.training`: Training a generator on a small set of images, paired or not
 - `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and what a probe reads out of it
 - `synthpi.studies.explanation`: Coverage, saliency, sanity check and map of finished encoders, in one call and one page
+- `synthpi.studies.explanation_page`: Sections and figures of `synthpi explain`
+- `synthpi.studies.explanation_settings`: Which encoders are explained, on which images, and what is asked
 - `synthpi.studies.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
 - `synthpi.studies.generator`: Images to a generator, judged on patients that it has not seen
 - `synthpi.studies.generator_settings`: The arguments of a training, their checks, and the flags
