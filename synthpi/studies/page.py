@@ -203,7 +203,8 @@ thead button::after { content: " \\2195"; opacity: .35; }
 {% elif b.kind == "figure" %}<figure><div class="scroll" tabindex="0" role="group" aria-label="Figure {{ b.number }}">
 <img src="data:image/png;base64,{{ b.data }}" alt="{{ b.alt }}" style="--width: {{ b.width }}px"></div>
 <figcaption><b>Figure {{ b.number }}.</b> {{ b.caption }}</figcaption></figure>
-{% else %}<div class="table"><div class="scroll" tabindex="0" role="group" aria-label="Table {{ b.number }}"><table><thead><tr>
+{% else %}<div class="table"><div class="scroll" tabindex="0" role="group" aria-label="Table {{ b.number }}">
+{#- #}<table><thead><tr>
 {%- for name, number in b.head -%}
 <th scope="col"{% if number %} class="number"{% endif %}>
 {#- #}<button type="button">{{ name }}</button></th>{% endfor %}</tr></thead><tbody>

@@ -1,5 +1,6 @@
 """The page is self-contained, escaped, accessible and whole or absent; the figures draw what they
 were given, at a legible size."""
+
 import base64
 import io
 import re
@@ -24,19 +25,31 @@ NASTY = "<img src=x onerror=alert(1)> & \"quoted\" 'single' {{ 7*7 }}"
 
 class Page(HTMLParser):
     "Tags with their attributes, text by enclosing tag, and whether every tag is closed"
+
     VOID = {"meta", "img", "br", "hr", "link", "input"}
+
     def __init__(self, html):
         super().__init__()
         self.tags, self.open, self.text = [], [], []
         self.feed(html)
         self.close()
+
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID: self.open.append(tag)
-    def handle_endtag(self, tag): assert self.open.pop() == tag, f"</{tag}> closes another tag"
-    def handle_data(self, data): self.text.append((self.open[-1] if self.open else "", data))
-    def all(self, tag): return [attrs for name, attrs in self.tags if name == tag]
-    def texts(self, tag): return [data for name, data in self.text if name == tag and data.strip()]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data):
+        self.text.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def texts(self, tag):
+        return [data for name, data in self.text if name == tag and data.strip()]
 
 
 def drawing():
@@ -56,7 +69,7 @@ def saved(tmp_path):
     r.figure(drawing(), "first", NASTY, alt=NASTY)
     r.table(pd.DataFrame({NASTY: [NASTY, "b"], "x": [1.23456, np.nan]}), NASTY, digits=2)
     r.section("Two").figure(drawing(), "second", "Another", alt="A line")
-    return tmp_path/"run", r.save(tmp_path/"run")
+    return tmp_path / "run", r.save(tmp_path / "run")
 
 
 def test_the_page_asks_for_nothing(saved):
@@ -69,7 +82,8 @@ def test_the_page_asks_for_nothing(saved):
     for tag, attrs in page.tags:
         assert tag not in {"link", "iframe", "object", "embed", "base", "source", "form"}
         for key in ("src", "href", "srcset", "action", "poster", "background"):
-            if key in attrs: assert re.match(r"data:image/png;base64,|#s\d+$", attrs[key])
+            if key in attrs:
+                assert re.match(r"data:image/png;base64,|#s\d+$", attrs[key])
     style = "".join(page.texts("style"))
     assert (
         "prefers-color-scheme: dark" in style
@@ -142,12 +156,22 @@ def test_an_index_with_a_name_is_a_column_and_missing_keys_are_dashes(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("build, message", [
-    (lambda r: Report("t").table([{"a": 1}], "c"), "before the first section"), (lambda r: r.table([], "c"), "shape"),
-    (lambda r: r.figure(drawing(), "../up", "c", alt="a"), "'../up'"), (lambda r: r.figure(drawing(), "x", "c", alt=" "), "no alt text"),
-    (lambda r: r.figure(drawing(), "x", "c", alt="a").figure(drawing(), "x", "c", alt="a"), "two figures")])
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda r: Report("t").table([{"a": 1}], "c"), "before the first section"),
+        (lambda r: r.table([], "c"), "shape"),
+        (lambda r: r.figure(drawing(), "../up", "c", alt="a"), "'../up'"),
+        (lambda r: r.figure(drawing(), "x", "c", alt=" "), "no alt text"),
+        (
+            lambda r: r.figure(drawing(), "x", "c", alt="a").figure(drawing(), "x", "c", alt="a"),
+            "two figures",
+        ),
+    ],
+)
 def test_mistakes_are_named(build, message):
-    with pytest.raises(ValueError, match=re.escape(message)): build(Report("t").section("s"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(Report("t").section("s"))
 
 
 def test_long_cells_wrap_and_a_box_that_goes_on_says_so(tmp_path):
@@ -163,7 +187,7 @@ def test_long_cells_wrap_and_a_box_that_goes_on_says_so(tmp_path):
     assert "Scroll sideways" in style and all(
         f".{name} " in style and f'toggle("{name}"' in script for name in ("more", "wide")
     )
-    printed = style[style.index("@media print"):]
+    printed = style[style.index("@media print") :]
     assert "mask-image: none" in printed and ".wide + ::before { content: none; }" in printed
 
 
@@ -171,7 +195,8 @@ def test_a_failed_save_keeps_the_old_page(tmp_path, monkeypatch):
     path = Report("old").section("s").save(tmp_path)
     before = path.read_bytes()
     monkeypatch.setattr(report, "_PAGE", "half {{ title }} {{ missing.attribute }}")
-    with pytest.raises(Exception, match="missing"): Report("new").section("s").save(tmp_path)
+    with pytest.raises(Exception, match="missing"):
+        Report("new").section("s").save(tmp_path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -211,7 +236,7 @@ def record(mean):
 
 
 def every_figure():
-    records = {arm: record(.3 + .05*k) for k, arm in enumerate(ARMS)}
+    records = {arm: record(0.3 + 0.05 * k) for k, arm in enumerate(ARMS)}
     history = pd.DataFrame(
         {
             "step": range(50),
@@ -236,8 +261,11 @@ def every_figure():
     )
 
 
-@pytest.mark.parametrize("fig", list(every_figure()), ids=("losses accuracy recall confusion "
-                                                           "two-classes gallery augmentation").split())
+@pytest.mark.parametrize(
+    "fig",
+    list(every_figure()),
+    ids=("losses accuracy recall confusion two-classes gallery augmentation").split(),
+)
 def test_figures_are_legible_closed_and_inside_their_edges(fig):
     fig.draw_without_rendering()
     texts = [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible()]
@@ -245,11 +273,11 @@ def test_figures_are_legible_closed_and_inside_their_edges(fig):
     # closed; others may be open where a notebook ran before
     assert fig not in map(plt.figure, plt.get_fignums())
     (width, height), box = fig.get_size_inches(), fig.get_tightbbox()
-    assert box.x0 > -.01 and box.y0 > -.01 and box.x1 < width + .01 and box.y1 < height + .01
+    assert box.x0 > -0.01 and box.y0 > -0.01 and box.x1 < width + 0.01 and box.y1 < height + 0.01
 
 
 def test_accuracy_draws_the_intervals_in_the_order_given():
-    ax = figures.plot_accuracy({"trident": record(.7), "mean_rgb": record(.4)}).axes[0]
+    ax = figures.plot_accuracy({"trident": record(0.7), "mean_rgb": record(0.4)}).axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == [
         "trident",
         "mean_rgb",
@@ -259,7 +287,7 @@ def test_accuracy_draws_the_intervals_in_the_order_given():
         [0.4 - 0.1, 0.4 + 0.05],
     ]
     # guessing among five classes
-    assert ax.lines[-1].get_xdata()[0] == .2
+    assert ax.lines[-1].get_xdata()[0] == 0.2
     assert (
         figures.plot_accuracy({"a": {"balanced_accuracy": {"mean": 0.5}}}, key="balanced_accuracy")
         .axes[0]
@@ -287,13 +315,15 @@ def test_the_place_is_named_for_a_reader():
 
 
 def test_recall_without_a_class_is_a_dash():
-    fig = figures.plot_recall({"a": {"x": .5}}, ["x", "y"])
+    fig = figures.plot_recall({"a": {"x": 0.5}}, ["x", "y"])
     assert [t.get_text() for ax in fig.axes for t in ax.texts] == [" 0.50", "–"]
 
 
 def test_losses_smooth_and_survive_a_term_at_zero():
-    history = pd.DataFrame({"step": [0, 1, 2, 3], "loss": [4., 2., 2., 4.], "variance": [0.]*4})
-    fig = figures.plot_losses({"a": history}, smooth=.5)
+    history = pd.DataFrame(
+        {"step": [0, 1, 2, 3], "loss": [4.0, 2.0, 2.0, 4.0], "variance": [0.0] * 4}
+    )
+    fig = figures.plot_losses({"a": history}, smooth=0.5)
     assert fig.axes[0].lines[0].get_ydata().tolist() == [4, 3, 2, 3]
     fig.draw_without_rendering()
 
@@ -309,18 +339,29 @@ def test_a_missing_setting_is_one_point():
     assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["weak", "strong"]
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: figures.plot_accuracy({}), "0 arms"), (lambda: figures.plot_confusion({"a": np.eye(3)}, CLASSES), r"shape (3, 3); expected (5, 5)"),
-    (lambda: figures.pair_gallery([], []), "0 primary and 0"), (lambda: figures.pair_gallery([1, 2], [1]), "2 primary and 1")])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: figures.plot_accuracy({}), "0 arms"),
+        (
+            lambda: figures.plot_confusion({"a": np.eye(3)}, CLASSES),
+            r"shape (3, 3); expected (5, 5)",
+        ),
+        (lambda: figures.pair_gallery([], []), "0 primary and 0"),
+        (lambda: figures.pair_gallery([1, 2], [1]), "2 primary and 1"),
+    ],
+)
 def test_figures_refuse(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)): call()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
 
 
 # The section on synthetic images
 
+
 def judged_section(tmp_path, how):
     pairs = pair_phantoms(24, 8)
-    second = damage([np.uint8(m > 0)*255 for m in pairs.mask], how)
+    second = damage([np.uint8(m > 0) * 255 for m in pairs.mask], how)
     records = [
         {"primary": x, "privileged": y, "true": m, "group": g}
         for x, y, m, g in zip(pairs.image, second, pairs.mask, pairs.patient_id)
@@ -372,6 +413,7 @@ def test_what_was_not_judged_is_said_with_its_reason():
 
 # The verdict of a study of tiles
 
+
 def ratio(base, low, high, augmentation="chosen", tiles="as they are", model="trident"):
     return {
         "base": base,
@@ -382,6 +424,7 @@ def ratio(base, low, high, augmentation="chosen", tiles="as they are", model="tr
         "ci": [low, high],
         "text": f"{(low + high) / 2:.2f} [{low:.2f}, {high:.2f}]",
     }
+
 
 def study_of(*ratios, groups=8, seeds=3, tiles=400, **accuracy):
     accuracy = {
@@ -403,6 +446,7 @@ def study_of(*ratios, groups=8, seeds=3, tiles=400, **accuracy):
         "error_reduction": list(ratios),
     }
 
+
 HELPS, HARMS, OPEN = (
     ratio("siamese_unprivileged", low, high) for low, high in ((1.24, 1.41), (0.6, 0.9), (0.9, 1.2))
 )
@@ -418,21 +462,49 @@ def test_yes_needs_groups_seeds_and_more_than_no_training():
     )
     assert (
         "Against `random_encoder`, the best arm without training, TriDeNT's error ratio is 2.00 "
-        "[1.50, 2.50]. "
-        in said + " "
+        "[1.50, 2.50]. " in said + " "
     )
 
 
-@pytest.mark.parametrize("changes, ratios, lacking", [
-    ({"groups": 7}, (BEATS,), "7 test groups"), ({"seeds": 2}, (BEATS,), "2 training seeds"), ({"groups": 4, "seeds": 1}, (BEATS,), "4 test groups, 1 training seed"), ({"groups": 1}, (BEATS,), "1 test group"),
-    # printed as [1.00, 1.12]
-    ({}, (ratio("random_encoder", 1.001, 1.12),), "not shown to be better than `random_encoder`, "
-                                                  "which was not trained"),
-    ({}, (), "not shown to be better than `random_encoder`, which was not trained"),
-    ({}, (ratio("random_encoder", 1.5, 2.5, tiles="stain-shifted"), ratio("random_encoder", 1.5, 2.5, "weak")), "not shown to be better than `random_encoder`, which was not trained"),
-    ({"colour_histogram": .6}, (BEATS, ratio("colour_histogram", .9, 1.2)), "not shown to be better than `colour_histogram`, which was not trained"),
-    ({"mean_rgb": .6}, (BEATS,), "not shown to be better than `mean_rgb`, which was not trained"),
-    ({"mean_rgb": 0, "colour_histogram": 0, "random_encoder": 0}, (), "no arm without training in the study")])
+@pytest.mark.parametrize(
+    "changes, ratios, lacking",
+    [
+        ({"groups": 7}, (BEATS,), "7 test groups"),
+        ({"seeds": 2}, (BEATS,), "2 training seeds"),
+        ({"groups": 4, "seeds": 1}, (BEATS,), "4 test groups, 1 training seed"),
+        ({"groups": 1}, (BEATS,), "1 test group"),
+        # printed as [1.00, 1.12]
+        (
+            {},
+            (ratio("random_encoder", 1.001, 1.12),),
+            "not shown to be better than `random_encoder`, which was not trained",
+        ),
+        ({}, (), "not shown to be better than `random_encoder`, which was not trained"),
+        (
+            {},
+            (
+                ratio("random_encoder", 1.5, 2.5, tiles="stain-shifted"),
+                ratio("random_encoder", 1.5, 2.5, "weak"),
+            ),
+            "not shown to be better than `random_encoder`, which was not trained",
+        ),
+        (
+            {"colour_histogram": 0.6},
+            (BEATS, ratio("colour_histogram", 0.9, 1.2)),
+            "not shown to be better than `colour_histogram`, which was not trained",
+        ),
+        (
+            {"mean_rgb": 0.6},
+            (BEATS,),
+            "not shown to be better than `mean_rgb`, which was not trained",
+        ),
+        (
+            {"mean_rgb": 0, "colour_histogram": 0, "random_encoder": 0},
+            (),
+            "no arm without training in the study",
+        ),
+    ],
+)
 def test_less_is_a_hint_that_names_what_is_lacking(changes, ratios, lacking):
     said = tissue_report.verdict(study_of(HELPS, *ratios, **changes))
     assert (
@@ -457,7 +529,10 @@ def test_harm_needs_groups_and_seeds_but_no_baseline():
     ) and said.endswith("8 test groups and 3 training seeds on.")
 
 
-@pytest.mark.parametrize("row", [OPEN, ratio("siamese_unprivileged", 1.004, 1.2), ratio("siamese_unprivileged", .8, .996)])
+@pytest.mark.parametrize(
+    "row",
+    [OPEN, ratio("siamese_unprivileged", 1.004, 1.2), ratio("siamese_unprivileged", 0.8, 0.996)],
+)
 def test_an_interval_that_holds_1_as_printed_is_open(row):
     said = tissue_report.verdict(study_of(row, BEATS, groups=4, seeds=1))
     assert (
@@ -469,16 +544,17 @@ def test_an_interval_that_holds_1_as_printed_is_open(row):
 
 
 def test_the_ratio_to_no_training_is_told_in_every_case():
-    def told(*rows, **k): return tissue_report.verdict(study_of(OPEN, *rows, **k))
+    def told(*rows, **k):
+        return tissue_report.verdict(study_of(OPEN, *rows, **k))
+
     assert "2.00 [1.50, 2.50]." in told(BEATS)
     assert "[0.90, 1.20]: it is not shown that training helped at all." in told(
         ratio("random_encoder", 0.9, 1.2)
     )
-    assert "[0.50, 0.90]: training made it worse." in told(ratio("random_encoder", .5, .9))
+    assert "[0.50, 0.90]: training made it worse." in told(ratio("random_encoder", 0.5, 0.9))
     assert (
         "The best arm without training is `mean_rgb`, 60.0 % [58.0, 62.0]; the results hold no "
-        "ratio"
-        in told(BEATS, mean_rgb=0.6)
+        "ratio" in told(BEATS, mean_rgb=0.6)
     )
     assert "without training" not in told(mean_rgb=0, colour_histogram=0, random_encoder=0)
     assert "Every test tile is a group of its own" in told(

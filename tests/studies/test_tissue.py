@@ -1,5 +1,6 @@
 """The main job through the command line: results as promised, bad input told and nothing lost, a
 stopped study that goes on."""
+
 import json
 import os
 import pickle
@@ -25,16 +26,20 @@ from synthpi.data.phantoms import write_tissue
 from synthpi.pairs.quality import MEASURES
 from synthpi.studies import tissue_study, TissueSettings
 
-REAL = Path(__file__).parents[3]/"shared"/"data"
+REAL = Path(__file__).parents[3] / "shared" / "data"
 TINY = dict(steps=2, batch_size=8, size=32, generator_steps=2, generator_crop=32)
 SMALL = [x for k, v in TINY.items() for x in (f"--{k.replace('_', '-')}", v)] + (
     "--device cpu --workers 0 --um-per-px-tiles .75 --um-per-px-pairs .5".split()
 )
 
-def synthpi(*arguments): return CliRunner().invoke(app, [str(a) for a in arguments])
+
+def synthpi(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
 
 def tissue(tiles, out, *more):
     return synthpi("tissue", "--tiles", tiles, "--out", out, *SMALL, *more)
+
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
@@ -49,24 +54,29 @@ def source(tmp_path_factory):
     )
     return folder
 
+
 @pytest.fixture
-def data(source, tmp_path): return Path(shutil.copytree(source, tmp_path/"data"))
+def data(source, tmp_path):
+    return Path(shutil.copytree(source, tmp_path / "data"))
+
 
 @pytest.fixture
 def no_report(monkeypatch):
     "For tests of the numbers alone: the page that is written of them takes longer than the study"
     monkeypatch.setattr(study_module, "write_report", lambda *a: None)
 
+
 @pytest.fixture(scope="session")
 def study(source, tmp_path_factory):
     "A study of all arms, controls and two seeds"
-    out = tmp_path_factory.mktemp("study")/"out"
-    result = tissue(source/"tiles", out, "--pairs", source/"pairs", "--controls", "--seeds", 2)
+    out = tmp_path_factory.mktemp("study") / "out"
+    result = tissue(source / "tiles", out, "--pairs", source / "pairs", "--controls", "--seeds", 2)
     assert result.exit_code == 0, result.output
     return out
 
+
 def test_results_hold_what_is_promised(study):
-    r = json.loads((study/"results.json").read_text())
+    r = json.loads((study / "results.json").read_text())
     assert (
         r["schema"] == 1
         and r["seeds"] == [0, 1]
@@ -111,8 +121,9 @@ def test_results_hold_what_is_promised(study):
     )
     assert r["pairs"]["n"] == 36 and r["pairs"]["cache_hits"] == 0
 
+
 def test_synthetic_images_are_judged_with_and_without_truth(study):
-    r = json.loads((study/"results.json").read_text())
+    r = json.loads((study / "results.json").read_text())
     tiles, pairs = (r["pairs"]["quality"][k] for k in ("tiles", "pairs"))
     # six pairs of three patients: one patient is held out
     assert tiles["pairs"] == 36 and pairs["pairs"] == 2 and tiles["kind"] == pairs["kind"] == "mask"
@@ -137,7 +148,7 @@ def test_synthetic_images_are_judged_with_and_without_truth(study):
     assert pairs["measures"]["dice"]["mean"] == pytest.approx(
         r["generator"]["dice_validation"], abs=0.1
     )
-    page = (study/"report.html").read_text()
+    page = (study / "report.html").read_text()
     assert (
         "How good are the synthetic images?" in page
         and page.count("training aids, not findings") >= 2
@@ -145,8 +156,9 @@ def test_synthetic_images_are_judged_with_and_without_truth(study):
     )
     assert ("COLLAPSED" in page) == (tiles["collapsed"] or pairs["collapsed"])
 
+
 def test_chosen_augmentation_is_the_one_with_the_higher_validation_accuracy(study):
-    for arm in json.loads((study/"results.json").read_text())["arms"].values():
+    for arm in json.loads((study / "results.json").read_text())["arms"].values():
         if by := arm.get("by_augmentation"):
             assert (
                 arm["val_accuracy"]
@@ -154,13 +166,15 @@ def test_chosen_augmentation_is_the_one_with_the_higher_validation_accuracy(stud
                 == by[arm["augmentation"]]["val_accuracy"]
             )
 
+
 def test_every_run_leaves_an_encoder_that_loads(study):
     files = sorted(study.glob("runs/*/encoder.safetensors"))
-    assert len(files) == 2*(1 + 2*9)
+    assert len(files) == 2 * (1 + 2 * 9)
     assert load_encoder(files[0]).training is False and not list(study.glob("runs/*/checkpoints/*"))
 
+
 def test_report_is_one_file(study):
-    page = (study/"report.html").read_text()
+    page = (study / "report.html").read_text()
     assert "http://" not in page and "https://" not in page and "tiles are simulated" not in page
     # 2 steps, 2 seeds: no study of this size says yes
     assert (
@@ -184,32 +198,37 @@ def test_report_is_one_file(study):
         "augmentation",
     } <= {p.stem for p in (study / "figures").glob("*.png")}
 
+
 def test_a_second_call_finds_everything(study, source):
     before = {p: p.stat().st_mtime_ns for p in study.glob("runs/*/*")}
-    results = json.loads((study/"results.json").read_text())
-    result = tissue(source/"tiles", study, "--pairs", source/"pairs", "--controls", "--seeds", 2)
+    results = json.loads((study / "results.json").read_text())
+    result = tissue(
+        source / "tiles", study, "--pairs", source / "pairs", "--controls", "--seeds", 2
+    )
     assert (
         result.exit_code == 0
         and "36 found in the cache, 0 made" in result.output
         and "continuing with what is there" in result.output
     )
     assert {p: p.stat().st_mtime_ns for p in study.glob("runs/*/*")} == before
-    again = json.loads((study/"results.json").read_text())
+    again = json.loads((study / "results.json").read_text())
     assert again["arms"] == results["arms"] and again["pairs"]["cache_hits"] == 36
 
+
 def test_another_study_is_refused_and_replaced_only_when_told(study, source):
-    kept = (study/"results.json").read_bytes()
-    result = tissue(source/"tiles", study, "--arms", "mean_rgb")
+    kept = (study / "results.json").read_bytes()
+    result = tissue(source / "tiles", study, "--arms", "mean_rgb")
     assert (
         result.exit_code == 2
         and "holds another study" in result.output
         and "--overwrite" in result.output
     )
-    assert (study/"results.json").read_bytes() == kept
+    assert (study / "results.json").read_bytes() == kept
+
 
 def test_overwrite_replaces_a_study_and_nothing_else(source, tmp_path):
-    assert tissue(source/"tiles", tmp_path/"out", "--arms", "mean_rgb").exit_code == 0
-    (tmp_path/"out"/"notes.txt").write_text("mine")
+    assert tissue(source / "tiles", tmp_path / "out", "--arms", "mean_rgb").exit_code == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     assert (
         tissue(
             source / "tiles", tmp_path / "out", "--arms", "colour_histogram", "--overwrite"
@@ -222,6 +241,7 @@ def test_overwrite_replaces_a_study_and_nothing_else(source, tmp_path):
         and (tmp_path / "out" / "notes.txt").read_text() == "mine"
     )
 
+
 def test_a_generator_file_replaces_the_pairs(study, source, tmp_path):
     result = tissue(
         source / "tiles",
@@ -232,39 +252,41 @@ def test_a_generator_file_replaces_the_pairs(study, source, tmp_path):
         "trident,siamese_unprivileged",
     )
     assert result.exit_code == 0, result.output
-    r = json.loads((tmp_path/"out"/"results.json").read_text())
+    r = json.loads((tmp_path / "out" / "results.json").read_text())
     assert r["generator"]["key"] == load_generator(study / "generator.safetensors").key and set(
         r["arms"]
     ) == {"trident", "siamese_unprivileged"}
 
+
 def test_unlabelled_tiles_train_and_skip_the_probe(source, tmp_path):
-    (tmp_path/"tiles").mkdir()
+    (tmp_path / "tiles").mkdir()
     for i, p in enumerate(sorted((source / "tiles" / "train").rglob("*.png"))):
         shutil.copy(p, tmp_path / "tiles" / f"{i}.png")
-    result = tissue(tmp_path/"tiles", tmp_path/"out", "--pairs", source/"pairs")
+    result = tissue(tmp_path / "tiles", tmp_path / "out", "--pairs", source / "pairs")
     assert result.exit_code == 0, result.output
-    arms = json.loads((tmp_path/"out"/"results.json").read_text())["arms"]
+    arms = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
     assert (
         set(arms) == {"siamese_unprivileged", "siamese_privileged", "trident", "trident_real_pairs"}
         and "accuracy" not in arms["trident"]
     )
-    assert "no labels" in (tmp_path/"out"/"report.html").read_text()
+    assert "no labels" in (tmp_path / "out" / "report.html").read_text()
+
 
 def test_mixed_modes_and_sizes_are_one_kind_of_tile(data, tmp_path, no_report):
-    files = sorted((data/"tiles"/"train").rglob("*.png"))
+    files = sorted((data / "tiles" / "train").rglob("*.png"))
     gray = np.array(Image.open(files[0]).convert("L"))
-    Image.fromarray(gray.astype(np.uint16)*257).save(files[0])
+    Image.fromarray(gray.astype(np.uint16) * 257).save(files[0])
     Image.fromarray(gray).save(files[1])
     Image.open(files[2]).convert("RGBA").save(files[2])
     Image.open(files[3]).resize((90, 70)).save(files[3])
     cmyk = files[4].with_suffix(".jpg")
     Image.open(files[4]).convert("CMYK").save(cmyk)
-    table = pd.read_csv(data/"tiles"/"tiles.csv")
+    table = pd.read_csv(data / "tiles" / "tiles.csv")
     table["path"] = [
         str(Path(p).with_suffix(".jpg")) if (data / "tiles" / p) == files[4] else p
         for p in table["path"]
     ]
-    table.to_csv(data/"tiles"/"tiles.csv", index=False)
+    table.to_csv(data / "tiles" / "tiles.csv", index=False)
     files[4].unlink()
     assert (
         tissue(
@@ -272,15 +294,16 @@ def test_mixed_modes_and_sizes_are_one_kind_of_tile(data, tmp_path, no_report):
         ).exit_code
         == 0
     )
-    found = json.loads((tmp_path/"out"/"results.json").read_text())["data"]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["data"]
     assert (
         set(found["modes"]) == {"I;16", "L", "RGBA", "CMYK", "RGB"} and found["sizes"]["70x90"] == 1
     )
 
+
 def damage(data, how):
     "Damage a copy of the data, and return what the message has to name"
-    tiles, train = data/"tiles", sorted((data/"tiles"/"train").rglob("*.png"))
-    table = pd.read_csv(tiles/"tiles.csv")
+    tiles, train = data / "tiles", sorted((data / "tiles" / "train").rglob("*.png"))
+    table = pd.read_csv(tiles / "tiles.csv")
     if how == "missing folder":
         shutil.rmtree(tiles)
         return "no such file or folder"
@@ -320,15 +343,31 @@ def damage(data, how):
         return first.stem
     raise AssertionError(how)
 
-@pytest.mark.parametrize("how", ["missing folder", "empty folder", "truncated tile", "text for a tile", "missing tile", "group in two splits", "same file in two splits",
-                                 "one class", "no test split", "pair without its partner", "truncated pair"])
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "missing folder",
+        "empty folder",
+        "truncated tile",
+        "text for a tile",
+        "missing tile",
+        "group in two splits",
+        "same file in two splits",
+        "one class",
+        "no test split",
+        "pair without its partner",
+        "truncated pair",
+    ],
+)
 def test_bad_input_is_named_and_nothing_is_written(data, tmp_path, how):
     name = damage(data, how)
-    result = tissue(data/"tiles", tmp_path/"out", "--pairs", data/"pairs")
+    result = tissue(data / "tiles", tmp_path / "out", "--pairs", data / "pairs")
     assert result.exit_code == 2 and name in result.output and "Traceback" not in result.output, (
         result.output
     )
-    assert not (tmp_path/"out").exists()
+    assert not (tmp_path / "out").exists()
+
 
 def test_bad_tiles_are_skipped_and_counted_when_told(data, tmp_path):
     name = damage(data, "truncated tile")
@@ -336,18 +375,30 @@ def test_bad_tiles_are_skipped_and_counted_when_told(data, tmp_path):
         tissue(data / "tiles", tmp_path / "out", "--arms", "mean_rgb", "--on-bad", "skip").exit_code
         == 0
     )
-    found = json.loads((tmp_path/"out"/"results.json").read_text())["data"]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["data"]
     assert [Path(p).name for p in found["skipped"]] == [name] and found["tiles"]["train"] == 35
 
-@pytest.mark.parametrize("flags, words", [(["--arms", "trident"], "needs pairs or a generator"), (["--arms", "tridents"], "Did you mean 'trident'"),
-    (["--encoder", "resnet51"], "expected one of resnet10_narrow"), (["--hard-pair", "TUM,CAT"], "expected two of the classes"), (["--device", "cuda:9"], "expected 'auto'")])
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--arms", "trident"], "needs pairs or a generator"),
+        (["--arms", "tridents"], "Did you mean 'trident'"),
+        (["--encoder", "resnet51"], "expected one of resnet10_narrow"),
+        (["--hard-pair", "TUM,CAT"], "expected two of the classes"),
+        (["--device", "cuda:9"], "expected 'auto'"),
+    ],
+)
 def test_bad_flags_are_told(source, tmp_path, flags, words):
-    result = tissue(source/"tiles", tmp_path/"out", *flags)
-    assert result.exit_code == 2 and words in result.output and not (tmp_path/"out").exists()
+    result = tissue(source / "tiles", tmp_path / "out", *flags)
+    assert result.exit_code == 2 and words in result.output and not (tmp_path / "out").exists()
+
 
 def test_a_pickle_for_a_generator_is_refused(source, tmp_path):
     class Bomb:
-        def __reduce__(self): return os.system, (f"touch {tmp_path/'exploded'}",)
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'exploded'}",)
+
     for content, message in (
         (b"\x80\x04.", "not a whole PyTorch file"),
         (pickle.dumps({"netG": Bomb()}), "a pickle can run code"),
@@ -355,40 +406,43 @@ def test_a_pickle_for_a_generator_is_refused(source, tmp_path):
         (tmp_path / "old.pth").write_bytes(content)
         result = tissue(source / "tiles", tmp_path / "out", "--generator", tmp_path / "old.pth")
         assert result.exit_code == 2 and message in result.output
-    assert not (tmp_path/"exploded").exists()
+    assert not (tmp_path / "exploded").exists()
+
 
 def test_a_generator_or_pairs_of_evaluated_patients_are_refused(study, data, tmp_path):
-    generator = study/"generator.safetensors"
-    table = pd.read_csv(data/"tiles"/"tiles.csv")
+    generator = study / "generator.safetensors"
+    table = pd.read_csv(data / "tiles" / "tiles.csv")
     table["group"] = table["group"].replace(
         {
             g: load_generator(generator).training_ids[0]
             for g in table["group"][table["split"] == "val"]
         }
     )
-    table.to_csv(data/"tiles"/"tiles.csv", index=False)
-    for given in (["--generator", generator], ["--pairs", data/"pairs"]):
-        result = tissue(data/"tiles", tmp_path/"out", *given)
+    table.to_csv(data / "tiles" / "tiles.csv", index=False)
+    for given in (["--generator", generator], ["--pairs", data / "pairs"]):
+        result = tissue(data / "tiles", tmp_path / "out", *given)
         assert (
             result.exit_code == 2
             and "validation or test split" in result.output
             and not (tmp_path / "out").exists()
         )
 
+
 def test_output_inside_the_tiles_or_in_a_foreign_folder_is_refused(data, tmp_path):
-    result = tissue(data/"tiles", data/"tiles"/"out")
+    result = tissue(data / "tiles", data / "tiles" / "out")
     assert result.exit_code == 2 and "lies in the input folder" in result.output
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("meow")
-    result = tissue(data/"tiles", tmp_path/"photos", "--arms", "mean_rgb", "--overwrite")
+    result = tissue(data / "tiles", tmp_path / "photos", "--arms", "mean_rgb", "--overwrite")
     assert (
         result.exit_code == 2
         and "no study" in result.output
         and [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.txt"]
     )
 
+
 def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(source, tmp_path):
-    out = tmp_path/"out"
+    out = tmp_path / "out"
     command = [
         sys.executable,
         "-m",
@@ -417,7 +471,7 @@ def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(source, tmp_p
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, (tmp_path/"log").read_text()
+    assert process.wait(60) == 130, (tmp_path / "log").read_text()
     assert (
         "the same command continues" in (tmp_path / "log").read_text()
         and not (out / "results.json").exists()
@@ -434,35 +488,67 @@ def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(source, tmp_p
         json.loads((out / "results.json").read_text())["arms"]
     ) == {"siamese_unprivileged"}
 
+
 def call(source, out, **more):
     "The study in Python, without any scale"
     given = TINY | dict(arms=["trident", "siamese_unprivileged"], all_settings=False) | more
-    settings = TissueSettings(source/"tiles", **given)
+    settings = TissueSettings(source / "tiles", **given)
     return tissue_study(settings, out, device="cpu", progress=False)
+
 
 @pytest.fixture
 def nothing_is_read(monkeypatch):
-    def refuse(*a, **k): raise AssertionError("images were read before the scale was asked for")
+    def refuse(*a, **k):
+        raise AssertionError("images were read before the scale was asked for")
+
     monkeypatch.setattr(inputs_module, "load_tiles", refuse)
+
 
 def scaled(path, um):
     save_generator(ModuleGenerator(make_unet(8), um), path)
     return path
 
-@pytest.mark.parametrize("given, words", [
-    ({}, ["the tiles and of the pairs", "--um-per-px-tiles and --um-per-px-pairs", "--same-scale", "'trident'"]), ({"um_per_px_tiles": .75}, ["scale of the pairs", "--um-per-px-pairs"]),
-    ({"um_per_px_pairs": .5, "arms": ["trident_real_pairs"]}, ["scale of the tiles", "'trident_real_pairs'"]), ({"um_per_px_tiles": .75, "um_per_px_pairs": .5, "same_scale": True}, ["0.75", "0.5", "one or the other"]),
-    ({"um_per_px_tiles": -1., "um_per_px_pairs": .5}, ["--um-per-px-tiles=-1.0", "above 0"]), ({"generator_um_per_px": .5}, ["without a generator"])])
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (
+            {},
+            [
+                "the tiles and of the pairs",
+                "--um-per-px-tiles and --um-per-px-pairs",
+                "--same-scale",
+                "'trident'",
+            ],
+        ),
+        ({"um_per_px_tiles": 0.75}, ["scale of the pairs", "--um-per-px-pairs"]),
+        (
+            {"um_per_px_pairs": 0.5, "arms": ["trident_real_pairs"]},
+            ["scale of the tiles", "'trident_real_pairs'"],
+        ),
+        (
+            {"um_per_px_tiles": 0.75, "um_per_px_pairs": 0.5, "same_scale": True},
+            ["0.75", "0.5", "one or the other"],
+        ),
+        ({"um_per_px_tiles": -1.0, "um_per_px_pairs": 0.5}, ["--um-per-px-tiles=-1.0", "above 0"]),
+        ({"generator_um_per_px": 0.5}, ["without a generator"]),
+    ],
+)
 def test_a_missing_or_contradictory_scale_is_asked_for_before_any_work(
     source, tmp_path, nothing_is_read, given, words
 ):
     with pytest.raises(ValueError) as error:
         call(source, tmp_path / "out", pairs=source / "pairs", **given)
-    for w in words: assert w in str(error.value), error.value
-    assert not (tmp_path/"out").exists()
+    for w in words:
+        assert w in str(error.value), error.value
+    assert not (tmp_path / "out").exists()
+
 
 def test_a_generator_without_a_scale_is_asked_for_it(source, tmp_path, nothing_is_read):
-    unknown, known = scaled(tmp_path/"a.safetensors", None), scaled(tmp_path/"b.safetensors", .5)
+    unknown, known = (
+        scaled(tmp_path / "a.safetensors", None),
+        scaled(tmp_path / "b.safetensors", 0.5),
+    )
     for file, given, words in (
         (unknown, {"um_per_px_tiles": 0.75}, "--generator-um-per-px.*scale of the generator"),
         (known, {}, "--um-per-px-tiles: .*scale of the tiles"),
@@ -472,7 +558,8 @@ def test_a_generator_without_a_scale_is_asked_for_it(source, tmp_path, nothing_i
     ):
         with pytest.raises(ValueError, match=words):
             call(source, tmp_path / "out", generator=file, **given)
-    assert not (tmp_path/"out").exists()
+    assert not (tmp_path / "out").exists()
+
 
 def test_arms_without_a_second_image_need_no_scale(source, tmp_path, no_report):
     assert set(
@@ -481,9 +568,10 @@ def test_arms_without_a_second_image_need_no_scale(source, tmp_path, no_report):
         )["arms"]
     ) == {"mean_rgb", "colour_histogram"}
 
+
 def test_the_same_scale_and_a_given_one_reach_the_generator(source, tmp_path, recwarn, request):
-    unknown = scaled(tmp_path/"a.safetensors", None)
-    same = call(source, tmp_path/"same", generator=unknown, same_scale=True, arms=["trident"])
+    unknown = scaled(tmp_path / "a.safetensors", None)
+    same = call(source, tmp_path / "same", generator=unknown, same_scale=True, arms=["trident"])
     assert (
         same["generator"]["um_per_px"] is None
         and "nuclei_rank" not in same["pairs"]["quality"]["tiles"]["measures"]
@@ -512,10 +600,11 @@ def test_the_same_scale_and_a_given_one_reach_the_generator(source, tmp_path, re
     ]
     assert len(cached[0]) == len(cached[1]) == 36 and cached[0] != cached[1]
 
+
 def test_the_scale_of_the_tables_counts(data, tmp_path, no_report):
     for table, um in ((data / "tiles" / "tiles.csv", 0.75), (data / "pairs" / "pairs.csv", 0.5)):
         pd.read_csv(table).assign(um_per_px=um).to_csv(table, index=False)
-    r = call(data, tmp_path/"out", pairs=data/"pairs", arms=["trident", "trident_real_pairs"])
+    r = call(data, tmp_path / "out", pairs=data / "pairs", arms=["trident", "trident_real_pairs"])
     assert (
         r["generator"]["um_per_px"] == pytest.approx(0.5)
         and "nuclei_rank" in r["pairs"]["quality"]["tiles"]["measures"]
@@ -523,33 +612,36 @@ def test_the_scale_of_the_tables_counts(data, tmp_path, no_report):
     # 64 pixels of .75 um are 96 of .5: the pairs are as large
     assert r["pairs"]["real"] == 6
 
+
 def test_tiles_that_cannot_be_judged_do_not_end_the_study(source, tmp_path):
-    shutil.copytree(source/"tiles", tmp_path/"tiles")
-    for p in (tmp_path/"tiles").rglob("*.png"): Image.open(p).resize((24, 24)).save(p)
-    r = call(tmp_path, tmp_path/"out", pairs=source/"pairs", arms=["trident"], same_scale=True)
+    shutil.copytree(source / "tiles", tmp_path / "tiles")
+    for p in (tmp_path / "tiles").rglob("*.png"):
+        Image.open(p).resize((24, 24)).save(p)
+    r = call(tmp_path, tmp_path / "out", pairs=source / "pairs", arms=["trident"], same_scale=True)
     assert (
         "at least 32" in r["pairs"]["quality"]["tiles"]["not_judged"]
         and "dice" in r["pairs"]["quality"]["pairs"]["measures"]
     )
-    assert "not judged, because" in (tmp_path/"out"/"report.html").read_text()
+    assert "not judged, because" in (tmp_path / "out" / "report.html").read_text()
+
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the example data are not beside the repository")
 def test_real_tiles_and_pairs(tmp_path):
     """A few real tiles of each class and split, and one pair of each second patient; the columns of
     the sets' own tables are understood"""
-    table = pd.read_csv(REAL/"tissue"/"tiles.csv").groupby(["split", "class"]).head(3)
+    table = pd.read_csv(REAL / "tissue" / "tiles.csv").groupby(["split", "class"]).head(3)
     for p in table["path"]:
         (tmp_path / "tiles" / p).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REAL / "tissue" / p, tmp_path / "tiles" / p)
-    table.to_csv(tmp_path/"tiles"/"tiles.csv", index=False)
-    pairs = pd.read_csv(REAL/"he_nuclei_pairs"/"pairs.csv").groupby("patient").head(1).iloc[::2]
+    table.to_csv(tmp_path / "tiles" / "tiles.csv", index=False)
+    pairs = pd.read_csv(REAL / "he_nuclei_pairs" / "pairs.csv").groupby("patient").head(1).iloc[::2]
     for side in ("image", "privileged"):
-        (tmp_path/"pairs"/side).mkdir(parents=True)
+        (tmp_path / "pairs" / side).mkdir(parents=True)
         for name in pairs["name"]:
             shutil.copy(
                 next((REAL / "he_nuclei_pairs" / side).glob(f"{name}.*")), tmp_path / "pairs" / side
             )
-    pairs.to_csv(tmp_path/"pairs"/"pairs.csv", index=False)
+    pairs.to_csv(tmp_path / "pairs" / "pairs.csv", index=False)
     result = tissue(
         tmp_path / "tiles",
         tmp_path / "out",
@@ -561,7 +653,7 @@ def test_real_tiles_and_pairs(tmp_path):
         "lung_aca,lung_scc",
     )
     assert result.exit_code == 0, result.output
-    r = json.loads((tmp_path/"out"/"results.json").read_text())
+    r = json.loads((tmp_path / "out" / "results.json").read_text())
     assert r["data"]["groups"]["train"] < r["data"]["tiles"]["train"] == 15 and r["arms"][
         "trident"
     ]["hard_pair"]["classes"] == ["lung_aca", "lung_scc"]
