@@ -427,7 +427,8 @@ def _places(report, results, store, crops, load):
 # %% ../../../nbs/studies/volumes/report.ipynb #a84aec27
 _REGIONS = """
 A crop is of a region when
-{{ "its middle lies in it" if r.rule == "center" else "it holds a voxel of it" }}. A logistic regression on frozen features, its penalty chosen inside each training part, is
+{{ "its middle lies in it" if r.rule == "center" else "it holds a voxel of it" }}.
+A logistic regression on frozen features, its penalty chosen inside each training part, is
 cross-validated over test subjects ({{ r.folds }} folds, no subject in two); AUC is 0.5 for chance.
 Small regions were given more crops than their size would.
 {% if r.left_out %}

@@ -19,7 +19,6 @@ __all__ = ['study_records', 'VolumeInputs', 'read_volumes', 'choose_frame', 'cro
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
