@@ -208,6 +208,7 @@ def cross_validate(
     y:np.ndarray, # Labels (N,), or targets (N, T) bool
     groups:Sequence, # Group of every row, for example its subject
     folds:int|Sequence=10, # Number of folds, or the fold of every row
+    *,
     # "auc" for two classes or for targets; "accuracy", "balanced_accuracy" or "macro_f1" for labels
     metric:str="auc",
     seed:int=0, # Of the folds

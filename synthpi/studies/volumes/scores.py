@@ -175,7 +175,7 @@ def _judge_regions(features, regions, device):
     "The cross-validations of an arm, and their AUC with intervals."
     cvs = [
         cross_validate(
-            f["h_regions-test"], regions.y, regions.subjects, regions.fold, _CS,
+            f["h_regions-test"], regions.y, regions.subjects, regions.fold, Cs=_CS,
             inner=regions.inner, device=device,
         )
         for f in features

@@ -369,7 +369,7 @@ def _train(study, name, seed, on_step):
     if name in _WITHOUT_SEEDS: return None, None, None, {"steps": 0, "seconds": 0.}
     net, head, trainer = train_volume_arm(
         name, study.store, volumes, s, frame=study.frame, seed=seed, on_step=on_step,
-        run_dir=run_folder(study.out, name, seed), accelerator=study.accelerator,
+        run_dir=run_folder(study.out, name, seed), accelerator=study.accelerator, progress=None,
     )
     if trainer.interrupted: raise KeyboardInterrupt
     return net, head, trainer.loss, {"steps": trainer.done, "seconds": round(trainer.seconds, 2)}
