@@ -12,9 +12,9 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")     # no look for a newer
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")               # nothing in the tests may need the hub
 
-# Longest first, so that both processes are busy to the end: pytest-xdist hands out whole files
-# (their fixtures are shared) in the order of this list
-LONG = "test_notebooks test_docs studies/ pairs/test_training test_packaging train/ pairs/ explain/ losses/ data/ evaluate/".split()
+# Longest first, so that both processes are busy to the end. pytest-xdist hands out whole files,
+# whose fixtures are shared, in the order of this list; notebooks go one by one and fill the gaps
+LONG = "studies/ pairs/ test_docs explain/ train/ test_packaging losses/ data/ evaluate/ test_notebooks".split()
 
 def pytest_configure(config):
     config.addinivalue_line(
@@ -26,6 +26,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="takes about a minute: pytest --slow"))
+    for item in items:
+        if item.path.name != "test_notebooks.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
     def place(item):
         path = item.path.relative_to(config.rootpath/"tests").as_posix()
         return next((k for k, start in enumerate(LONG) if path.startswith(start)), len(LONG))

@@ -4,10 +4,10 @@ A study reads and refuses, claims its folder, does each thing once, summarises, 
 Its arguments are one `Settings` class. Run folders are read back by `synthpi.studies.runs`.
 
 - `tissue_study`: does a synthetic second image help? Asked by `TissueSettings`.
-- `volume_study`: where in the body is this crop?
+- `volume_study`: where in the body is this crop? Asked by `VolumeSettings`.
 - `pretrain`: one encoder from a folder of tiles.
-- `train_generator`: a generator from a small set of pairs.
-- `explain_run`: what encoders look at.
+- `train_generator`: a generator from a small set of pairs, as `GeneratorSettings` says.
+- `explain_run`: what encoders look at, as `ExplainSettings` says.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/index.html.md"""
 
@@ -21,9 +21,12 @@ import lazy_loader
 
 __getattr__, __dir__, _names = lazy_loader.attach(__name__, submod_attrs={
     "explanation": ["explain_run"],
+    "explanation_settings": ["ExplainSettings"],
     "generator": ["train_generator"],
+    "generator_settings": ["GeneratorSettings"],
     "pretraining": ["pretrain"],
     "tissue.settings": ["TissueSettings"],
     "tissue.study": ["tissue_study"],
+    "volumes.settings": ["VolumeSettings"],
     "volumes.study": ["volume_study"],
 })
