@@ -539,3 +539,15 @@ BAD = [
 def test_misuse_says_what_was_given_and_what_was_expected(case):
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message): call(*draw())
+
+def test_heads_of_two_head_are_linear_and_apart():
+    torch.manual_seed(0)
+    head, h = TwoHead(4, 3, 6), torch.randn(5, 4)
+    z = head(h)
+    torch.testing.assert_close(z[:, :3], h @ head.distance.weight.T + head.distance.bias)
+    torch.testing.assert_close(z[:, 3:], h @ head.barlow.weight.T + head.barlow.bias)
+
+def test_anisotropic_spacing_changes_distances():
+    z, spacing = VOXELS, torch.tensor([2.04, 2.04, 3.])
+    assert DistanceLoss()(z, z)[0] == 0 and DistanceLoss()(z, z*spacing)[0] > 10
+    torch.testing.assert_close(DistanceLoss()(z*spacing, z*spacing)[0], torch.tensor(0.))

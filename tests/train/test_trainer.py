@@ -659,3 +659,10 @@ def test_a_transform_sees_the_batch_on_the_device():
     ).fit()
     assert seen == [[1.0]]
 
+def test_a_gradient_that_is_no_number_stops_the_run():
+    def step(model, loss, batch):
+        # 0, with an infinite slope times zero
+        scalar = (model(*batch["views"])[0]*0).abs().sum().sqrt()
+        return scalar, {}
+    t = trainer(step=step)
+    with pytest.raises(FloatingPointError, match="norm of the gradient is nan at step 0"): t.fit()
