@@ -17,12 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RUN = (
     "import sys; from pathlib import Path; from nbdev.test import test_nb; "
-    "ok, _ = test_nb(Path(sys.argv[1]), skip_flags=sys.argv[2].split(), basepath=Path('.').resolve()); "
+    "ok, _ = test_nb(Path(sys.argv[1]), skip_flags=sys.argv[2].split(), "
+    "basepath=Path('.').resolve()); "
     "sys.exit(not ok)"
 )
 
 def positions(source, before):
-    "Where an expression stands in `source`: (first line, column, last line, column), counted from 0"
+    """Where an expression stands in `source`: (first line, column, last line, column), counted from
+    0"""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.expr) and ast.unparse(node) == before:
             yield node.lineno - 1, node.col_offset, node.end_lineno - 1, node.end_col_offset
@@ -59,7 +61,11 @@ def tests_of(tree, fault):
     dotted = "synthpi." + fault["room"]
     parent, _, name = dotted.rpartition(".")
     words = (f"{dotted} import", f"import {dotted}", f"from {parent} import {name}", f"{dotted}.")
-    files = [p for p in sorted((tree/"tests").rglob("test_*.py")) if any(w in p.read_text(encoding="utf-8") for w in words)]
+    files = [
+        p
+        for p in sorted((tree / "tests").rglob("test_*.py"))
+        if any(w in p.read_text(encoding="utf-8") for w in words)
+    ]
     same = [p for p in files if p.parent.name in dotted.split(".")]
     return same + [p for p in files if p not in same]
 
@@ -67,13 +73,34 @@ def finds(tree, fault, slow, seconds=400):
     "Which notebook or test file finds a planted fault; None: nothing does"
     planted = plant(tree, fault)
     if planted is None: return "NOT THERE"
-    env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = os.environ | {
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "1",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     notebook = [sys.executable, "-c", RUN, planted[1], "notest gpu" if slow else "notest slow gpu"]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *["--slow"]*slow]
-    for command, name in [(notebook, "notebook"), *([[*pytest, p], p.name] for p in tests_of(tree, fault))]:
-        try: run = subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=seconds)
-        except subprocess.TimeoutExpired: return f"{name} (no end)"
-        if run.returncode not in (0, 5): return name
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        *["--slow"] * slow,
+    ]
+    for command, name in [
+        (notebook, "notebook"),
+        *([[*pytest, p], p.name] for p in tests_of(tree, fault)),
+    ]:
+        try:
+            run = subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"{name} (no end)"
+        if run.returncode not in (0, 5):
+            return name
     return None
 
 def main():
@@ -85,16 +112,23 @@ def main():
     parser.add_argument("--part", default="0/1", help="K/N: each Nth fault from the Kth on")
     a = parser.parse_args()
     k, n = map(int, a.part.split("/"))
-    faults = [f for f in json.loads(a.faults.read_text(encoding="utf-8")) if a.only in f["room"]][k::n]
+    faults = [f for f in json.loads(a.faults.read_text(encoding="utf-8")) if a.only in f["room"]][
+        k::n
+    ]
     found = 0
     for fault in faults:
         with tempfile.TemporaryDirectory() as folder:
             tree = Path(folder)/"main"
-            ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "_docs", "_proc", "synthpi-demo*", "tutorials")
+            ignored = shutil.ignore_patterns(
+                ".git", ".venv", "__pycache__", "_docs", "_proc", "synthpi-demo*", "tutorials"
+            )
             shutil.copytree(a.tree, tree, ignore=ignored)
             by = finds(tree, fault, a.slow)
         found += by not in (None, "NOT THERE")
-        print(f"{by or 'NOT FOUND':<28} {fault['room']}: {fault['before']}  ->  {fault['after']}", flush=True)
+        print(
+            f"{by or 'NOT FOUND':<28} {fault['room']}: {fault['before']}  ->  {fault['after']}",
+            flush=True,
+        )
     print(f"{found} of {len(faults)} faults found")
 
 if __name__ == "__main__": main()

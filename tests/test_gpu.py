@@ -111,7 +111,14 @@ def test_a_run_is_taken_up_where_it_was(precision, tmp_path):
     np.testing.assert_allclose(resumed.history.loss, whole.loss, rtol=.05)
     if precision == "fp16": assert resumed.accelerator.scaler.get_scale() > 0
 
-@pytest.mark.parametrize("kw", [dict(precision="bf16", channels_last=True), dict(precision="fp16"), dict(precision="bf16", compile=True)])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(precision="bf16", channels_last=True),
+        dict(precision="fp16"),
+        dict(precision="bf16", compile=True),
+    ],
+)
 def test_faster_ways_lead_to_the_same_place(kw):
     slow, fast = train().history.loss, train(**kw).history.loss
     assert np.isfinite(fast).all() and fast.iloc[0] == pytest.approx(slow.iloc[0], rel=.03)

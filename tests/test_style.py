@@ -17,12 +17,30 @@ def name(path): return path.relative_to(ROOT).with_suffix("").as_posix()
 
 def test_ruff_finds_nothing():
     "Rules and limits are in pyproject.toml."
-    run = subprocess.run([sys.executable, "-m", "ruff", "check", "nbs", "synthpi", "tests", "--output-format=concise"],
-                         cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "nbs",
+            "synthpi",
+            "tests",
+            "--output-format=concise",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout
 
 def test_exceptions_are_few_and_each_says_why():
-    lines = [line for m in MODULES for line in m.read_text(encoding="utf-8").splitlines() if "noqa" in line]
+    lines = [
+        line
+        for m in MODULES
+        for line in m.read_text(encoding="utf-8").splitlines()
+        if "noqa" in line
+    ]
     assert len(lines) <= 12 and all(re.search(r"noqa: \w+", line) for line in lines), lines
 
 @pytest.mark.parametrize("module", MODULES, ids=name)
@@ -46,14 +64,20 @@ def exported(path):
     "The exported code cells of a notebook, without their directives"
     for c in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(c["source"])
-        if c["cell_type"] == "code" and re.match(r"#\|\s*export\b", source): yield re.sub(r"^#\|.*\n", "", source, flags=re.M)
+        if c["cell_type"] == "code" and re.match(r"#\|\s*export\b", source):
+            yield re.sub(r"^#\|.*\n", "", source, flags=re.M)
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_a_cell_holds_one_idea(path):
     assert not [cell[:80] for cell in exported(path) if len(cell.splitlines()) > CELL]
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, *MODULES, ROOT/"README.md", ROOT/"CHANGELOG.md", ROOT/"CONTRIBUTING.md"], ids=name)
+@pytest.mark.parametrize(
+    "path",
+    [*NOTEBOOKS, *MODULES, ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"],
+    ids=name,
+)
 def test_plain_words(path):
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb": text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"])
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"])
     assert not re.findall(r"\barrived\b|\bheld against\b|\bof others\b|\bguessing\b", text, re.I)

@@ -85,7 +85,7 @@ def fresh(device):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
-def measure(ds, build, loss, layout, s, device):
+def measure(ds, build, loss, layout, s, device):  # noqa: C901 each peer is one branch
     "Rows of one layout: ceiling, loop, Trainer with either augmentation, compiled or not"
     branches = [("privileged" if k else "primary", weak if k else histology) for k in layout]
     def optimizer(model): return torch.optim.AdamW(model.parameters(), 1e-4)

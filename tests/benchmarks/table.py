@@ -23,9 +23,15 @@ def _range(r, digits=2):
     return f"{r['median']:.{digits}f} ({r['min']:.{digits}f} to {r['max']:.{digits}f})"
 
 def losses(r):
-    yield f"N = {r['rows']}, D = {r['columns']}, {r['branches']} branches, {r['dtype']}, {r['rounds']} rounds; lightly: {r['lightly']}."
+    yield (
+        f"N = {r['rows']}, D = {r['columns']}, {r['branches']} branches, {r['dtype']}, "
+        f"{r['rounds']} rounds; lightly: {r['lightly']}."
+    )
     yield ""
-    yield "| loss | beside | times faster, forward and backward | seconds, ours and theirs | times less extra memory | relative difference of gradients |"
+    yield (
+        "| loss | beside | times faster, forward and backward | seconds, ours and theirs | times "
+        "less extra memory | relative difference of gradients |"
+    )
     yield "|---|---|---|---|---|---|"
     for name, x in r["results"].items():
         for form, faster in x["times_faster"].items():
@@ -40,7 +46,10 @@ def losses(r):
 def trainer(r):
     yield f"Two branches. Beside {r['baseline']}:"
     yield ""
-    yield "| model | ratio of steps per second (range over rounds) | steps per second, ours and the loop's | more per step, ms | largest relative difference of the losses |"
+    yield (
+        "| model | ratio of steps per second (range over rounds) | steps per second, ours and the "
+        "loop's | more per step, ms | largest relative difference of the losses |"
+    )
     yield "|---|---|---|---|---|"
     for x in r["results"]:
         s = x["setup"]
@@ -62,7 +71,11 @@ def startup(r):
 
 def gpu(r):
     s = r["setup"]
-    yield f"{s['size']} px, batch {s['batch']}, {r['precision']}, {s['workers']} workers, {s['rounds']} rounds of {s['steps']} steps. Published: {'; '.join(f'{k}: {v}' for k, v in r['published'].items())}."
+    yield (
+        f"{s['size']} px, batch {s['batch']}, {r['precision']}, {s['workers']} workers, "
+        f"{s['rounds']} rounds of {s['steps']} steps. Published: "
+        f"{'; '.join(f'{k}: {v}' for k, v in r['published'].items())}."
+    )
     for setup, rows in r["results"].items():
         yield from (
             "",
@@ -72,7 +85,10 @@ def gpu(r):
             "|---|---|---|---|---|",
         )
         for name, x in rows.items():
-            yield f"| {name} | {x['samples_per_second']:.0f} | {x['images_per_second']:.0f} | {x['peak_GB'] or float('nan'):.1f} | {x['of_ceiling']:.2f} |"
+            yield (
+                f"| {name} | {x['samples_per_second']:.0f} | {x['images_per_second']:.0f} | "
+                f"{x['peak_GB'] or float('nan'):.1f} | {x['of_ceiling']:.2f} |"
+            )
     yield from (
         "",
         "**Pairs**, beside forward passes of the generator's network",
@@ -83,26 +99,52 @@ def gpu(r):
 def loader(r):
     yield f"{r['what']}. Beside {r['baseline']}. Goal: a ratio of {r['goal']} or more."
     yield ""
-    yield "| recipe | decoded images | ratio (10 to 90 % of rounds) | images per core-second, ours and the loop's |"
+    yield (
+        "| recipe | decoded images | ratio (10 to 90 % of rounds) | images per core-second, ours "
+        "and the loop's |"
+    )
     yield "|---|---|---|---|"
     for x in r["results"]:
         low, high = x["ratio, 10 and 90 %"]
-        yield f"| {x['recipe']} | {x['decoded images']} | {x['ratio']:.3f} ({low:.2f} to {high:.2f}) | {x['Views, images per core-second']:.0f}, {x['bare loop, images per core-second']:.0f} |"
+        yield (
+            f"| {x['recipe']} | {x['decoded images']} | {x['ratio']:.3f} ({low:.2f} to {high:.2f}) "
+            f"| {x['Views, images per core-second']:.0f}, "
+            f"{x['bare loop, images per core-second']:.0f} |"
+        )
 
 def volumes(r):
     s, m, x = r["setup"], r["memory"], r["results"]
-    yield f"{s['volumes']} volumes ({s['source']}), steps of {s['volumes_per_step']} volumes x {s['crops_per_volume']} crops of {s['size']}^3, {s['rounds']} rounds, one thread, time of the processor; preparing took {r['seconds_to_prepare_a_volume']:.2f} s a volume, once."
+    yield (
+        f"{s['volumes']} volumes ({s['source']}), steps of {s['volumes_per_step']} volumes x "
+        f"{s['crops_per_volume']} crops of {s['size']}^3, {s['rounds']} rounds, one thread, time "
+        f"of the processor; preparing took {r['seconds_to_prepare_a_volume']:.2f} s a volume, once."
+    )
     yield ""
-    yield "| beside | times faster (range over rounds) | goal | crops per second, ours and theirs | times faster from a store of 16 bits |"
+    yield (
+        "| beside | times faster (range over rounds) | goal | crops per second, ours and theirs | "
+        "times faster from a store of 16 bits |"
+    )
     yield "|---|---|---|---|---|"
     for name, goal in r["goals"].items():
-        yield f"| {name} | {_range(x['times_faster'][name], 1)} | {goal} | {x['crops_per_second']['sample_crops']:.0f}, {x['crops_per_second'][name]:.0f} | {x['times_faster_16_bits'][name]:.1f} |"
+        yield (
+            f"| {name} | {_range(x['times_faster'][name], 1)} | {goal} | "
+            f"{x['crops_per_second']['sample_crops']:.0f}, {x['crops_per_second'][name]:.0f} | "
+            f"{x['times_faster_16_bits'][name]:.1f} |"
+        )
     yield ""
-    yield f"Memory over {m['steps']} steps and {m['volumes']} volumes ({m['stored_MB']:.0f} MB on disk): {min(m['resident_MB']):.0f} to {max(m['resident_MB']):.0f} MB resident, {m['growth_after_first_tenth_MB']:+.1f} MB after the first tenth."
+    yield (
+        f"Memory over {m['steps']} steps and {m['volumes']} volumes ({m['stored_MB']:.0f} MB on "
+        f"disk): {min(m['resident_MB']):.0f} to {max(m['resident_MB']):.0f} MB resident, "
+        f"{m['growth_after_first_tenth_MB']:+.1f} MB after the first tenth."
+    )
 
 def pairs(r):
     s = r["setup"]
-    yield f"{s['tiles']} tiles of {s['size']} px, batches of {s['batch']}, {s['rounds']} rounds, {r['cores']} cores with a load of {r['load']:.1f}, wall time. Beside {r['baseline']}. Goal: a ratio of {r['goal']} or more."
+    yield (
+        f"{s['tiles']} tiles of {s['size']} px, batches of {s['batch']}, {s['rounds']} rounds, "
+        f"{r['cores']} cores with a load of {r['load']:.1f}, wall time. Beside {r['baseline']}. "
+        f"Goal: a ratio of {r['goal']} or more."
+    )
     yield ""
     yield from _made(r["results"])
 
@@ -110,17 +152,33 @@ def _made(rows):
     yield "| network | ratio (range over rounds) | images per second, pairs and forward alone |"
     yield "|---|---|---|"
     for x in rows:
-        yield f"| {x['network']}, {x['precision']}{', compiled' if x['compiled'] else ''} | {_range(x['ratio'], 3)} | {x['images_per_second']['pairs']:.1f}, {x['images_per_second']['forward']:.1f} |"
+        yield (
+            f"| {x['network']}, {x['precision']}{', compiled' if x['compiled'] else ''} | "
+            f"{_range(x['ratio'], 3)} | {x['images_per_second']['pairs']:.1f}, "
+            f"{x['images_per_second']['forward']:.1f} |"
+        )
 
 def crossval(r):
     s = r["setup"]
-    yield f"{s['rows']} x {s['columns']} features, {s['classes']} classes, {s['folds']} folds x {len(s['Cs'])} values of C, {s['rounds']} rounds, {r['cores']} cores with a load of {r['load']:.1f}. Beside {r['baseline']}. Goal: {r['goal']} times faster at the same optimum (1e-6)."
+    yield (
+        f"{s['rows']} x {s['columns']} features, {s['classes']} classes, {s['folds']} folds x "
+        f"{len(s['Cs'])} values of C, {s['rounds']} rounds, {r['cores']} cores with a load of "
+        f"{r['load']:.1f}. Beside {r['baseline']}. Goal: {r['goal']} times faster at the same "
+        "optimum (1e-6)."
+    )
     yield ""
-    yield "| beside | times faster (range over rounds) | times less processor time | processor seconds, ours and theirs | objective above the best, ours and theirs |"
+    yield (
+        "| beside | times faster (range over rounds) | times less processor time | processor "
+        "seconds, ours and theirs | objective above the best, ours and theirs |"
+    )
     yield "|---|---|---|---|---|"
     for name, x in r["times_faster"].items():
         p, o = r["processor_seconds"], r["objective_above_best"]
-        yield f"| {name} | {_range(x, 1)} | {_range(r['times_less_processor_time'][name], 1)} | {p['batch']['median']:.1f}, {p[name]['median']:.1f} | {o['batch']:.0e}, {o[name]:.0e} |"
+        yield (
+            f"| {name} | {_range(x, 1)} | {_range(r['times_less_processor_time'][name], 1)} | "
+            f"{p['batch']['median']:.1f}, {p[name]['median']:.1f} | {o['batch']:.0e}, "
+            f"{o[name]:.0e} |"
+        )
 
 def main():
     lines = [

@@ -71,7 +71,7 @@ def score(folder, study):
     with atomic_path(path) as tmp: np.savez(tmp, key=key, **found)
     return found
 
-def summarise(study, out):
+def summarise(study, out):  # noqa: C901 one branch a table of the page
     torch.set_num_threads(1)
     found = {}
     for folder in sorted((study.work/"runs").iterdir()):
