@@ -22,6 +22,7 @@ Modules:
 - `synthpi.cli.app`: What all commands share: flags from settings, errors as lines, cores, processes
 - `synthpi.cli.doctor`: What this machine has, what is missing for which feature, and what to do about it
 - `synthpi.cli.explain`: `synthpi explain` from a terminal
+- `synthpi.cli.pairs`: Generators and synthetic images from a terminal
 - `synthpi.cli.pretrain`: One encoder from a folder of tiles, from a terminal
 - `synthpi.cli.tissue`: The study of tiles from a terminal: on simulated tiles, and on your own
 - `synthpi.cli.volumes`: Where in the body is this crop? The study of volumes from a terminal

@@ -311,5 +311,7 @@ def explore_pairs(
     _check_pairs(pairs, scores, better, true)
     measures = _measures(scores)
     if sort is None: sort = next((m for m in measures if m in better), "pair")
+    if not measures and sort != "pair":
+        raise ValueError(f"got sort={sort!r} and no measure: give quality=, or sort='pair'.")
     one_of("sort", sort, ("pair", *measures))
     return PairExplorer(pairs, scores, dict(better), true, sort, worst, int(width))

@@ -266,7 +266,7 @@ def test_encoders_that_give_no_embeddings(store, tmp_path, encoder, message):
 
 def test_volumes_without_crops_are_told(store, tmp_path):
     with pytest.raises(
-        ValueError, match="no crop of body_000, body_001, body_002, body_003 and 2 more has a share"
+        ValueError, match="no crop of body_000, .*body_005 has a share"
     ):
         embed(store, tmp_path / "e.parquet", tissue=1.0)
     assert not list(tmp_path.iterdir())
@@ -643,4 +643,4 @@ def test_files_without_labels_positions_or_values(store, tmp_path):
             probe_table(tmp_path / "f.csv", target)
     found = read_embeddings(bare)
     found.h[3] = np.nan
-    with pytest.raises(ValueError, match="not finite, rows 3"): probe_table(found)
+    with pytest.raises(ValueError, match="not finite: rows 3"): probe_table(found)

@@ -386,7 +386,7 @@ def test_bad_tiles_are_skipped_and_counted_when_told(data, tmp_path):
         (["--arms", "tridents"], "Did you mean 'trident'"),
         (["--encoder", "resnet51"], "expected one of resnet10_narrow"),
         (["--hard-pair", "TUM,CAT"], "expected two of the classes"),
-        (["--device", "cuda:9"], "expected 'auto'"),
+        (["--device", "cuda:9"], "expected one of auto, cpu, cuda"),
     ],
 )
 def test_bad_flags_are_told(source, tmp_path, flags, words):

@@ -610,7 +610,7 @@ def test_ctrl_c_keeps_what_is_done(source, tmp_path):
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 130 and "the same command goes on from there" in said, said
+    assert process.returncode == 130 and "the same command continues from there" in said, said
     assert (
         tmp_path / "out" / "runs" / "intensity_histogram-seed0" / "result.json"
     ).exists() and not (tmp_path / "out" / "results.json").exists()
