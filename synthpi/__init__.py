@@ -87,11 +87,11 @@ Modules:
 - `synthpi.pairs.objectives`: What a generator learns from: pairs, or two sets that are not paired
 - `synthpi.pairs.privileged`: The synthesised privileged column: made once, checked, and with a history
 - `synthpi.pairs.quality`: Whether synthetic images are second images of this tissue, with intervals
-- `synthpi.pairs.runtimes`: PyTorch files, TorchScript, ONNX, diffusion pipelines and callables, opened without running a pickle
+- `synthpi.pairs.runtimes`: PyTorch files, TorchScript, ONNX, pipelines and functions, opened without a pickle
 - `synthpi.pairs.stains`: A slide's own stains, and controls that a synthetic image has to beat
 - `synthpi.pairs.tiling`: A generator on images of any size, in overlapping tiles that are blended
 - `synthpi.pairs.training`: Training a generator on a small set of images, paired or not
-- `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and what a probe reads out of it
+- `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and its probe
 - `synthpi.studies.explanation`: Coverage, saliency, sanity check and map of finished encoders, in one call and one page
 - `synthpi.studies.explanation_page`: Sections and figures of `synthpi explain`
 - `synthpi.studies.explanation_settings`: Which encoders are explained, on which images, and what is asked
@@ -102,7 +102,7 @@ Modules:
 - `synthpi.studies.pretraining`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
 - `synthpi.studies.pretraining_settings`: The arguments of `pretrain`, said once
 - `synthpi.studies.runs`: The names inside a run folder, and what is read back from it
-- `synthpi.studies.synthesise`: A folder of tiles and a generator to a cache of pairs, with a look at the first ones before the rest is made
+- `synthpi.studies.synthesise`: A folder of tiles and a generator to a cache of pairs, the first ones shown early
 - `synthpi.studies.tissue.arms`: What a study compares: one name for one way of getting features
 - `synthpi.studies.tissue.inputs`: Everything is read and checked before anything is written
 - `synthpi.studies.tissue.report`: What a study found, as one page that a person likes to read

@@ -149,7 +149,9 @@ def _requirements(asked):
     for r in asked[""]:
         version, wanted = _version(r.name), f"{r.name}{r.specifier}"
         if version is None: rows.append(_row(r.name, "none", _pip(wanted), "missing", True))
-        elif not _serves(r, version): rows.append(_row(r.name, version, f"{r.specifier} is supported: {_pip(wanted)}", "missing", True))
+        elif not _serves(r, version):
+            says = f"{r.specifier} is supported: {_pip(wanted)}"
+            rows.append(_row(r.name, version, says, "missing", True))
         else: rows.append(_row(r.name, version, str(r.specifier), needed=True))
     return rows
 
@@ -401,7 +403,7 @@ def _rows(out):
 
 def check_environment(
     out:str|Path=".", # Where runs would be written; the folder need not exist
-): # pandas DataFrame with columns `what`, `found`, `says`, `status` ("ok", "warning" or "missing") and `needed` (whether `synthpi demo` needs it)
+): # pandas DataFrame: `what`, `found`, `says`, `status` (ok, warning, missing), `needed` by the demo
     """What this machine has, what is missing, and what to do about it. Loads no package but torch,
     pandas, psutil and packaging."""
     import pandas as pd

@@ -64,14 +64,14 @@ def generator(
 # %% ../../nbs/cli/pairs.ipynb #71c37bbf
 @app.command()
 @told()
-def pairs(
+def pairs(  # noqa: PLR0913 its flags
     tiles: Annotated[
         Path, typer.Option(help="Folder or manifest of tiles; labels are not needed.")
     ],
     generator: Annotated[
         str,
         typer.Option(
-            help="A file of synthpi generator, or of others; or haematoxylin, eosin, dab, "
+            help="A file of synthpi generator, or a third-party one; or haematoxylin, eosin, dab, "
                  "macenko, which need no training."
         ),
     ],
@@ -105,7 +105,7 @@ def pairs(
     option: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="NAME=VALUE for a network of others, for example range=[-1,1] or entry=netG_A; "
+            help="NAME=VALUE for a third-party network, for example range=[-1,1] or entry=netG_A; "
                  "may be given several times."
         ),
     ] = None,

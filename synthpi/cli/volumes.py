@@ -78,7 +78,7 @@ def _study_volumes(settings, out, overwrite, device, workers):
 # %% ../../nbs/cli/volumes.ipynb #a61c56ef
 @app.command()
 @told()
-def embed(
+def embed(  # noqa: PLR0913 its flags
     encoder: Annotated[Path, typer.Option(help="An encoder.safetensors for volumes.")],
     volumes: Annotated[
         Path,

@@ -283,7 +283,7 @@ def explore_map(
     saliency=None,
     # What neighbours are sought by, (N, R); None: the map's coordinates, which bend distances
     features=None,
-    groups:Sequence|None=None, # Patients, (N,): neighbours are of others
+    groups:Sequence|None=None, # Patients, (N,): neighbours are other patients'
     **how, # `k`, the number of neighbours (5), and `metric`, "euclidean" or "cosine"
 )->MapExplorer: # Shows itself as the last value of a cell; a still picture without a kernel
     "Hover over a map, click a point, and see what is behind it."

@@ -137,7 +137,7 @@ class Residual(nn.Module):
 
 class ResNet(nn.Module):
     "The ResNet generator of CycleGAN, and with `blur` that of CUT."
-    def __init__(self,
+    def __init__(self,  # noqa: PLR0913 the published settings
         blocks:int=9, # Residual blocks
         in_channels:int=3, # Of the image that it takes
         out_channels:int=3, # Of the image that it gives
@@ -178,7 +178,7 @@ class ResNet(nn.Module):
 # %% ../../nbs/pairs/foreign.ipynb #732ce323
 @dataclass
 class Network:
-    "A network of others: the module and what has to be known to use it."
+    "A third-party network: the module and what has to be known to use it."
     module:nn.Module # Takes and gives `(B, C, H, W)`
     facts:dict # What it is, JSON-ready
     channels:int=3 # That it takes: 3, or 1 for gray images
@@ -374,7 +374,7 @@ def _resnet_settings(state):
         "blur_up": side(up),
     }
 
-def recognise(
+def recognise(  # noqa: C901, PLR0915 one branch a family
     state:dict, # What a checkpoint holds: a state dict, or dictionaries around one
     entry:str|None=None, # Which generator, when the file holds several: "netG_A"
     norm:str|None=None, # "batch", "instance", "instance_affine" or "none", where the file misleads

@@ -319,7 +319,7 @@ class CycleGAN(Objective):
     paired."""
     # strong recolouring would have to be undone on the way back
     paired, recolour = False, .15
-    def __init__(self,
+    def __init__(self,  # noqa: PLR0913 the published settings
         kind:str="mask", # "mask" or "image"
         width:int=16, # Channels of both generators' first convolution; published: 64
         network:str="resnet", # A key of `generators.NETWORKS`
@@ -411,7 +411,7 @@ def patch_nce(
 class CUT(Objective):
     "The patchwise contrastive objective of Park et al. (2020), for two sets that are not paired."
     paired, recolour = False, .15
-    def __init__(self,
+    def __init__(self,  # noqa: PLR0913 the published settings
         kind:str="mask", # "mask" or "image"
         width:int=16, # Channels of the generator's first convolution; published: 64
         nce:float=1., # Weight of the patchwise term

@@ -1,4 +1,4 @@
-"""PyTorch files, TorchScript, ONNX, diffusion pipelines and callables, opened without running a pickle
+"""PyTorch files, TorchScript, ONNX, pipelines and functions, opened without a pickle
 
 Networks are handed on as PyTorch files, as TorchScript, as ONNX graphs, as folders of a diffusion
 pipeline, or as an object in the same program. `read_network` opens each of them and says what it
@@ -412,7 +412,7 @@ def _diffusion(source, device, seed, options):
     )
 
 # %% ../../nbs/pairs/runtimes.ipynb #5cce1a47
-def read_network(
+def read_network(  # noqa: C901 one branch a kind of file
     # Path of a file or pipeline folder; or a module, a pipeline, a function `(B, 3, H, W) -> (B, 1
     # or 3, H, W)`
     source,

@@ -1,4 +1,4 @@
-"""A grid of crops through a frozen encoder into one Parquet file, and what a probe reads out of it
+"""A grid of crops through a frozen encoder into one Parquet file, and its probe
 
 `embed_volumes` covers volumes with a grid of crops, in the frame and the normalisation of training,
 and writes one row for each crop: its embedding, where it was, whose it was, and the labels of its
@@ -129,7 +129,7 @@ def _check_run(encoder, store, out, volumes, labels, frame, overwrite):
         )
     return volumes, rules, values
 
-def embed_volumes(
+def embed_volumes(  # noqa: PLR0913 the flags of the command
     encoder:nn.Module, # (K, 1, X, Y, Z) in [0, 1] to (K, R)
     store, # `VolumeStore`
     out:str|Path, # Parquet file to write
@@ -525,7 +525,7 @@ def probe_table(
     folds:int=10,
     seed:int=0, # Of folds, halves and intervals
     device:str="cpu", # Where logistic regressions are fitted
-)->pd.DataFrame: # A row for each question: `target`, `metric`, `mean`, interval `low` to `high`, `rows`, `groups`, `how` it was asked, and for labels how many rows are `positive`
+)->pd.DataFrame: # A row each: `target`, `metric`, `mean`, `low`, `high`, `rows`, `groups`, `how`, `positive`
     "What frozen features know, as a table; `ValueError` when they cannot be asked that."
     found = features if isinstance(features, Embeddings) else read_features(features)
     target = str(target)

@@ -125,7 +125,7 @@ def _interval(ax, x, y, look, label=None):
 # %% ../../nbs/studies/figures.ipynb #2dc31c14
 def plot_accuracy(
     arms:Mapping[str, Mapping], # Arm to its record in `results.json`
-    # Accuracy of guessing; one over the number of classes in `per_class_recall` if None
+    # Accuracy of chance; one over the number of classes in `per_class_recall` if None
     chance:float|None=None,
     key:str="accuracy", # Which metric of the record
 )->Figure: # The figure, not shown
@@ -153,7 +153,7 @@ def plot_accuracy(
         if chance is not None:
             ax.axvline(chance, color="#444444", linestyle="--", linewidth=1)
             ax.annotate(
-                " guessing",
+                " chance",
                 (chance, 1),
                 xycoords=("data", "axes fraction"),
                 va="bottom",

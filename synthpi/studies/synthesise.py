@@ -1,4 +1,4 @@
-"""A folder of tiles and a generator to a cache of pairs, with a look at the first ones before the rest is made
+"""A folder of tiles and a generator to a cache of pairs, the first ones shown early
 
 `synthesise` is the step before `pretrain`: your tiles, a generator, and a folder of synthetic
 second images that `pretrain` reads. It needs no labels. `synthpi pairs` is the same from a
@@ -59,7 +59,7 @@ def choose_generator(
     device:str="auto", # "auto", "cpu" or "cuda"
     um_per_px:float|None=None, # Scale that it was trained at, where its file does not say
     licence:str|None=None, # Of its weights, where its file does not say
-    # Other arguments of `load_generator`, for a network of others: `range`, `entry`, `norm`,
+    # Other arguments of `load_generator`, for a third-party network: `range`, `entry`, `norm`,
     # `padding`, `multiple`, `name`
     options:dict|None=None,
 ): # With `translate`, on its device
@@ -120,7 +120,7 @@ class Pairs(NamedTuple):
     images_per_second:float|None # While they were made; None if all were there
     interrupted:bool # By Ctrl-C: the same call goes on
 
-def synthesise(
+def synthesise(  # noqa: C901, PLR0913, PLR0915 the flags of the command
     tiles:str|Path, # Folder or manifest of tiles, see `image_folder`; labels are not needed
     generator, # A file, a key of `STAINS`, or an object, see `load_generator`
     out:str|Path, # Folder of the pairs
@@ -137,7 +137,7 @@ def synthesise(
     licence:str|None=None, # Of the tiles; goes to the manifest
     # Of the generator's weights, where its file does not say; likewise
     generator_licence:str|None=None,
-    generator_options:dict|None=None, # Other arguments of `load_generator`, for a network of others
+    generator_options:dict|None=None, # Other arguments of `load_generator`, for a third-party network
     overwrite:bool=False, # Replace pairs of another generator or scale that are in `out`
     command:str="", # For the record
     progress:bool=True, # Show a bar with the time left, and print what was found

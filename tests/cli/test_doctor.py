@@ -104,8 +104,16 @@ def test_the_demo_can_run_here():
     assert said.exit_code == 0, said.output
     assert said.output.endswith("synthpi demo can run here.\n")
 
-@pytest.mark.parametrize("name, version, says", [("captum", None, 'pip install "captum>=0.7"'), ("albumentations", "2.1.0", 'pip install "albumentations<2.1,>=2.0.8"'),
-                                                 ("albumentations", "2.0.7", "is supported"), ("numpy", "1.26.4", 'pip install "numpy>=2.0"'), ("scipy", None, "pip install scipy")])
+@pytest.mark.parametrize(
+    "name, version, says",
+    [
+        ("captum", None, 'pip install "captum>=0.7"'),
+        ("albumentations", "2.1.0", 'pip install "albumentations<2.1,>=2.0.8"'),
+        ("albumentations", "2.0.7", "is supported"),
+        ("numpy", "1.26.4", 'pip install "numpy>=2.0"'),
+        ("scipy", None, "pip install scipy"),
+    ],
+)
 def test_a_requirement_that_does_not_serve(versions, name, version, says):
     versions[name] = version
     said = ask()
@@ -118,7 +126,9 @@ def test_a_version_inside_serves(versions, version):
     versions["albumentations"] = version
     assert row("albumentations").status == "ok" and ask().exit_code == 0
 
-@pytest.mark.parametrize("version", ["2.13.0+cpu", "2.14.0.dev20260101+cu130", "2.6.0a0+ecf3bae40a.nv25.1"])
+@pytest.mark.parametrize(
+    "version", ["2.13.0+cpu", "2.14.0.dev20260101+cu130", "2.6.0a0+ecf3bae40a.nv25.1"]
+)
 def test_builds_and_previews_of_torch_serve(versions, version):
     versions["torch"] = version
     assert row("torch").status == "ok"
@@ -158,9 +168,21 @@ def test_python_is_too_old(monkeypatch):
         and ask().exit_code == 1
     )
 
-@pytest.mark.parametrize("feature, module, command", [("NRRD volumes", "nrrd", "pip install pynrrd"), ("DICOM volumes", "pydicom", "pip install pydicom"), ("MHA volumes", "itk", "pip install itk"), ("preset pcam", "h5py", "pip install h5py"),
-    ("diffusers generators", "diffusers", "pip install diffusers"), ("timm encoders", "timm", "pip install timm; it brings torchvision"), ("Hugging Face encoders", "transformers", "pip install transformers"),
-    ("tracking", "tensorboard", "pip install tensorboard"), ("ONNX generators", "onnxruntime", "pip install onnxruntime"), ("explorers", "anywidget", "pip install anywidget")])
+@pytest.mark.parametrize(
+    "feature, module, command",
+    [
+        ("NRRD volumes", "nrrd", "pip install pynrrd"),
+        ("DICOM volumes", "pydicom", "pip install pydicom"),
+        ("MHA volumes", "itk", "pip install itk"),
+        ("preset pcam", "h5py", "pip install h5py"),
+        ("diffusers generators", "diffusers", "pip install diffusers"),
+        ("timm encoders", "timm", "pip install timm; it brings torchvision"),
+        ("Hugging Face encoders", "transformers", "pip install transformers"),
+        ("tracking", "tensorboard", "pip install tensorboard"),
+        ("ONNX generators", "onnxruntime", "pip install onnxruntime"),
+        ("explorers", "anywidget", "pip install anywidget"),
+    ],
+)
 def test_a_feature_that_lacks_a_package(absent, feature, module, command):
     absent.add(module)
     r = row(feature)
@@ -195,8 +217,15 @@ def test_every_package_of_an_extra_is_in_a_feature():
         and not {name for names in extras.values() for name in names} - features
     )
 
-@pytest.mark.parametrize("version, requires, torch_is, status", [("0.28.0", ["torch==2.13.0"], "2.13.0", "ok"), ("0.28.0+cpu", ["numpy", "torch==2.13.0"], "2.13.0+cpu", "ok"), ("0.20.0", ["torch==2.5.0"], "2.13.0", "warning"),
-                                                                 ("0.28.0+cu130", ["torch==2.13.0"], "2.13.0+cpu", "warning")])
+@pytest.mark.parametrize(
+    "version, requires, torch_is, status",
+    [
+        ("0.28.0", ["torch==2.13.0"], "2.13.0", "ok"),
+        ("0.28.0+cpu", ["numpy", "torch==2.13.0"], "2.13.0+cpu", "ok"),
+        ("0.20.0", ["torch==2.5.0"], "2.13.0", "warning"),
+        ("0.28.0+cu130", ["torch==2.13.0"], "2.13.0+cpu", "warning"),
+    ],
+)
 def test_torchvision(versions, asks, version, requires, torch_is, status):
     versions.update(torchvision=version, torch=torch_is)
     asks["torchvision"] = requires
@@ -277,7 +306,10 @@ def test_bf16_is_tried_not_believed(monkeypatch):
     monkeypatch.setattr(torch, "ones", ones)
     assert row("cpu").says == "no bf16" and row("cpu").found == "works"
 
-@pytest.mark.parametrize("told, found, status", [("bf16", "bf16", "ok"), ("no", "fp32", "ok"), ("fp16", "fp16", "warning")])
+@pytest.mark.parametrize(
+    "told, found, status",
+    [("bf16", "bf16", "ok"), ("no", "fp32", "ok"), ("fp16", "fp16", "warning")],
+)
 def test_precision_as_accelerate_was_told(monkeypatch, told, found, status):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -320,7 +352,16 @@ def config(folder, text):
     (folder/"hf/accelerate").mkdir(parents=True)
     (folder/"hf/accelerate/default_config.yaml").write_text(text)
 
-@pytest.mark.parametrize("text, told", [("distributed_type: MULTI_CPU\nnum_processes: 4\n", True), ("num_processes: 4\nuse_cpu: true\n", True), ("num_processes: 1\nuse_cpu: true\n", False), ("num_processes: 4\nuse_cpu: false\n", False), ("", False)])
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("distributed_type: MULTI_CPU\nnum_processes: 4\n", True),
+        ("num_processes: 4\nuse_cpu: true\n", True),
+        ("num_processes: 1\nuse_cpu: true\n", False),
+        ("num_processes: 4\nuse_cpu: false\n", False),
+        ("", False),
+    ],
+)
 def test_accelerate_asked_for_several_processes_on_processors(tmp_path, text, told):
     config(tmp_path, text)
     rows = check_environment().set_index("what")
@@ -365,7 +406,15 @@ def test_no_path_of_a_home_folder_is_said(monkeypatch, tmp_path):
         assert str(home) not in said and "jane" not in said
     assert "~/study" in ask("--out", home/"study").output
 
-@pytest.mark.parametrize("text, shown", [("/home/jane/a b.so: not found", "~/a b.so: not found"), ("/Users/Jane.Doe/x", "~/x"), (r"C:\Users\Jane\x.dll", r"~\x.dll"), ("nothing", "nothing")])
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("/home/jane/a b.so: not found", "~/a b.so: not found"),
+        ("/Users/Jane.Doe/x", "~/x"),
+        (r"C:\Users\Jane\x.dll", r"~\x.dll"),
+        ("nothing", "nothing"),
+    ],
+)
 def test_homes_of_others(text, shown): assert doctor._no_home(text) == shown
 
 def test_the_command_is_registered():

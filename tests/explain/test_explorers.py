@@ -172,7 +172,7 @@ def test_frames_and_labels_of_the_table(odd, bodies):
     # the scans lie elsewhere
     assert not np.allclose(world.distance_mm[1:], local.distance_mm[1:])
     for frame in ("box", "voxel_local"):
-        with pytest.raises(ValueError, match="frame 'box', expected one of world_mm"):
+        with pytest.raises(ValueError, match="frame 'voxel_local', expected one of world_mm"):
             neighbour_table(odd, z, c, v, 0, frame=frame)
     # crops of 6: the centre lies between voxels, and its voxel is start + 3
     z, c, v = listing(bodies)
@@ -1019,18 +1019,23 @@ from synthpi.volumes import prepare_volumes
 tmp = Path(tempfile.mkdtemp(dir="."))
 store = prepare_volumes(write_bodies(tmp/"bodies", n_subjects=3, shape=(24, 18, 24), spacing_mm=18.), tmp/"store")
 batches = [b for i in range(len(store)) for b in grid_crops(store, i, 6, 6)]
-crop, center_mm, volume_id = (np.concatenate([b[k].numpy() for b in batches]) for k in ("crop", "center_mm", "volume_id"))
+crop, center_mm, volume_id = (
+    np.concatenate([b[k].numpy() for b in batches]) for k in ("crop", "center_mm", "volume_id")
+)
 explore_volume(store, crop.reshape(len(crop), -1), center_mm, volume_id, crop_size=6)
 """,
     """
 rng = np.random.default_rng(0)
 coords = np.array([[0, 0], [1, 0], [0, 1], [1, 1.]])
-explore_map(coords, rng.integers(0, 255, (4, 16, 16, 3), np.uint8), [0, 1, 0, 1], ["round", "long"], groups=["p1", "p1", "p2", "p2"], k=2)
+tiles = rng.integers(0, 255, (4, 16, 16, 3), np.uint8)
+explore_map(coords, tiles, [0, 1, 0, 1], ["round", "long"], groups=["p1", "p1", "p2", "p2"], k=2)
 """,
     """
 solid = lambda *rgb: np.full((40, 40, 3), rgb, np.uint8)
-pairs = [{"primary": solid(250, 0, 0), "privileged": solid(0, 0, 250), "true": solid(0, 250, 0), "group": g} for g in ("p1", "p1", "p2", "p2")]
-explore_pairs(pairs, pd.DataFrame({"pair": range(4), "group": [p["group"] for p in pairs], "ssim": [.4, .1, .3, .2], "l1": [.1, .2, .3, .4]}), true="true", better={"ssim": "higher", "l1": "lower"})
+sides = dict(primary=solid(250, 0, 0), privileged=solid(0, 0, 250), true=solid(0, 250, 0))
+pairs = [sides | dict(group=g) for g in ("p1", "p1", "p2", "p2")]
+scores = dict(pair=range(4), group=[p["group"] for p in pairs], ssim=[.4, .1, .3, .2], l1=[.1, .2, .3, .4])
+explore_pairs(pairs, pd.DataFrame(scores), true="true", better={"ssim": "higher", "l1": "lower"})
 """,
 ]
 

@@ -224,7 +224,12 @@ def images(side=32, n=2):
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(11)
 
-@pytest.mark.parametrize("levels,side,norm", [(5, 64, n) for n in NORMS] + [(7, 128, n) for n in NORMS] + [(k, 2**k, n) for k in (8, 9) for n in ("batch", "instance")])
+@pytest.mark.parametrize(
+    "levels,side,norm",
+    [(5, 64, n) for n in NORMS]
+    + [(7, 128, n) for n in NORMS]
+    + [(k, 2**k, n) for k in (8, 9) for n in ("batch", "instance")],
+)
 def test_unets_equal_the_flat_function(norm, levels, side):
     s = unet_state(levels, 2, norm)
     network = recognise(dict(s))
@@ -287,9 +292,22 @@ def test_reflection_and_replication_leave_the_same_names_but_not_the_same_image(
     assert (reflect.module(images()) - replicate.module(images())).abs().max() > 1e-3
     assert ForeignGenerator(reflect).key != ForeignGenerator(replicate).key
 
-@pytest.mark.parametrize("wrap", [lambda s: {f"module.{k}": v for k, v in s.items()}, lambda s: {"epoch": 3, "netG": s}, lambda s: {"state_dict": {f"netG.{k}": v for k, v in s.items()}},
-                                  lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}}, lambda s: {**{f"G.{k}": v for k, v in s.items()}, "D.model.0.weight": torch.zeros(4, 6, 4, 4)},
-                                  lambda s: {k: v.half() for k, v in s.items()}, OrderedDict], ids="parallel entry lightning compiled beside_a_discriminator half ordered".split())
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {"epoch": 3, "netG": s},
+        lambda s: {"state_dict": {f"netG.{k}": v for k, v in s.items()}},
+        lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
+        lambda s: {
+            **{f"G.{k}": v for k, v in s.items()},
+            "D.model.0.weight": torch.zeros(4, 6, 4, 4),
+        },
+        lambda s: {k: v.half() for k, v in s.items()},
+        OrderedDict,
+    ],
+    ids="parallel entry lightning compiled beside_a_discriminator half ordered".split(),
+)
 @pytest.mark.parametrize("family", ["unet", "resnet"])
 def test_wrappings_come_off(wrap, family):
     s = unet_state(5, 2, "batch") if family == "unet" else resnet_state(1, 2, "batch")
@@ -520,27 +538,68 @@ def patch_gan(norm=True):
         c *= 2
     return s | {"model.11.weight": torch.zeros(1, c, 4, 4), "model.11.bias": torch.zeros(1)}
 
-@pytest.mark.parametrize("state,match", [
-    (patch_gan(), "this is a discriminator .*model.11.weight.*_net_G"),
-    ({f"module.{k}": v for k, v in patch_gan().items()}, "this is a discriminator"),
-    ({"net.0.weight": torch.zeros(4, 3, 1, 1), "net.5.weight": torch.zeros(1, 8, 1, 1)}, "this is a discriminator"),
-    ({"mlp_0.0.weight": torch.zeros(256, 3), "mlp_0.2.weight": torch.zeros(256, 256)}, "feature layers of CUT"),
-    (nn.Linear(2, 2).state_dict(), "2 tensors of no known generator. Nearest is the .* "
-                                   "missing model"),
-    (make_unet(4).state_dict(), "no known generator"),
-    ({k: v for k, v in resnet_state(1, 2, "batch").items() if k != "model.7.weight"}, "look like a ResNet.*missing model.7.weight"),
-    ({**resnet_state(1, 2, "batch"), "extra.weight": torch.zeros(1)}, "not expected extra.weight"),
-    ({**resnet_state(1, 2, "batch"), "model.4.weight": torch.zeros(5, 2, 3, 3)}, "model.4.weight has \\(5, 2, 3, 3\\) and not \\(4, 2, 3, 3\\)"),
-    ({k: v for k, v in unet_state(5, 2, "batch").items() if k != "model.model.3.weight"}, "look like a U-Net.*missing model.model.3.weight"),
-    ({k: v for k, v in unet_state(5, 2, "batch").items() if ".3.model.3.model." not in k}, "look like a U-Net"),
-    (resnet_state(1, 2, "instance", cin=6), "takes 6 channels.*DeepLIIF"),
-    ({"model.1.weight": torch.zeros(2, 3, 7, 7), "model.10.conv_block.1.weight": torch.zeros(1)}, "look like|no known"),
-], ids=lambda v: v[:24] if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "state,match",
+    [
+        (patch_gan(), "this is a discriminator .*model.11.weight.*_net_G"),
+        ({f"module.{k}": v for k, v in patch_gan().items()}, "this is a discriminator"),
+        (
+            {"net.0.weight": torch.zeros(4, 3, 1, 1), "net.5.weight": torch.zeros(1, 8, 1, 1)},
+            "this is a discriminator",
+        ),
+        (
+            {"mlp_0.0.weight": torch.zeros(256, 3), "mlp_0.2.weight": torch.zeros(256, 256)},
+            "feature layers of CUT",
+        ),
+        (
+            nn.Linear(2, 2).state_dict(),
+            "2 tensors of no known generator. Nearest is the .* missing model",
+        ),
+        (make_unet(4).state_dict(), "no known generator"),
+        (
+            {k: v for k, v in resnet_state(1, 2, "batch").items() if k != "model.7.weight"},
+            "look like a ResNet.*missing model.7.weight",
+        ),
+        (
+            {**resnet_state(1, 2, "batch"), "extra.weight": torch.zeros(1)},
+            "not expected extra.weight",
+        ),
+        (
+            {**resnet_state(1, 2, "batch"), "model.4.weight": torch.zeros(5, 2, 3, 3)},
+            "model.4.weight has \\(5, 2, 3, 3\\) and not \\(4, 2, 3, 3\\)",
+        ),
+        (
+            {k: v for k, v in unet_state(5, 2, "batch").items() if k != "model.model.3.weight"},
+            "look like a U-Net.*missing model.model.3.weight",
+        ),
+        (
+            {k: v for k, v in unet_state(5, 2, "batch").items() if ".3.model.3.model." not in k},
+            "look like a U-Net",
+        ),
+        (resnet_state(1, 2, "instance", cin=6), "takes 6 channels.*DeepLIIF"),
+        (
+            {
+                "model.1.weight": torch.zeros(2, 3, 7, 7),
+                "model.10.conv_block.1.weight": torch.zeros(1),
+            },
+            "look like|no known",
+        ),
+    ],
+    ids=lambda v: v[:24] if isinstance(v, str) else "",
+)
 def test_wrong_weights_are_named(state, match):
     with pytest.raises(ValueError, match=match): load_generator(state)
 
-@pytest.mark.parametrize("options,match", [({"padding": "zero"}, "expected 'reflect' or 'replicate'"), ({"norm": "layer"}, "norm='layer'"), ({"batch_statistics": "none"}, "batch_statistics='none'"),
-                                           ({"multiple": 0}, "multiple=0"), ({"range": (1, 1)}, "range=")])
+@pytest.mark.parametrize(
+    "options,match",
+    [
+        ({"padding": "zero"}, "expected 'reflect' or 'replicate'"),
+        ({"norm": "layer"}, "norm='layer'"),
+        ({"batch_statistics": "none"}, "batch_statistics='none'"),
+        ({"multiple": 0}, "multiple=0"),
+        ({"range": (1, 1)}, "range="),
+    ],
+)
 def test_wrong_options(options, match):
     with pytest.raises(ValueError, match=match):
         load_generator(resnet_state(1, 2, "batch"), **options)
@@ -656,8 +715,17 @@ def onnx(monkeypatch, tmp_path):
     (tmp_path/"g.onnx").write_bytes(b"graph")
     return tmp_path/"g.onnx"
 
-@pytest.mark.parametrize("shape,calls", [(["b", 3, "h", "w"], [(2, 3, 64, 64)]), ([1, 3, "h", "w"], [(1, 3, 64, 64)]*2), ([1, 3, 64, 64], [(1, 3, 64, 64)]*2), (["b", "h", "w", 3], [(2, 64, 64, 3)]),
-                                         (["b", 1, "h", "w"], [(2, 1, 64, 64)])], ids=str)
+@pytest.mark.parametrize(
+    "shape,calls",
+    [
+        (["b", 3, "h", "w"], [(2, 3, 64, 64)]),
+        ([1, 3, "h", "w"], [(1, 3, 64, 64)] * 2),
+        ([1, 3, 64, 64], [(1, 3, 64, 64)] * 2),
+        (["b", "h", "w", 3], [(2, 64, 64, 3)]),
+        (["b", 1, "h", "w"], [(2, 1, 64, 64)]),
+    ],
+    ids=str,
+)
 def test_onnx(onnx, monkeypatch, shape, calls):
     monkeypatch.setattr(FakeSession, "shape", shape)
     with pytest.raises(ValueError, match="(?s)onnx is not installed.*give range="):
@@ -808,7 +876,14 @@ def mixture(true, seed=0, n=4):
     )
     return 10**-torch.einsum("bshw,sc->bchw", amounts, true), amounts
 
-@pytest.mark.parametrize("pair,true", [(("haematoxylin", "eosin"), [[.6, .7, .35], [.12, .9, .3]]), (("haematoxylin", "dab"), [[.6, .7, .35], [.3, .55, .75]]), (("eosin", "dab"), [[.1, .95, .2], [.3, .55, .75]])])
+@pytest.mark.parametrize(
+    "pair,true",
+    [
+        (("haematoxylin", "eosin"), [[0.6, 0.7, 0.35], [0.12, 0.9, 0.3]]),
+        (("haematoxylin", "dab"), [[0.6, 0.7, 0.35], [0.3, 0.55, 0.75]]),
+        (("eosin", "dab"), [[0.1, 0.95, 0.2], [0.3, 0.55, 0.75]]),
+    ],
+)
 def test_macenko_finds_colours_and_amounts(pair, true):
     true = F.normalize(torch.tensor(true), dim=1)
     x, amounts = mixture(true)
@@ -896,7 +971,14 @@ def test_shuffled_gives_each_tile_another_tiles_image():
     with pytest.raises(ValueError, match="no other of that shape"):
         Shuffled(plain, pool[:1]).translate(pool[:1])
 
-@pytest.mark.parametrize("make", [lambda: None, lambda: ModuleGenerator(make_unet(4), .5, ["p1"]), lambda: load_generator(resnet_state(1, 4, "batch"), um_per_px=.5, verbose=False)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: None,
+        lambda: ModuleGenerator(make_unet(4), 0.5, ["p1"]),
+        lambda: load_generator(resnet_state(1, 4, "batch"), um_per_px=0.5, verbose=False),
+    ],
+)
 def test_random_weights_keep_the_network_and_nothing_that_it_learnt(make):
     trained = make()
     before = trained and trained.key

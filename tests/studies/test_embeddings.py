@@ -75,7 +75,10 @@ def embed(store, out, encoder=None, size=8, **kw):
 
 # ---- what is written
 
-@pytest.mark.parametrize("size, stride, tissue", [(8, None, 0.), ((6, 7, 8), 5, .3), (9, (9, 4, 6), 0.), (40, 20, 0.)])
+@pytest.mark.parametrize(
+    "size, stride, tissue",
+    [(8, None, 0.0), ((6, 7, 8), 5, 0.3), (9, (9, 4, 6), 0.0), (40, 20, 0.0)],
+)
 def test_each_row_is_the_crop_at_its_place(store, tmp_path, size, stride, tissue):
     found = read_embeddings(
         embed(
@@ -171,7 +174,15 @@ def test_frames(store, tmp_path, frame):
         found.labels, pd.DataFrame(index=range(len(found))), check_column_type=False
     )
 
-@pytest.mark.parametrize("labels, columns", [(None, []), ("center", ["label_center"]), ("any", [f"label_{r}" for r in range(1, 14)]), (["any", "center"], ["label_center", *(f"label_{r}" for r in range(1, 14))])])
+@pytest.mark.parametrize(
+    "labels, columns",
+    [
+        (None, []),
+        ("center", ["label_center"]),
+        ("any", [f"label_{r}" for r in range(1, 14)]),
+        (["any", "center"], ["label_center", *(f"label_{r}" for r in range(1, 14))]),
+    ],
+)
 def test_labels_that_were_asked_for(store, tmp_path, labels, columns):
     found = read_embeddings(embed(store, tmp_path/"e.parquet", volumes=[2], labels=labels))
     assert list(found.labels) == columns
@@ -259,7 +270,17 @@ def test_a_training_mode_encoder_embeds_in_evaluation_mode(store, tmp_path):
         and encoder[2].seen == 0
     )
 
-@pytest.mark.parametrize("encoder, message", [(nn.Flatten(0), r"gave shape \(\d+,\)"), (nn.Flatten(2), r"gave shape \(\d+, 1, 512\)"), (nn.Sequential(nn.Flatten(), nn.LogSigmoid(), nn.Threshold(0., float("nan"))), "embeddings of body_000 are not finite")])
+@pytest.mark.parametrize(
+    "encoder, message",
+    [
+        (nn.Flatten(0), r"gave shape \(\d+,\)"),
+        (nn.Flatten(2), r"gave shape \(\d+, 1, 512\)"),
+        (
+            nn.Sequential(nn.Flatten(), nn.LogSigmoid(), nn.Threshold(0.0, float("nan"))),
+            "embeddings of body_000 are not finite",
+        ),
+    ],
+)
 def test_encoders_that_give_no_embeddings(store, tmp_path, encoder, message):
     with pytest.raises(ValueError, match=message): embed(store, tmp_path/"e.parquet", encoder)
     assert not list(tmp_path.iterdir())
@@ -279,10 +300,25 @@ def test_volumes_without_crops_are_told(store, tmp_path):
         store.names[int(np.argmin(most))]
     }
 
-@pytest.mark.parametrize("wrong, error, message", [
-    ({"encoder": "encoder.safetensors"}, TypeError, "open a file with load_encoder"), ({"encoder": make_encoder("resnet10_narrow")}, ValueError, "3 channels in 2 dimensions"), ({"out": "e.csv"}, ValueError, "ends in .parquet"),
-    ({"size": 0}, ValueError, "size=0"), ({"stride": 0}, ValueError, "size=0"), ({"volumes": []}, ValueError, "one at least"), ({"volumes": [1, 1]}, ValueError, "each once"), ({"volumes": [6]}, IndexError, "volume 6 of 6"), ({"volumes": [-1]}, IndexError, "volume -1"),
-    ({"frame": "mm"}, ValueError, "frame 'mm'"), ({"labels": "all"}, ValueError, "labels='all'"), ({"labels": ["center", "some"]}, ValueError, "some"), ({"device": "tpu"}, ValueError, "device 'tpu'"), ({"batch": 0}, ValueError, "batch=0")])
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"encoder": "encoder.safetensors"}, TypeError, "open a file with load_encoder"),
+        ({"encoder": make_encoder("resnet10_narrow")}, ValueError, "3 channels in 2 dimensions"),
+        ({"out": "e.csv"}, ValueError, "ends in .parquet"),
+        ({"size": 0}, ValueError, "size=0"),
+        ({"stride": 0}, ValueError, "size=0"),
+        ({"volumes": []}, ValueError, "one at least"),
+        ({"volumes": [1, 1]}, ValueError, "each once"),
+        ({"volumes": [6]}, IndexError, "volume 6 of 6"),
+        ({"volumes": [-1]}, IndexError, "volume -1"),
+        ({"frame": "mm"}, ValueError, "frame 'mm'"),
+        ({"labels": "all"}, ValueError, "labels='all'"),
+        ({"labels": ["center", "some"]}, ValueError, "some"),
+        ({"device": "tpu"}, ValueError, "device 'tpu'"),
+        ({"batch": 0}, ValueError, "batch=0"),
+    ],
+)
 def test_wrong_arguments(store, tmp_path, wrong, error, message):
     args = {
         "encoder": Failing(0, AssertionError("computed")),
@@ -373,7 +409,16 @@ def test_files_that_are_cut_or_others(store, tmp_path):
         and read_features(path).facts["size"] == [8, 8, 8]
     )
 
-@pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 3), pa.list_(pa.int32()), "csv"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.float64()),
+        pa.large_list(pa.float32()),
+        pa.list_(pa.float32(), 3),
+        pa.list_(pa.int32()),
+        "csv",
+    ],
+)
 def test_features_of_others(tmp_path, kind):
     h = np.random.default_rng(0).integers(-9, 9, (7, 3))
     columns = {
@@ -402,8 +447,18 @@ def test_features_of_others(tmp_path, kind):
         and found.column("label").tolist() == columns["label"]
     )
 
-@pytest.mark.parametrize("text, message", [("a,b\n1,2\n", "no column embedding; it has a, b"), ('embedding,y\n"[1, 2]",0\n"[1]",1\n', "lists of the lengths"), ("embedding\nabc\n", "is not lists of numbers"), ('embedding\n"[""a""]"\n', "expected lists of numbers"),
-    ("embedding,y\n", "0 rows"), ("embedding\n1.5\n", "lists of numbers"), ('embedding\n"[1, null]"\n', "missing values")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a,b\n1,2\n", "no column embedding; it has a, b"),
+        ('embedding,y\n"[1, 2]",0\n"[1]",1\n', "lists of the lengths"),
+        ("embedding\nabc\n", "is not lists of numbers"),
+        ('embedding\n"[""a""]"\n', "expected lists of numbers"),
+        ("embedding,y\n", "0 rows"),
+        ("embedding\n1.5\n", "lists of numbers"),
+        ('embedding\n"[1, null]"\n', "missing values"),
+    ],
+)
 def test_tables_that_are_no_features(tmp_path, text, message):
     (tmp_path/"f.csv").write_text(text)
     with pytest.raises(ValueError, match=message): read_features(tmp_path/"f.csv")
@@ -614,8 +669,22 @@ def test_several_classes_are_asked_one_by_one(tmp_path):
         and (table.how == "4 of 4 folds of all rows").all()
     )
 
-@pytest.mark.parametrize("kw, message", [({"target": "kidney"}, "expected 'position', 'labels' for all regions, or one of the regions 1, 2"), ({"target": 77}, "'77'"), ({"folds": 1}, "folds=1"), ({"target": 3, "split": "val"}, "no row is in the split 'val'; there are test, train"),
-    ({"group": "nobody"}, "no column 'nobody'"), ({"target": 3, "group": "split", "split": "all"}, "2 groups"), ({"target": "tissue"}, "different values in"), ({"group": "volume", "target": 3, "split": "all", "folds": 2}, None)])
+@pytest.mark.parametrize(
+    "kw, message",
+    [
+        (
+            {"target": "kidney"},
+            "expected 'position', 'labels' for all regions, or one of the regions 1, 2",
+        ),
+        ({"target": 77}, "'77'"),
+        ({"folds": 1}, "folds=1"),
+        ({"target": 3, "split": "val"}, "no row is in the split 'val'; there are test, train"),
+        ({"group": "nobody"}, "no column 'nobody'"),
+        ({"target": 3, "group": "split", "split": "all"}, "2 groups"),
+        ({"target": "tissue"}, "different values in"),
+        ({"group": "volume", "target": 3, "split": "all", "folds": 2}, None),
+    ],
+)
 def test_questions_that_cannot_be_asked(embedded, kw, message):
     if message is None: assert probe_table(embedded, **kw).how[0] == "2 of 2 folds of all rows"
     else:

@@ -286,7 +286,7 @@ def test_accuracy_draws_the_intervals_in_the_order_given():
         [0.7 - 0.1, 0.7 + 0.05],
         [0.4 - 0.1, 0.4 + 0.05],
     ]
-    # guessing among five classes
+    # chance among five classes
     assert ax.lines[-1].get_xdata()[0] == 0.2
     assert (
         figures.plot_accuracy({"a": {"balanced_accuracy": {"mean": 0.5}}}, key="balanced_accuracy")
