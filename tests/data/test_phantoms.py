@@ -99,6 +99,7 @@ def augment(x):
     x = torch.rot90(x, int(torch.randint(4, ())), (2, 3))
     return x.flip(3) if torch.rand(()) < .5 else x
 
+@pytest.mark.slow
 def test_form_gives_the_class_away(tissue):
     train, test = tissue
     torch.manual_seed(0)

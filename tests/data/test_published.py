@@ -319,6 +319,7 @@ def test_fingerprint_sees_names_sizes_and_both_ends(tmp_path):
     seen.append(source_fingerprint(tmp_path, [tmp_path/"b.bin"])["sha256"])
     assert len(set(seen)) == len(seen)
 
+@pytest.mark.slow
 def test_killed_and_continued(tmp_path):
     root, out = write_pannuke(tmp_path/"p", folds=(1,), n=900), tmp_path/"out"
     code = f"from synthpi.data.nuclei_sets import pannuke; pannuke({str(root)!r}, {str(out)!r})"

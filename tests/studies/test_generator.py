@@ -267,6 +267,7 @@ def test_the_split_of_the_set_goes_before_a_split_of_ours(folder, tmp_path):
         sorted(set(made.quality.scores["group"])),
     ) == (["p0", "p1", "p2"], ["p3"], ["p4", "p5"])
 
+@pytest.mark.slow
 def test_another_training_does_not_overwrite(folder, tmp_path):
     first = train(folder/"pairs", tmp_path/"g", **SMALL)
     with (
@@ -323,6 +324,7 @@ def test_an_unknown_scale_stays_unknown(folder, tmp_path):
     )
     assert ran.exit_code == 0, ran.output
 
+@pytest.mark.slow
 def test_killed_and_interrupted_trainings_end_alike(folder, tmp_path):
     """SIGINT, then kill -9, then to the end: the file is that of a training which was left alone.
     What ends a process is done to a process of its own; the trainings that run to the end share
@@ -453,6 +455,7 @@ REAL = Path(__file__).parents[3]/"shared"/"data"
 
 THERE = all((REAL/n).exists() for n in ("he_nuclei_pairs", "tissue"))
 
+@pytest.mark.slow
 @pytest.mark.skipif(not THERE, reason="no real pairs and tiles in shared/data beside the repository")
 def test_real_pairs_to_a_generator_and_real_tiles_to_pairs(tmp_path):
     """A short training on MoNuSeg (all of it as nuclei would give 0.4), then some tiles of LC25000,

@@ -154,6 +154,7 @@ def test_a_micro_batch_changes_nothing_but_memory(folder, tmp_path):
     np.testing.assert_allclose(whole.loss, parts.loss, rtol=2e-4)  # float32, four steps
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_trace_of_one(folder, tmp_path):
     """BatchNorm, 2 + 2 layers deep, an odd batch (7 rows: 4 and 3), three branches: `torchrun`
     against the same command alone"""
@@ -208,6 +209,7 @@ def test_two_processes_give_the_trace_of_one(folder, tmp_path):
             torch.testing.assert_close(x, y, rtol=0.05, atol=0.02, msg=name)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_from_the_command_line(folder, tmp_path):
     "Killed in a process of its own; refused, resumed and left alone in this one"
     arguments = [

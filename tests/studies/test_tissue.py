@@ -441,6 +441,7 @@ def test_output_inside_the_tiles_or_in_a_foreign_folder_is_refused(data, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_what_is_done_and_the_same_command_goes_on(source, tmp_path):
     out = tmp_path / "out"
     command = [
@@ -625,6 +626,7 @@ def test_tiles_that_cannot_be_judged_do_not_end_the_study(source, tmp_path):
     assert "not judged, because" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the example data are not beside the repository")
 def test_real_tiles_and_pairs(tmp_path):
     """A few real tiles of each class and split, and one pair of each second patient; the columns of

@@ -582,6 +582,7 @@ def test_frames_without_millimetres_are_refused(store):
 
 # Processes
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child there")
 def test_ctrl_c_keeps_what_is_done(source, tmp_path):
     command = [
@@ -617,6 +618,7 @@ def test_ctrl_c_keeps_what_is_done(source, tmp_path):
 
 # Real volumes
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["volumes", "volumes_hippocampus"])
 def test_real_volumes_run_from_end_to_end(folder, tmp_path):
     if not (REAL/folder).is_dir(): pytest.skip(f"no real volumes in {REAL/folder}")

@@ -183,6 +183,7 @@ def in_process(rank, world, folder):
     gc.collect()
     dist.destroy_process_group()
 
+@pytest.mark.slow
 def test_two_processes_with_different_shares_give_the_gradient_of_the_joined_batch(tmp_path):
     mp.start_processes(in_process, (2, str(tmp_path)), nprocs=2, start_method="spawn")
     found = [torch.load(tmp_path/f"{r}.pt") for r in range(2)]
