@@ -172,7 +172,7 @@ def test_frames_and_labels_of_the_table(odd, bodies):
     # the scans lie elsewhere
     assert not np.allclose(world.distance_mm[1:], local.distance_mm[1:])
     for frame in ("box", "voxel_local"):
-        with pytest.raises(ValueError, match="frame 'voxel_local', expected one of world_mm"):
+        with pytest.raises(ValueError, match=f"frame {frame!r}, expected one of world_mm"):
             neighbour_table(odd, z, c, v, 0, frame=frame)
     # crops of 6: the centre lies between voxels, and its voxel is start + 3
     z, c, v = listing(bodies)
