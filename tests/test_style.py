@@ -38,10 +38,8 @@ LONG_CELLS = set("""
     nbs/studies/explanation_page
     nbs/studies/figures
     nbs/studies/generator
-    nbs/studies/generator_settings
     nbs/studies/page
     nbs/studies/pretraining
-    nbs/studies/pretraining_settings
     nbs/studies/runs
     nbs/studies/synthesise
     nbs/studies/tissue/inputs
@@ -51,7 +49,6 @@ LONG_CELLS = set("""
     nbs/studies/volumes/arms
     nbs/studies/volumes/report
     nbs/studies/volumes/scores
-    nbs/studies/volumes/settings
     nbs/studies/volumes/study
 """.split())
 
