@@ -17,10 +17,8 @@ BODY = CELL = 40
 LONG_BODIES = set("""
     synthpi/cli/doctor
     synthpi/cli/pairs
-    synthpi/cli/volumes
     synthpi/pairs/foreign
     synthpi/pairs/runtimes
-    synthpi/studies/embeddings
     synthpi/studies/figures
     synthpi/studies/synthesise
     synthpi/studies/tissue/report
@@ -28,12 +26,10 @@ LONG_BODIES = set("""
 LONG_CELLS = set("""
     nbs/cli/doctor
     nbs/cli/pairs
-    nbs/cli/volumes
     nbs/explain/pictures
     nbs/pairs/foreign
     nbs/pairs/objectives
     nbs/pairs/runtimes
-    nbs/studies/embeddings
     nbs/studies/explanation
     nbs/studies/explanation_page
     nbs/studies/figures
