@@ -44,7 +44,6 @@ LONG_CELLS = set("""
     nbs/studies/synthesise
     nbs/studies/tissue/inputs
     nbs/studies/tissue/report
-    nbs/studies/tissue/settings
     nbs/studies/tissue/study
     nbs/studies/volumes/arms
     nbs/studies/volumes/report
