@@ -92,15 +92,18 @@ Modules:
 - `synthpi.pairs.tiling`: A generator on images of any size, in overlapping tiles that are blended
 - `synthpi.pairs.training`: Training a generator on a small set of images, paired or not
 - `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and its probe
+- `synthpi.studies.embeddings_settings`: Which crops are embedded, and what is then asked of the file
 - `synthpi.studies.explanation`: Coverage, saliency, sanity check and map of finished encoders, in one call and one page
 - `synthpi.studies.explanation_page`: Sections and figures of `synthpi explain`
 - `synthpi.studies.explanation_settings`: Which encoders are explained, on which images, and what is asked
+- `synthpi.studies.features`: Embeddings of crops, or features that were made elsewhere, with what is known of each
 - `synthpi.studies.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
 - `synthpi.studies.generator`: Images to a generator, judged on patients that it has not seen
 - `synthpi.studies.generator_settings`: The arguments of a training, their checks, and the flags
 - `synthpi.studies.page`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
 - `synthpi.studies.pretraining`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
 - `synthpi.studies.pretraining_settings`: The arguments of `pretrain`, said once
+- `synthpi.studies.probe`: What frozen features know: a place, a region, or a label of your own
 - `synthpi.studies.runs`: The names inside a run folder, and what is read back from it
 - `synthpi.studies.synthesise`: A folder of tiles and a generator to a cache of pairs, the first ones shown early
 - `synthpi.studies.tissue.arms`: What a study compares: one name for one way of getting features
