@@ -36,7 +36,6 @@ LONG_CELLS = set("""
     nbs/studies/runs
     nbs/studies/tissue/inputs
     nbs/studies/tissue/report
-    nbs/studies/tissue/settings
     nbs/studies/tissue/study
     nbs/studies/volumes/arms
     nbs/studies/volumes/report

@@ -23,7 +23,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import monai.networks.nets as nets
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -31,6 +30,7 @@ from torch import nn, Tensor
 
 from ..core.checks import at_least
 from ..core.files import fingerprint, read_safetensors, write_safetensors
+from ..core.seeds import import_late
 from .foreign import Network, ResNet
 from .runtimes import Adapted, as_range, file_kind, read_network
 
@@ -157,7 +157,7 @@ def make_unet(
     out_channels:int=1, # 1 for a mask, 3 for a stain
 )->nn.Module: # `(B, 3, H, W)` to `(B, out_channels, H, W)` logits; H and W multiples of 16
     "A small U-Net with instance normalisation."
-    net = nets.BasicUNet(
+    net = import_late("monai.networks.nets").BasicUNet(
         spatial_dims=2,
         in_channels=3,
         out_channels=out_channels,
