@@ -25,20 +25,11 @@ LONG_CELLS = set("""
     nbs/pairs/foreign
     nbs/pairs/objectives
     nbs/pairs/runtimes
-    nbs/studies/explanation
-    nbs/studies/explanation_page
     nbs/studies/figures
-    nbs/studies/generator
     nbs/studies/page
-    nbs/studies/pretraining
-    nbs/studies/runs
     nbs/studies/tissue/inputs
     nbs/studies/tissue/report
     nbs/studies/tissue/study
-    nbs/studies/volumes/arms
-    nbs/studies/volumes/report
-    nbs/studies/volumes/scores
-    nbs/studies/volumes/study
 """.split())
 
 def name(path): return path.relative_to(ROOT).with_suffix("").as_posix()
