@@ -42,9 +42,7 @@ LONG_CELLS = set("""
     nbs/studies/pretraining
     nbs/studies/runs
     nbs/studies/synthesise
-    nbs/studies/tissue/inputs
     nbs/studies/tissue/report
-    nbs/studies/tissue/study
     nbs/studies/volumes/arms
     nbs/studies/volumes/report
     nbs/studies/volumes/scores
