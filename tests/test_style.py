@@ -38,7 +38,6 @@ LONG_CELLS = set("""
     nbs/studies/explanation_page
     nbs/studies/figures
     nbs/studies/generator
-    nbs/studies/page
     nbs/studies/pretraining
     nbs/studies/runs
     nbs/studies/synthesise
