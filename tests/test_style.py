@@ -21,7 +21,6 @@ LONG_BODIES = set("""
     synthpi/pairs/foreign
     synthpi/pairs/runtimes
     synthpi/studies/embeddings
-    synthpi/studies/figures
     synthpi/studies/synthesise
     synthpi/studies/tissue/report
 """.split())
@@ -36,7 +35,6 @@ LONG_CELLS = set("""
     nbs/studies/embeddings
     nbs/studies/explanation
     nbs/studies/explanation_page
-    nbs/studies/figures
     nbs/studies/generator
     nbs/studies/pretraining
     nbs/studies/runs
