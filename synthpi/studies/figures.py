@@ -3,8 +3,8 @@
 Each function takes plain dictionaries and arrays, keyed by *arm* (one way to get an encoder:
 `trident`, `supervised`, `mean_rgb`, ...), and returns a Matplotlib `Figure`. Arms keep the order in
 which they are given, and one arm has one colour and one marker in every figure of a study; `names`
-says what a reader calls it. The colours stay apart for colour-blind readers, nothing rests on colour alone, and no text is smaller
-than 8 points.
+says what a reader calls it. The colours stay apart for colour-blind readers, nothing rests on colour
+alone, and no text is smaller than 8 points.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/figures.html.md"""
 
