@@ -19,7 +19,6 @@ LONG_BODIES = set("""
     synthpi/cli/pairs
     synthpi/pairs/foreign
     synthpi/pairs/runtimes
-    synthpi/studies/figures
     synthpi/studies/synthesise
     synthpi/studies/tissue/report
 """.split())
@@ -32,15 +31,11 @@ LONG_CELLS = set("""
     nbs/pairs/runtimes
     nbs/studies/explanation
     nbs/studies/explanation_page
-    nbs/studies/figures
     nbs/studies/generator
-    nbs/studies/page
     nbs/studies/pretraining
     nbs/studies/runs
     nbs/studies/synthesise
-    nbs/studies/tissue/inputs
     nbs/studies/tissue/report
-    nbs/studies/tissue/study
     nbs/studies/volumes/arms
     nbs/studies/volumes/report
     nbs/studies/volumes/scores
