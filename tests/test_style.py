@@ -19,7 +19,6 @@ LONG_BODIES = set("""
     synthpi/cli/pairs
     synthpi/cli/volumes
     synthpi/pairs/foreign
-    synthpi/pairs/runtimes
     synthpi/studies/embeddings
     synthpi/studies/figures
     synthpi/studies/synthesise
@@ -32,7 +31,6 @@ LONG_CELLS = set("""
     nbs/explain/pictures
     nbs/pairs/foreign
     nbs/pairs/objectives
-    nbs/pairs/runtimes
     nbs/studies/embeddings
     nbs/studies/explanation
     nbs/studies/explanation_page
