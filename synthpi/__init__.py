@@ -81,6 +81,7 @@ Modules:
 - `synthpi.pairs.examples`: What a generator learns from: pairs or two folders, with patients held out
 - `synthpi.pairs.foreign`: Which published network a file of weights belongs to, read from its names and shapes
 - `synthpi.pairs.generators`: One calling convention for everything that supplies a privileged image
+- `synthpi.pairs.graphs`: Graphs are read before they run, and run only if they do nothing but compute
 - `synthpi.pairs.kid`: How far a set of synthetic images is from the set of true ones
 - `synthpi.pairs.makers`: From tiles to images on the disk: read ahead, translate, write behind
 - `synthpi.pairs.measures`: Agreement of nuclei, edges, seams and checkerboards of one image
