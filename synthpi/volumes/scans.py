@@ -75,8 +75,8 @@ def _one_channel(path, values, channel):
     n, shape = values.shape[-1], values.shape[:3]
     if channel is None and n > 1:
         raise ValueError(
-            f"{path} holds {n} volumes of shape {shape}: choose one with channel=0 to {n - 1} (or "
-            "sequence= of its set)."
+            f"{path} holds {n} volumes of shape {shape}: choose one with channel=0 to {n - 1} in a "
+            f"record, or for a whole folder with sequence=0 to {n - 1} (its name, where it has one)."
         )
     if channel is not None and not 0 <= channel < n:
         raise ValueError(f"got channel {channel} of {path}, expected 0 to {n - 1}.")
