@@ -26,6 +26,7 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, Value
 from tqdm.auto import tqdm
 
 from ..core.checks import positive, some_names
+from ..core.formats import upright_size
 from .layouts import _read_folders, split_named
 from .tables import _choose, _columns, _read_csv, GROUPS
 
@@ -257,7 +258,7 @@ def _header_size(path):
     """Width and height from the header alone; None where it cannot be read, which `check_images`
     will report."""
     try:
-        with PILImage.open(path) as image: return image.size
+        with PILImage.open(path) as image: return upright_size(image)
     except Exception: return None
 
 def _pair_up(folder, sides, compare=True):

@@ -167,7 +167,7 @@ def _refuse_masks(folder, paths):
     masks = [s for s in sorted(stems) if image_of(s) in stems - {s}]
     if masks:
         raise ValueError(
-            f"{folder} has {len(masks)} files that look like masks of others: "
+            f"{folder} has {len(masks)} files that look like masks of other images: "
             f"{some_names(masks, 3)}; expected images: move the masks elsewhere."
         )
 
