@@ -25,21 +25,17 @@ from typing import Annotated
 import typer
 
 from .app import app, told
+from ..core.checks import no_home
 
 # %% ../../nbs/cli/doctor.ipynb #14d4c8b2
 def _row(what, found, says="", status="ok", needed=False):
     return {
         "what": what,
-        "found": _no_home(str(found)),
-        "says": _no_home(says),
+        "found": no_home(str(found)),
+        "says": no_home(says),
         "status": status,
         "needed": needed,
     }
-
-def _no_home(text):
-    for home in {os.path.expanduser("~"), os.path.realpath(os.path.expanduser("~"))} - {"/", "~"}:
-        text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
-    return re.sub(r"(/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s:'\"]+", "~", text)
 
 def _line(error): return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 

@@ -31,8 +31,8 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
-from .checks import one_of
-from .files import no_home, read_json, write_json
+from .checks import no_home, one_of
+from .files import read_json, write_json
 
 # %% ../../nbs/core/runs.ipynb #7d421f62
 def choose_device(
