@@ -26,17 +26,12 @@ from typing import Annotated
 import typer
 
 from .app import app, told
+from ..core.checks import no_home
 
 # %% ../../nbs/cli/doctor.ipynb #14d4c8b2
-def _no_home(text):
-    "Text in which no home folder is named."
-    for home in {os.path.expanduser("~"), os.path.realpath(os.path.expanduser("~"))} - {"/", "~"}:
-        text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
-    return re.sub(r"(/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s:'\"]+", "~", text)
-
 def _row(what, found, says="", status="ok", needed=False):
     "A finding, as a row of the table."
-    row = dict(what=what, found=_no_home(str(found)), says=_no_home(says))
+    row = dict(what=what, found=no_home(str(found)), says=no_home(says))
     return row | dict(status=status, needed=needed)
 
 def _line(error):
