@@ -18,7 +18,6 @@ LONG_BODIES = set("""
     synthpi/cli/doctor
     synthpi/cli/pairs
     synthpi/cli/volumes
-    synthpi/pairs/foreign
     synthpi/studies/embeddings
     synthpi/studies/figures
     synthpi/studies/synthesise
@@ -29,7 +28,6 @@ LONG_CELLS = set("""
     nbs/cli/pairs
     nbs/cli/volumes
     nbs/explain/pictures
-    nbs/pairs/foreign
     nbs/pairs/objectives
     nbs/studies/embeddings
     nbs/studies/explanation
