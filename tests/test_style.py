@@ -28,7 +28,6 @@ LONG_CELLS = set("""
     nbs/cli/pairs
     nbs/cli/volumes
     nbs/explain/pictures
-    nbs/pairs/objectives
     nbs/studies/embeddings
     nbs/studies/explanation
     nbs/studies/explanation_page
