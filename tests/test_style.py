@@ -27,7 +27,6 @@ LONG_CELLS = set("""
     nbs/cli/doctor
     nbs/cli/pairs
     nbs/cli/volumes
-    nbs/explain/pictures
     nbs/studies/embeddings
     nbs/studies/explanation
     nbs/studies/explanation_page
