@@ -3,7 +3,8 @@
 Reading a scan costs a second, cutting a crop out of an array on disk some microseconds. So
 `prepare_volumes` does the reading once and gives a `VolumeStore`: for each volume an image in [0,
 1], a foreground mask, perhaps labels, and the affine that turns a voxel into millimetres. The
-foreground box is an *offset* in these arrays; positions in different patients stay comparable.
+foreground box is an *offset* in these arrays; positions in different patients stay comparable. What
+had to be assumed about a file is printed once, with the number of files, and kept in the store.
 
 ```python
 store = prepare_volumes("scans", "prepared", spacing_mm=2)
@@ -189,7 +190,7 @@ def _mask(path, values, least, s):
     threshold, window = s["foreground_above"], s["window"]
     if threshold is None: threshold = CT_TISSUE if window else foreground_threshold(values, least)
     mask = foreground(values, threshold)
-    if window: refuse_window(path, values, mask, window, s["foreground_above"] is not None)
+    if window: refuse_window(path, values, mask, window, s["foreground_above"] is not None, least)
     return mask
 
 def _arrays(record, root, s):
