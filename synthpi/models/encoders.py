@@ -16,7 +16,6 @@ __all__ = ['ENCODERS', 'NORMS', 'make_encoder', 'encoder_width']
 import importlib
 import inspect
 import json
-import random
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.checks import one_of
+from ..core.seeds import import_late
 
 # %% ../../nbs/models/encoders.ipynb #59e27e8a
 _RESNETS = {
@@ -34,16 +34,9 @@ _RESNETS = {
 }
 ENCODERS = (*_RESNETS, "densenet121")
 
-def _networks():
-    "MONAI's networks; importing them would move the state of `random`."
-    state = random.getstate()
-    nets = importlib.import_module("monai.networks.nets")
-    random.setstate(state)
-    return nets
-
 def _monai(name, in_channels, spatial_dims):
     "A network of `ENCODERS` that ends in its pooled features."
-    nets = _networks()
+    nets = import_late("monai.networks.nets")
     if name == "densenet121":
         encoder = nets.DenseNet121(spatial_dims, in_channels, out_channels=1)
         encoder.width = encoder.class_layers.out.in_features

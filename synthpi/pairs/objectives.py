@@ -28,11 +28,10 @@ import inspect
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.losses import PatchAdversarialLoss
-from monai.networks.nets import PatchDiscriminator
 from torch import nn, Tensor
 
 from ..core.images import to_rgb
+from ..core.seeds import import_late
 from .generators import NETWORKS
 
 # %% ../../nbs/pairs/objectives.ipynb #62556927
@@ -176,7 +175,7 @@ def make_critic(
     width:int=64, # Channels of the first convolution
 )->nn.Module: # `(B, C, H, W)` to `(B, 1, h, w)` logits, one for each patch of 70 x 70 pixels
     "The 70 x 70 PatchGAN of pix2pix, with instance normalisation."
-    return PatchDiscriminator(
+    return import_late("monai.networks.nets").PatchDiscriminator(
         spatial_dims=2,
         channels=width,
         in_channels=in_channels,
@@ -199,7 +198,8 @@ class _Adversary(nn.Module):
     "What a generator gains by convincing a critic, and what the critic loses by being convinced"
     def __init__(self, criterion):
         super().__init__()
-        self.loss = PatchAdversarialLoss(criterion=criterion, no_activation_leastsq=True)
+        loss = import_late("monai.losses").PatchAdversarialLoss
+        self.loss = loss(criterion=criterion, no_activation_leastsq=True)
 
     def _judge(self, logits, real, critic):
         with torch.autocast(logits.device.type, enabled=False):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import at_least
+from ..core.seeds import import_late
 
 # %% ../../nbs/pairs/tiling.ipynb #0982be42
 def _window(height, width, overlap):
@@ -40,15 +41,13 @@ def translate_large(
     batch_size:int=4, # Tiles per call of the generator
 )->Tensor: # `(B, 3, H, W)` in [0, 1]
     "The synthetic second image of images of any size; one tile is what `translate` gives."
-    from monai.inferers import sliding_window_inference
-
     at_least(1, tile, "tile")
     if not 0 <= 2*overlap <= tile:
         raise ValueError(f"got overlap={overlap}, expected 0 to half a tile of {tile} pixels.")
     size = images.shape[-2:]
     if max(size) <= tile: return generator.translate(images, um_per_px=um_per_px)
     roi = [min(tile, n) for n in size]
-    return sliding_window_inference(
+    return import_late("monai.inferers").sliding_window_inference(
         images,
         roi,
         batch_size,
