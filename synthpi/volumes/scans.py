@@ -42,7 +42,9 @@ from synthpi.volumes.intensities import (
     CT_TISSUE, foreground, foreground_threshold, levels, padding_end, refuse_window, WINDOWS,
 )
 from .sets import check_records, find_volumes, read_manifest
-from .store import _FORMAT, _sha, _TOP, _valid, _VERSION, VolumeStore
+from synthpi.volumes.store import (
+    _FORMAT, _read_item, _sha, _TOP, _valid, _VERSION, VolumeStore,
+)
 from .workers import run_jobs
 
 # %% ../../nbs/volumes/scans.ipynb #87f301a4
@@ -327,8 +329,8 @@ def prepare_volumes( # noqa: PLR0913
         _check_results(results)
         made = sum(made for _, made, _ in results)
         volumes = [{k: r[k] for k in ("name", "subject", "split")} for r in records]
+        told = _told([_read_item(out/"items"/r["name"].replace("/", "__")) for r in records])
         facts = dict(format=_FORMAT, settings=s, made=made, volumes=volumes)
-        write_json(out/"store.json", facts | dict(decided=list(records.decided)))
-    store = VolumeStore(out)
-    for line in _told(store.items) if made else (): print(line)
-    return store
+        write_json(out/"store.json", facts | dict(decided=[*records.decided, *told]))
+    for line in told if made else (): print(line)
+    return VolumeStore(out)
