@@ -30,6 +30,7 @@ from datasets import Dataset, DatasetInfo, Features, Image, Value
 
 from ..core.checks import one_of, some_names
 from ..core.files import content_hash, file_digest
+from ..core.formats import brightest, read_picture, refuse_few_bits
 from ..core.images import to_rgb
 from ..core.seeds import seed_for
 from .folders import _each
@@ -38,15 +39,17 @@ from .folders import _each
 def _inspect(value, min_px):
     "Size, mode and bytes of one stored image, or why it is bad."
     try:
-        image = Image().decode_example(value)
+        image, bits = read_picture(value)
         height, width = to_rgb(image).shape[:2]
     # whatever a decoder may raise; the row is named by its path already
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}".replace(f" {value['path']!r}", "")}
+        kind = type(error.__cause__ or error).__name__
+        return {"error": f"{kind}: {str(error).removeprefix(str(value['path']) + ' ').rstrip('.')}"}
     if min(height, width) < min_px:
         return {"error": f"{height}x{width} pixels, fewer than {min_px}"}
     size = len(value["bytes"]) if value["bytes"] is not None else os.path.getsize(value["path"])
-    return {"size": f"{height}x{width}", "mode": image.mode, "bytes": size}
+    found = {"size": f"{height}x{width}", "mode": image.mode, "bytes": size}
+    return found | {"top": brightest(image, bits)}
 
 def _stored(ds, column):
     "The undecoded `{path, bytes}` of an image column."
@@ -72,11 +75,21 @@ def _report(found, names, keep, bad):
         report["bytes"] += sum(results[i]["bytes"] for i in keep)
     return report
 
+def _refuse_dark(found):
+    "`ValueError` for primary images of 12 bits in files of 16, a warning for privileged ones."
+    def tops(column): return [r.get("top") for r in found.get(column, ())]
+    refuse_few_bits(tops("primary"), "the primary images")
+    # labels and numbers of nuclei are small, too
+    if max(filter(None, tops("privileged")), default=0) < 256: return
+    try: refuse_few_bits(tops("privileged"), "the privileged images")
+    except ValueError as error: warnings.warn(f"{error} Numbers of objects are fine.", stacklevel=3)
+
+# %% ../../nbs/data/splits.ipynb #6dee0219
 def check_images(
     ds:Dataset, # With a column `primary`, and perhaps `privileged`
     on_bad:str="raise", # What to do with unreadable images: `raise`, or `skip` (drop, count, warn)
     min_px:int=8, # Images with a shorter side than this are bad
-)->tuple[Dataset, dict]: # Good rows; report: `n`, `kept`, `bad`, `bytes`, `sizes`, `modes`
+)->tuple[Dataset, dict]: # Good rows; report: `n`, `kept`, `bad`, `bytes`, `sizes`, `modes`, `read`
     "Decode every image once: all can be read, or the bad ones are named."
     one_of("on_bad", on_bad, ("raise", "skip"))
     def inspect(value): return _inspect(value, min_px)
@@ -89,9 +102,11 @@ def check_images(
     named = some_names(f"{names[i]} ({why})" for i, why in bad.items())
     if bad and (on_bad == "raise" or not keep):
         rest = ", or leave them out with on_bad='skip'." if keep else "; none is left to train on."
-        raise ValueError(f"{said}: {named}. Repair or remove the files{rest}")
+        raise ValueError(f"{said}: {named}. Correct these files{rest}")
+    _refuse_dark(found)
     if bad: warnings.warn(f"{said} and are left out: {named}", stacklevel=2)
-    return (ds.select(keep) if bad else ds), _report(found, names, keep, bad)
+    report = _report(found, names, keep, bad) | {"read": ds.info.description}
+    return (ds.select(keep) if bad else ds), report
 
 # %% ../../nbs/data/splits.ipynb #3a388a62
 def check_labels(

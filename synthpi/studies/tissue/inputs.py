@@ -72,7 +72,7 @@ def scales(
         )
     return um
 
-# %% ../../../nbs/studies/tissue/inputs.ipynb #d44ca2ad
+# %% ../../../nbs/studies/tissue/inputs.ipynb #864a7b06
 @dataclass
 class Inputs:
     "What a study of tiles works on."
@@ -104,6 +104,7 @@ class Inputs:
             "hard_pair": self.hard and [self.data.classes[k] for k in self.hard],
         }
 
+# %% ../../../nbs/studies/tissue/inputs.ipynb #d44ca2ad
 def _refuse_evaluated_patients(data, real, given):
     "`ValueError` if the generator, or the pairs it will learn from, know the evaluated patients"
     evaluated = data.groups["val"] + data.groups["test"]
