@@ -115,7 +115,7 @@ def _channel(sequence):
     if sequence is None or str(sequence).isdigit(): return None if sequence is None else int(sequence)
     raise ValueError(
         f"got sequence={sequence!r}; a plain folder has one volume per name, and a sequence there "
-        "is the number of one in its 4D files: 0, 1, ..."
+        "is the number of one in its 4D files: 0, 1, ... (Other layouts have names: give preset=.)"
     )
 
 def plain(

@@ -25,6 +25,7 @@ from ...core.files import fingerprint
 from ...data.folders import image_folder, pair_folders
 from ...data.splits import check_images
 from ...evaluate.features import colour_histogram
+from ...pairs.examples import check_pairs
 from ...pairs.generators import load_generator
 from ...pairs.privileged import refuse_overlap
 from .arms import ARMS, choose_arms
@@ -138,6 +139,7 @@ def read_inputs(
     if scaled: um = scales(s, scaled[0], real, given)
     data = load_tiles(s.tiles, s.size, s.group_column, s.on_bad)
     if real: real = check_images(real, on_bad=s.on_bad)[0]
+    if real and not given: check_pairs(real)
     _refuse_evaluated_patients(data, real, given)
     if s.epochs:
         s = replace(s, steps=max(1, round(s.epochs*len(data.train)/s.batch_size)))
