@@ -148,11 +148,18 @@ def _flag(f, help_text):
     option = typer.Option(*spelled, min=least, help=help_text)
     return Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
+def _helps(settings):
+    "The comment of each field, in the class that has it."
+    said = {}
+    for kind in reversed(settings.__mro__):
+        if "__annotations__" in vars(kind): said |= {k: v for k, v in docments(kind).items() if v}
+    return said
+
 def flags(
     settings:type[Settings], # Each field that is a flag has a comment, which is its help text
 ): # A decorator
     "Turn `f(settings, out, ...)` into a command with a flag for each field of `settings`."
-    helps = docments(settings)
+    helps = _helps(settings)
     shown = [f for f in fields(settings) if f.metadata.get("cli", True)]
     def decorate(f):
         @functools.wraps(f)
@@ -162,7 +169,7 @@ def flags(
                 read = {x.name: x.metadata.get("read") or (lambda value: value) for x in shown}
                 return f(settings(**{n: read[n](v) for n, v in values.items()}), **given)
         own = list(signature(f, eval_str=True).parameters.values())[1:]
-        keywords = [_flag(x, " ".join((helps[x.name] or "").split())) for x in shown]
+        keywords = [_flag(x, " ".join(helps.get(x.name, "").split())) for x in shown]
         command.__signature__ = Signature([*keywords, *(p.replace(kind=p.KEYWORD_ONLY) for p in own)])
         del command.__wrapped__, command.__annotations__
         return command

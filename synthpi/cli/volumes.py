@@ -3,8 +3,8 @@
 `synthpi volumes` runs the study of `synthpi.studies.volumes.study` on a folder of scans, `synthpi
 demo --volumes` the same on simulated bodies, offline; `synthpi embed` sends an encoder over grids
 of crops, and `synthpi probe` reads from that file what the features know. Flags are the fields of
-`synthpi.studies.volumes.settings.VolumeSettings` and the arguments of
-`synthpi.studies.embeddings.embed_volumes` and `synthpi.studies.embeddings.probe_table`.
+`synthpi.studies.volumes.settings.VolumeSettings`, and of `EmbedSettings` and `ProbeSettings` in
+`synthpi.studies.embeddings_settings`.
 
 Docs: https://synthpi.github.io/synthpi/nbs/cli/volumes.html.md"""
 
@@ -20,9 +20,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from synthpi.cli.app import (
-    app, command_line, Device, flags, names, Out, Overwrite, share_cores, told,
-)
+from .app import app, command_line, Device, flags, Out, Overwrite, share_cores
+from ..studies.embeddings_settings import EmbedSettings, ProbeSettings
 from ..studies.volumes.settings import VolumeSettings
 
 # %% ../../nbs/cli/volumes.ipynb #eb235b64
@@ -76,129 +75,32 @@ def _study_volumes(settings, out, overwrite, device, workers):
         typer.echo(f"{what}: {out/name}")
 
 # %% ../../nbs/cli/volumes.ipynb #a61c56ef
+def _next(out, labels):
+    "The command after `synthpi embed`."
+    target = "labels" if labels else "position"
+    return "Next: " + shlex.join(["synthpi", "probe", "--features", str(out), "--target", target])
+
 @app.command()
-@told()
-def embed(  # noqa: PLR0913 its flags
-    encoder: Annotated[Path, typer.Option(help="An encoder.safetensors for volumes.")],
-    volumes: Annotated[
-        Path,
-        typer.Option(help="Folder of prepared volumes, as a study leaves it in OUT/cache/volumes."),
-    ],
+@flags(EmbedSettings)
+def embed(
+    settings:EmbedSettings,
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
-    size: Annotated[
-        Optional[int],
-        typer.Option(
-            min=1,
-            help="Side of a crop, voxels; default: that of training, where the encoder's file "
-                 "tells it.",
-        ),
-    ] = None,
-    stride: Annotated[
-        Optional[int],
-        typer.Option(min=1, help="Voxels between neighbouring crops; default: the side of a crop."),
-    ] = None,
-    split: Annotated[Optional[str], typer.Option(help="Only the volumes of this split.")] = None,
-    labels: Annotated[
-        Optional[str],
-        typer.Option(
-            help="center (the label of the middle voxel), any (voxels of each label), or "
-                 "center,any."
-        ),
-    ] = None,
-    frame: Annotated[
-        Optional[str],
-        typer.Option(
-            help="What places are counted in, as in synthpi volumes; default: that of training, "
-                 "or world_mm."
-        ),
-    ] = None,
-    tissue: Annotated[
-        float,
-        typer.Option(
-            help="Crops with this share of foreground or less are left out; -1 keeps all."
-        ),
-    ] = 0.0,
-    batch: Annotated[int, typer.Option(min=1, help="Crops at a time.")] = 64,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file that is there.")
     ] = False,
     device: Device = "auto",
 ):
     "Embeddings of grids of crops of volumes, for `synthpi probe`."
-    from synthpi.models.files import load_encoder
-    from synthpi.studies.embeddings import embed_volumes
-    from synthpi.volumes.store import VolumeStore
+    from synthpi.studies.embeddings import embed_run
     share_cores(0)
-    store, net = VolumeStore(volumes), load_encoder(encoder)
-    if (trained := net.about.get("spacing_mm")) and any(
-        abs(a / b - 1) > 0.1 for a, b in zip(store.spacing_mm(0), trained)
-    ):
-        raise ValueError(
-            f"{encoder} was trained on voxels of {trained} mm and {volumes} has "
-            f"{store.spacing_mm(0).round(3).tolist()} mm: prepare the volumes with that spacing."
-        )
-    sides, frame = size or net.about.get("size"), frame or net.about.get("frame", "world_mm")
-    if sides is None:
-        raise ValueError(
-            f"{encoder} does not tell how large the crops of its training were: give --size."
-        )
-    embed_volumes(
-        net,
-        store,
-        out,
-        sides,
-        stride,
-        store.indices(split) if split else None,
-        frame,
-        tissue,
-        batch,
-        names(labels),
-        device,
-        overwrite,
-    )
-    typer.echo(
-        f"Embeddings: {out}\nNext: "
-        + shlex.join(
-            [
-                "synthpi",
-                "probe",
-                "--features",
-                str(out),
-                "--target",
-                "labels" if labels else "position",
-            ]
-        )
-    )
+    embed_run(settings, out, overwrite=overwrite, device=device)
+    typer.echo(f"Embeddings: {out}\n{_next(out, settings.labels)}")
 
 # %% ../../nbs/cli/volumes.ipynb #1cdf16ff
 @app.command()
-@told()
+@flags(ProbeSettings)
 def probe(
-    features: Annotated[
-        Path,
-        typer.Option(
-            help="A file of synthpi embed; or Parquet or CSV with a column embedding (lists of "
-                 "numbers), of any encoder."
-        ),
-    ],
-    target: Annotated[
-        str,
-        typer.Option(
-            help="position; labels (every region) or a region's number; or a column of the file."
-        ),
-    ] = "position",
-    group: Annotated[
-        str, typer.Option(help="Column of what must not be in training and test: subject, patient.")
-    ] = "subject",
-    split: Annotated[
-        Optional[str],
-        typer.Option(
-            help="For labels, whose rows: a split, or all; default: test where a file of embed "
-                 "has it."
-        ),
-    ] = None,
-    folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of folds, halves and intervals.")] = 0,
+    settings:ProbeSettings,
     out: Annotated[Optional[Path], typer.Option(help="Also write the table as CSV.")] = None,
     device: Device = "auto",
 ):
@@ -206,10 +108,10 @@ def probe(
     intervals over subjects."""
     from synthpi.core.files import atomic_path
     from synthpi.core.runs import choose_device
-    from synthpi.studies.embeddings import probe_table
+    from synthpi.studies.probe import probe_run
     device = choose_device(device)
     share_cores(0)
-    table = probe_table(features, target, group, split, folds, seed, device)
+    table = probe_run(settings, device)
     typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
     if out is not None:
         with atomic_path(out) as tmp: table.to_csv(tmp, index=False)

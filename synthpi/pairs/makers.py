@@ -26,11 +26,11 @@ from pathlib import Path, PurePath
 import fsspec
 import numpy as np
 import torch
-from datasets import Image as ImageFeature
 from torch import nn
 
 import synthpi
 from ..core.checks import positive
+from ..core.formats import read_picture
 from ..core.images import to_rgb
 from .cache import encode_item, item_path, publish
 from .generators import check_scale, ModuleGenerator
@@ -78,7 +78,8 @@ def content_of(source):
 
 def _pixels(source):
     if isinstance(source, (dict, bytes, str, Path)):
-        source = ImageFeature().decode_example({"bytes": content_of(source), "path": None})
+        path = source.get("path") if isinstance(source, dict) else None
+        source, _ = read_picture({"bytes": content_of(source), "path": path})
     return to_rgb(source)
 
 def tile_name(path, source, i):

@@ -34,6 +34,7 @@ from torch import nn, Tensor
 from ..core.images import to_rgb
 from ..core.seeds import import_late
 from .generators import NETWORKS
+from .masks import mask_values
 
 # %% ../../nbs/pairs/objectives.ipynb #d386276c
 def read_mask(
@@ -41,13 +42,8 @@ def read_mask(
     # on black
     image,
 )->np.ndarray: # `(H, W)` booleans
-    "Where a mask is not background, which is 0. `ValueError` for a JPEG, whose 0 is not 0."
-    if getattr(image, "format", None) == "JPEG":
-        raise ValueError(
-            "got a mask in a JPEG, which has blurred its 0 and its rims: threshold it and "
-            "save it as PNG, or give kind='image' if it is no mask."
-        )
-    values = np.asarray(image)
+    "Where a mask is not background, which is 0. `ValueError` for masks that mislead, as in a JPEG."
+    values = mask_values(image)
     if values.dtype == bool: values = values.astype(np.uint8)
     if values.dtype.kind not in "ui":
         raise ValueError(

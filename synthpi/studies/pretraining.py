@@ -125,6 +125,7 @@ class Plan:
         made = {"synthpi": synthpi.__version__, "tiles": self.content, "pairs": pairs}
         return made | self.settings.identity
 
+# %% ../../nbs/studies/pretraining.ipynb #6a8fd59f
 def _accelerator_of(s, out):
     "Device, precision and tracker"
     tracking = dict(log_with=s.track, project_dir=str(out)) if s.track else {}
@@ -183,6 +184,7 @@ def _views(plan):
     kind = BatchViews if s.augment_on == "device" else Views
     return kind(plan.ds.select_columns([*dict.fromkeys(plan.columns)]), branches, s.size, seed=s.seed)
 
+# %% ../../nbs/studies/pretraining.ipynb #00eb81f3
 def make_trainer(
     plan:Plan, # From `read_plan`
     progress:bool, # Show a bar
@@ -306,6 +308,7 @@ def _train(plan, trainer):
     plan.accelerator.wait_for_everyone()
     return Run(plan.out, load_encoder(plan.out/"encoder.safetensors"), history, False)
 
+# %% ../../nbs/studies/pretraining.ipynb #ebda3f05
 def pretrain_run(
     settings:PretrainSettings, # What is asked: tiles, caches, method, loss, budget, ...
     out:str|Path, # Run folder

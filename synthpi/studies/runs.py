@@ -120,13 +120,15 @@ class OpenRun:
         "The class names of the probe."
         return tuple(self.encoder.about.get("classes") or ())
 
+# %% ../../nbs/studies/runs.ipynb #ed11b354
 def _encoder_file(path):
     "The encoder file of a run folder, or the file itself"
     if not path.is_dir(): return path
     if (path/"encoder.safetensors").is_file(): return path/"encoder.safetensors"
     found = path.glob("runs/*/encoder.safetensors")
     inside = sorted(p.parent.relative_to(path).as_posix() for p in found)
-    hint = f", for example {path/inside[0]}: it has {some_names(inside, 6)}." if inside else ", or an encoder file."
+    hint = ", or an encoder file."
+    if inside: hint = f", for example {path/inside[0]}: it has {some_names(inside, 6)}."
     raise FileNotFoundError(
         f"{path} holds no encoder.safetensors; expected the folder of one run{hint}"
     )

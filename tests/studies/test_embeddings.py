@@ -16,14 +16,12 @@ from synthpi.volumes.crops import crops_at, grid_crops
 from synthpi.evaluate.features import extract_features
 from synthpi.core.files import fingerprint
 from synthpi.models.encoders import make_encoder
+from synthpi.models.files import save_encoder
 from synthpi.evaluate.crossval import auc_intervals, cross_validate
-from synthpi.studies.embeddings import (
-    Embeddings,
-    embed_volumes,
-    probe_table,
-    read_embeddings,
-    read_features,
-)
+from synthpi.studies.embeddings import embed_run, embed_volumes
+from synthpi.studies.embeddings_settings import EmbedSettings
+from synthpi.studies.features import Embeddings, read_embeddings, read_features
+from synthpi.studies.probe import probe_table
 from synthpi.evaluate.regression import position_probe
 from synthpi.volumes.store import FRAMES
 from synthpi.volumes.scans import prepare_volumes
@@ -222,6 +220,24 @@ def test_the_same_run_gives_the_same_bytes(store, tmp_path):
         embed(store, tmp_path / "a.parquet", labels="any").read_bytes()
         == embed(store, tmp_path / "b.parquet", labels="any").read_bytes()
     )
+
+@pytest.mark.parametrize("frame, size", [(None, None), ("mm_centered", 9)])
+def test_from_files_what_is_left_open_is_that_of_training(store, tmp_path, frame, size):
+    net = make_encoder("resnet10_narrow", 1, 3)
+    about = {"size": [8, 8, 8], "frame": "mm_local", "spacing_mm": [11., 11, 11]}
+    save_encoder(net, tmp_path/"e.safetensors", **about)
+    asked = EmbedSettings(tmp_path/"e.safetensors", store.folder, size, split="test", frame=frame)
+    found = read_embeddings(embed_run(asked, tmp_path/"e.parquet", progress=False))
+    used = {"size": size or 8, "frame": frame or "mm_local", "volumes": store.indices("test")}
+    same = read_embeddings(embed(store, tmp_path/"s.parquet", net.eval(), **used))
+    assert np.array_equal(found.h, same.h) and found.facts == same.facts
+
+def test_from_files_crops_and_voxels_have_to_be_known(store, tmp_path):
+    save_encoder(make_encoder("resnet10_narrow", 1, 3), tmp_path/"e.safetensors")
+    asked = EmbedSettings(tmp_path/"e.safetensors", store.folder)
+    with pytest.raises(ValueError, match="how large the crops .* were: give --size"):
+        embed_run(asked, tmp_path/"e.parquet")
+    assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
 
 # ---- whole or not there, encoder untouched
 

@@ -25,6 +25,7 @@ from ...core.files import fingerprint
 from ...data.folders import image_folder, pair_folders
 from ...data.splits import check_images
 from ...evaluate.features import colour_histogram
+from ...pairs.examples import check_pairs
 from ...pairs.generators import load_generator
 from ...pairs.privileged import refuse_overlap
 from .arms import ARMS, choose_arms
@@ -72,7 +73,7 @@ def scales(
         )
     return um
 
-# %% ../../../nbs/studies/tissue/inputs.ipynb #d44ca2ad
+# %% ../../../nbs/studies/tissue/inputs.ipynb #864a7b06
 @dataclass
 class Inputs:
     "What a study of tiles works on."
@@ -104,6 +105,7 @@ class Inputs:
             "hard_pair": self.hard and [self.data.classes[k] for k in self.hard],
         }
 
+# %% ../../../nbs/studies/tissue/inputs.ipynb #d44ca2ad
 def _refuse_evaluated_patients(data, real, given):
     "`ValueError` if the generator, or the pairs it will learn from, know the evaluated patients"
     evaluated = data.groups["val"] + data.groups["test"]
@@ -137,6 +139,7 @@ def read_inputs(
     if scaled: um = scales(s, scaled[0], real, given)
     data = load_tiles(s.tiles, s.size, s.group_column, s.on_bad)
     if real: real = check_images(real, on_bad=s.on_bad)[0]
+    if real and not given: check_pairs(real)
     _refuse_evaluated_patients(data, real, given)
     if s.epochs:
         s = replace(s, steps=max(1, round(s.epochs*len(data.train)/s.batch_size)))

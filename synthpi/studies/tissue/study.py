@@ -215,7 +215,7 @@ def training_records(
         return tables["controls" if seen & {"shuffled", "blank"} else ARMS[name].source]
     return records
 
-# %% ../../../nbs/studies/tissue/study.ipynb #5d03a43a
+# %% ../../../nbs/studies/tissue/study.ipynb #36d007c2
 def _encoder_of(study, run, records, arguments):
     "The encoder of a run, if it has one, and how long its training took"
     record, cost = {"steps": 0, "seconds": 0.}, _run_cost(study.inputs, run.arm)
@@ -238,6 +238,7 @@ def _encoder_of(study, run, records, arguments):
     study.bar.work(cost)
     return encoder, record
 
+# %% ../../../nbs/studies/tissue/study.ipynb #e0fa0aa1
 def _scores_of(study, run, encoder):
     "Scores and predictions; without labels the rank of the features alone"
     inputs, device = study.inputs, study.accelerator.device
@@ -246,6 +247,7 @@ def _scores_of(study, run, encoder):
     if run.arm == "colour_histogram": features = inputs.histogram
     return score_run(inputs.data, features, inputs.hard)
 
+# %% ../../../nbs/studies/tissue/study.ipynb #5d03a43a
 def train_and_score(
     study:Study, # With an open bar
     run:RunKey, # Which run

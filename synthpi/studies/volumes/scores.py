@@ -57,6 +57,7 @@ class Regions:
     inner:int # Folds inside each training part
     about:dict # For results.json
 
+# %% ../../../nbs/studies/volumes/scores.ipynb #2feb1329
 def ask_regions(
     crops, # `CropList` of the test volumes
     store, # `VolumeStore`
