@@ -18,7 +18,7 @@ __all__ = ['subjects_of']
 
 # %% ../../nbs/volumes/subjects.ipynb #782547c6
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 # %% ../../nbs/volumes/subjects.ipynb #473d6009
@@ -60,9 +60,9 @@ def _groups(found):
     inside = defaultdict(set)
     for folders, stem in found:
         if folders: inside[folders[0]].add((folders[1:] or [stem])[0])
-    own = {f: s - set().union(*(t for g, t in inside.items() if g != f)) for f, s in inside.items()}
-    return {f for f, s in inside.items()
-            if not re.search(r"\d", f) and len(s) > 1 and s == own[f] and "" not in s}
+    often = Counter(name for those in inside.values() for name in those)
+    return {f for f, s in inside.items() if not re.search(r"\d", f) and len(s) > 1
+            and "" not in s and all(often[name] == 1 for name in s)}
 
 # %% ../../nbs/volumes/subjects.ipynb #b1b41811
 def subjects_of(

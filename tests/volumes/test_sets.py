@@ -322,8 +322,8 @@ def test_a_missing_subject_is_nobody_s_name(tmp_path):
     assert [r["subject"] for r in check_records(records)] == ["a", "b"]
     with pytest.raises(ValueError, match="has the subject 'nan'"):
         check_records([{"name": "a", "image": "a.nii", "subject": "nan"}])
-    (tmp_path/"t.csv").write_text("name,image,Patient\nx_t1,x1.nii,\nx_t2,x2.nii,\n")
-    assert [r["subject"] for r in read_manifest(tmp_path/"t.csv")] == ["x", "x"]
+    (tmp_path/"t.csv").write_text("name,image,Patient\nx1_t1,x1.nii,\nx1_t2,x2.nii,\n")
+    assert [r["subject"] for r in read_manifest(tmp_path/"t.csv")] == ["x1", "x1"]
 
 def test_what_was_decided_is_printed_once_and_kept(tmp_path, capsys):
     for n in ("p1_t1", "p1_t2", "p2_t1"): save(tmp_path/f"in/{n}.nii", ball())
