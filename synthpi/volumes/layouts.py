@@ -65,7 +65,7 @@ def _volume_files(folder, files):
 # %% ../../nbs/volumes/layouts.ipynb #d5d6bea9
 _MASK = re.compile(
     r"(?:(?P<before>.+?)[_\-. ]+)?"
-    r"(?:seg|dseg|probseg|segm|segmentations?|label[a-z]*|masks?|brainmask|roi|gt)(?P<number>\d*)"
+    r"(?:seg|dseg|probseg|segm|segmentations?|label[a-z]*|[a-z]*masks?|roi|gt)(?P<number>\d*)"
     r"(?:[_\-. ]+(?P<after>.+))?", re.IGNORECASE)
 # An image may say so too: volume-0 of segmentation-0, img0001 of label0001
 _IMAGE = re.compile(
@@ -103,7 +103,8 @@ def _masks(names):
     for mask, key in keys.items():
         if key is None: continue
         own = [exact[key]] if key in exact else by_key.get(key) or by_key.get((key[0], _person(key[1])), [])
-        if not own:
+        # a mere `seg` among the images of several persons is nobody's
+        if not own or not key[1] and len({_person(_key(n)[1]) for n in own}) > 1:
             raise ValueError(
                 f"{mask}: labels without an image of the same name; add the image or remove the label."
             )
