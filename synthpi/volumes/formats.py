@@ -105,7 +105,8 @@ def _channels_last(path, values):
     )
 
 def _check_affine(path, affine):
-    if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-9: return
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if np.isfinite(affine).all() and sizes.all() and abs(np.linalg.det(affine[:3, :3]/sizes)) > 1e-6: return
     raise ValueError(
         f"the affine of {path} is singular: {affine[:3, :3].round(4).tolist()}; expected three "
         "independent directions in millimetres: write the file again with its true affine."
