@@ -14,8 +14,8 @@ Docs: https://synthpi.github.io/synthpi/nbs/studies/explanation.html.md"""
 __all__ = ['explain_run']
 
 # %% ../../nbs/studies/explanation.ipynb #b4370e26
-import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 import synthpi
-from ..core.checks import existing
-from ..core.files import fingerprint, write_json
+from ..core.checks import existing, some_names
+from ..core.files import fingerprint, read_json, write_json
 from ..core.images import square, to_rgb
 from ..core.runs import choose_device, claim_folder, environment, Progress
 from ..core.seeds import seed_for
@@ -59,11 +59,6 @@ def _like_class(run, sample, h, rows):
     means = []
     for i in rows:
         others = (sample.labels == sample.labels[i]) & (np.arange(len(h)) != i)
-        if not others.any():
-            raise ValueError(
-                f"{sample.names[i]} is the only image of its class in the sample; expected "
-                "two or more of each: raise n (--n)."
-            )
         means.append(h[others].mean(0))
     what = "the similarity (cosine) of the embedding to the mean of the other images of its class"
     return run.encoder, Similarity(torch.from_numpy(np.stack(means))), what
@@ -141,7 +136,7 @@ def _refuse(out, identity, overwrite, images):
     "Say why `out` cannot take this report; nothing is written or removed."
     old = {}
     if (out/"study.json").is_file():
-        try: old = json.loads((out/"study.json").read_text(encoding="utf-8"))
+        try: old = read_json(out/"study.json")
         except ValueError: pass
         if not isinstance(old, dict) or old.get("kind") != identity["kind"]:
             raise ValueError(
@@ -152,17 +147,40 @@ def _refuse(out, identity, overwrite, images):
     claim_folder(out, identity, overwrite, [images] if images.is_dir() else [], dry=True)
 
 # %% ../../nbs/studies/explanation.ipynb #84b9491b
-def _chosen(sample, n, seed):
+def _explicable(s, sample):
+    "Which rows the target can explain, bool (N,)."
+    every = np.ones(len(sample.x), bool)
+    if s.target != "similarity" or s.reference is not None or sample.labels is None: return every
+    kinds, codes, counts = np.unique(sample.labels, return_inverse=True, return_counts=True)
+    able = counts[codes] > 1
+    if not able.any():
+        raise ValueError(
+            "each image is the only image of its class in the sample; expected two or more of a "
+            "class: raise n (--n), or give another target."
+        )
+    if not able.all():
+        names = [sample.classes[k] for k in kinds[counts == 1] if k >= 0]
+        warnings.warn(
+            f"{(~able).sum()} images are the only image of their class in the sample "
+            f"({some_names(names)}), and are not explained: their similarity to others of the class "
+            "is not known. Raise n (--n) for more images."
+        )
+    return able
+
+# %% ../../nbs/studies/explanation.ipynb #ddb4142c
+def _chosen(sample, n, seed, able=True):
     "Rows to show: a random one of each class, or random ones."
     order = np.random.default_rng(seed_for(seed, "shown")).permutation(len(sample.x))
+    order = order[np.broadcast_to(able, len(order))[order]]
     if sample.labels is None or (sample.labels < 0).all(): return sorted(int(i) for i in order[:n])
     first = {}
     for i in order: first.setdefault(int(sample.labels[i]), int(i))
     return [first[c] for c in sorted(first) if c >= 0]
 
-def _checked(sample, n, seed):
+def _checked(sample, n, seed, able=True):
     "Rows of the sanity check."
     order = np.random.default_rng(seed_for(seed, "sanity")).permutation(len(sample.x))
+    order = order[np.broadcast_to(able, len(order))[order]]
     return sorted(int(i) for i in order[:n])
 
 def _try(runs, sample, tables):
@@ -249,7 +267,11 @@ _NOT_GUIDED = (
 
 def _questions(runs, s, sample, features):
     "Rows to show and to check, and for each encoder its network, target and the words for it."
-    rows = {"shown": _chosen(sample, s.shown, s.seed), "checked": _checked(sample, s.checked, s.seed)}
+    able = _explicable(s, sample)
+    rows = {
+        "shown": _chosen(sample, s.shown, s.seed, able),
+        "checked": _checked(sample, s.checked, s.seed, able),
+    }
     every = [(r, kind) for r in runs for kind, k in rows.items() if k]
     return rows, {(r.name, k): _target(r, s, sample, features[r.name], rows[k]) for r, k in every}
 

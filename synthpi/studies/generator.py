@@ -22,23 +22,20 @@ __all__ = ['OBJECTIVES', 'make_objective', 'read_training_images', 'kept_for_tes
 
 # %% ../../nbs/studies/generator.ipynb #1ca6dfad
 import inspect
-import json
 import shutil
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, Image as ImageFeature
-from filelock import FileLock, Timeout
+from datasets import Dataset
 
 import synthpi
 from ..core.checks import one_of
-from ..core.files import fingerprint, write_json
-from ..core.runs import choose_device, claim_folder, environment
+from ..core.files import read_json, write_json
+from ..core.runs import choose_device, claim_folder, environment, EVERY_BYTE, hold_folder
 from ..core.seeds import seed_for
 from ..data.folders import image_folder, pair_folders
-from ..data.splits import assert_disjoint, check_images
+from ..data.splits import assert_disjoint, check_images, set_hash
 from ..pairs.examples import hold_out, kind_of, read_examples
 from ..pairs.generators import load_generator, ModuleGenerator, NETWORKS, save_generator
 from ..pairs.objectives import CUT, CycleGAN, Objective, Pix2Pix, Regression
@@ -171,20 +168,9 @@ def _refuse_tests(tests, tested, aim):
                 "the measures need: give test=0 (--test 0) to leave the test out."
             )
 
-def _content(ds):
-    "A hash of the stored bytes of all images."
-    sha = sha256()
-    for column in [c for c in ("primary", "privileged") if c in ds.column_names]:
-        for v in ds.cast_column(column, ImageFeature(decode=False))[column]:
-            sha.update(v["bytes"] if v["bytes"] is not None else Path(v["path"]).read_bytes())
-    return sha.hexdigest()
-
 def _names(ds):
-    "A fingerprint of names, groups and contents."
-    if ds is None: return None
-    return fingerprint(
-        sorted(zip((Path(p).name for p in ds["path"]), ds["group"])), [_content(ds)]
-    )
+    "A fingerprint of names, groups, splits and contents."
+    return None if ds is None else set_hash(ds)
 
 # %% ../../nbs/studies/generator.ipynb #cabdc6a2
 @dataclass(frozen=True, eq=False)
@@ -213,7 +199,7 @@ def _filled(s, aim, um_per_px, val):
     every, licence, provenance = s.evaluate_every, s.licence, Path(s.pairs)/"provenance.json"
     if every is None and (s.steps or s.minutes is None): every = max(1, (s.steps or 400)//20)
     if licence is None and provenance.is_file():
-        licence = json.loads(provenance.read_text(encoding="utf-8")).get("licence")
+        licence = read_json(provenance).get("licence")
     return replace(
         s, um_per_px=um_per_px, batch_size=size, lr=lr, evaluate_every=every, licence=licence, val=val
     )
@@ -276,13 +262,13 @@ def _one_process(precision, device):
         "and fit_generator is what trains on several devices."
     )
 
-def _claim(out, inputs, overwrite):
-    "Take the folder for these images and settings."
+def _claim(out, inputs, overwrite, dry=False):
+    "Take the folder for these images and settings, or only refuse."
     s = inputs.settings
     images = {"images": _names(inputs.images), "privileged": _names(inputs.privileged)}
-    identity = {"synthpi": synthpi.__version__, **images, **inputs.record}
+    identity = {"synthpi": synthpi.__version__, **EVERY_BYTE, **images, **inputs.record}
     folders = [f for f in (s.pairs, s.privileged) if f and Path(f).is_dir()]
-    claim_folder(out, identity, overwrite, folders, writes=_FILES)
+    claim_folder(out, identity, overwrite, folders, writes=_FILES, dry=dry)
 
 # %% ../../nbs/studies/generator.ipynb #453b84dd
 def _fit_once(out, inputs, accelerator, progress):
@@ -328,20 +314,17 @@ def train_generator(
     choose_device(device)
     inputs = read_generator_inputs(settings)
     accelerator = _one_process(settings.precision, device)
-    _claim(out, inputs, overwrite)
+    _claim(out, inputs, overwrite, dry=True)
     facts = {"command": command, "arguments": inputs.record, "images": len(inputs.images)}
     try:
-        with FileLock(out/".lock", timeout=0):
+        with hold_folder(out):
+            _claim(out, inputs, overwrite)
             more = {"test_groups": inputs.tested, "environment": environment()}
             write_json(out/"run.json", facts | more)
             generator = _fit_once(out, inputs, accelerator, progress)
             judged = _judge(generator, inputs)
             _write_report(out, generator, judged, inputs, command)
             write_json(out/"results.json", _results(generator, judged, inputs, command))
-    except Timeout:
-        raise ValueError(
-            f"another training is running in {out}: wait for it, or choose another folder."
-        ) from None
     except KeyboardInterrupt:
         return Made(None, None, out, interrupted=True)
     return Made(generator, judged[0], out, inputs.known)

@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 import synthpi
-from ...core.files import write_json
-from ...core.runs import choose_device, claim_folder, environment, Progress
+from ...core.files import write_arrays, write_json
+from ...core.runs import choose_device, claim_folder, environment, hold_folder, Progress
 from ...core.seeds import seed_for, set_seed
 from ...evaluate.features import extract_features, intensity_histogram, position_basis
 from ...models.encoders import make_encoder
@@ -67,22 +67,39 @@ def choose_frame(
     )
 
 # %% ../../../nbs/studies/volumes/study.ipynb #70f5d810
+def _refuse_changed(path, store, drawn):
+    "`ValueError` unless the file holds the list that is drawn."
+    kept = read_crop_list(path, store)
+    facts = [(c.size, c.names, c.keys, c.rule) for c in (kept, drawn)]
+    if facts[0] == facts[1] and all(map(np.array_equal, kept.starts, drawn.starts)): return
+    raise ValueError(
+        f"{path} is not the list that this study draws: it was changed after it was made, and the "
+        "features in the folder are of other crops."
+    )
+
 def crop_lists(
     out:Path, # Folder of the study
     store:VolumeStore, # Prepared volumes
     settings:VolumeSettings, # How many crops, and how large
+    overwrite:bool=False, # Replace lists that have changed, and all features
 )->dict[str, CropList]: # `place-train`, `place-test` and, with labels, `regions-test`
-    "The study's crop lists, read where they are there."
+    "The study's crop lists; `ValueError` where a file holds another list."
     s, lists = settings, {}
     wanted = {"place-train": ("train", s.place_crops, 0.), "place-test": ("test", s.place_crops, 0.)}
     if s.labels: wanted["regions-test"] = ("test", s.region_crops, .5)
     for name, (split, n, share) in wanted.items():
         path, seed = out/"crops"/f"{name}.json", seed_for(0, name)
-        if not path.exists():
+        volumes, stale = store.indices(split), not path.exists()
+        drawn = make_crop_list(store, volumes, n, s.size, positive_share=share, seed=seed)
+        try: stale or _refuse_changed(path, store, drawn)
+        except ValueError as error:
+            stale = overwrite
+            if not stale:
+                raise ValueError(f"{error} Or give overwrite (--overwrite): all begins again.") from error
+        if stale:
             shutil.rmtree(out/"runs", ignore_errors=True)
-            volumes = store.indices(split)
-            make_crop_list(store, volumes, n, s.size, positive_share=share, seed=seed).write(path)
-        lists[name] = read_crop_list(path, store)
+            drawn.write(path)
+        lists[name] = drawn
     return lists
 
 # %% ../../../nbs/studies/volumes/study.ipynb #f6cf0e7f
@@ -170,18 +187,18 @@ def _one_process(precision, device):
         "accelerate launch or torchrun."
     )
 
-def _claim(out, inputs, overwrite):
-    "Take the folder; whether it held this very study already."
+def _claim(out, inputs, overwrite, dry=False):
+    "Take the folder, or only refuse; whether it held this very study already."
     computed = any((out/n).exists() for n in ("runs", "results.json", "report.html"))
     untouched = (out/"study.json").is_file() and not computed
     source = inputs.settings.volumes
     folders = [source] if source.is_dir() else []
-    again = claim_folder(out, inputs.identity, overwrite or untouched, folders, _WRITES)
-    write_splits(out/"splits.json", inputs.records)
+    again = claim_folder(out, inputs.identity, overwrite or untouched, folders, _WRITES, dry)
+    if not dry: write_splits(out/"splits.json", inputs.records)
     return again
 
 # %% ../../../nbs/studies/volumes/study.ipynb #a8c03b06
-def _prepare(out, inputs, workers, accelerator):
+def _prepare(out, inputs, workers, accelerator, overwrite=False):
     "Prepared volumes, their frame, and the crops on which all arms are judged."
     s = inputs.settings
     store = prepare_volumes(
@@ -191,7 +208,7 @@ def _prepare(out, inputs, workers, accelerator):
     _one_spacing(store)
     frame, why = s.frame, "asked for"
     if frame == "auto": frame, why = choose_frame(store, store.indices("train"))
-    return VolumeStudy(out, inputs, store, crop_lists(out, store, s), frame, why, accelerator)
+    return VolumeStudy(out, inputs, store, crop_lists(out, store, s, overwrite), frame, why, accelerator)
 
 def _label_names(known, values):
     "A name for each label; equal names are told apart by their label."
@@ -265,7 +282,7 @@ def run_arm(
         arrays["z_place-test"] = _embed_places(study, embed, h["place-test"])
         embed.save(folder/"distances.safetensors", arm=name, seed=seed, frame=study.frame)
     if net is not None: _keep_encoder(study, name, seed, net, arguments)
-    np.savez(folder/"features.npz", **arrays)
+    write_arrays(folder/"features.npz", **arrays)
     facts = {"arm": name, "seed": seed, "arguments": arguments, "frame": study.frame}
     more = {"study": study.inputs.identity, "environment": environment()}
     write_json(folder/"run.json", facts | more)
@@ -329,6 +346,22 @@ def _say_what_is_there(bar, out, runs, again, asked, inputs):
     bar.say(f"{out} holds this study: continuing ({done} of {len(runs)} runs are finished).")
 
 # %% ../../../nbs/studies/volumes/study.ipynb #8afe445e
+def _all_arms(study, work, command):
+    "Make each run once, compare them, and write what was found."
+    out, inputs, runs, bar = study.out, study.inputs, planned(study.settings), work.bar
+    regions, names = _regions(study)
+    for name, seed in runs:
+        if not _finished(out, name, seed): run_arm(study, name, seed, work.run(name, seed))
+    bar.stage("Comparing the arms")
+    results = {"schema": 1, "kind": "volumes", "command": command, "data": _facts(study, names)}
+    results |= {"environment": environment(), "seeds": inputs.settings.seeds, "settings": inputs.identity}
+    arms = inputs.settings.arms
+    folders = {n: [run_folder(out, m, k) for m, k in runs if m == n] for n in arms}
+    results |= summarise_volumes(folders, study.places, regions, study.accelerator.device)
+    write_json(out/"results.json", results)
+    write_volume_report(out, results, study.store, study.lists)
+    return results
+
 def volume_study(
     settings:VolumeSettings, # What is compared, and how
     out:str|Path, # Output folder
@@ -342,24 +375,14 @@ def volume_study(
     "Train and compare the arms; writes results.json, report.html, figures, encoders, crop lists."
     out, inputs = Path(out), read_volumes(settings)
     accelerator = _one_process(settings.precision, device)
-    again = _claim(out, inputs, overwrite)
-    runs = planned(inputs.settings)
-    work = _Bar(out, runs, inputs, progress)
-    bar = work.bar
-    bar.stage("Preparing the volumes")
-    study = _prepare(out, inputs, workers, accelerator)
-    bar.work(work.volumes)
-    _say_what_is_there(bar, out, runs, again, settings.labels, inputs)
-    regions, names = _regions(study)
-    for name, seed in runs:
-        if not _finished(out, name, seed): run_arm(study, name, seed, work.run(name, seed))
-    bar.stage("Comparing the arms")
-    results = {"schema": 1, "kind": "volumes", "command": command, "data": _facts(study, names)}
-    results |= {"environment": environment(), "seeds": inputs.settings.seeds, "settings": inputs.identity}
-    arms = inputs.settings.arms
-    folders = {n: [run_folder(out, m, k) for m, k in runs if m == n] for n in arms}
-    results |= summarise_volumes(folders, study.places, regions, accelerator.device)
-    write_json(out/"results.json", results)
-    write_volume_report(out, results, study.store, study.lists)
-    bar.close()
+    _claim(out, inputs, overwrite, dry=True)
+    with hold_folder(out):
+        again = _claim(out, inputs, overwrite)
+        work = _Bar(out, planned(inputs.settings), inputs, progress)
+        work.bar.stage("Preparing the volumes")
+        study = _prepare(out, inputs, workers, accelerator, overwrite)
+        work.bar.work(work.volumes)
+        _say_what_is_there(work.bar, out, planned(inputs.settings), again, settings.labels, inputs)
+        results = _all_arms(study, work, command)
+        work.bar.close()
     return results
