@@ -90,6 +90,7 @@ def load_tiles(
         "skipped": checked["bad"],
         "sizes": checked["sizes"],
         "modes": checked["modes"],
+        "read": checked["read"],
         "fingerprint": fingerprint(rows, [checked["bytes"]]),
     }
     return TileSet(part["train"], images, labels, groups, classes, shifted, summary)
