@@ -99,7 +99,7 @@ Modules:
 - `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and its probe
 - `synthpi.studies.embeddings_settings`: Which crops are embedded, and what is then asked of the file
 - `synthpi.studies.explanation`: Coverage, saliency, sanity check and map of finished encoders, in one call and one page
-- `synthpi.studies.explanation_images`: Tiles or crops for several encoders: one size, one list of classes, a random sample
+- `synthpi.studies.explanation_images`: Tiles or crops for all encoders: one size, one list of classes
 - `synthpi.studies.explanation_page`: Sections and figures of `synthpi explain`
 - `synthpi.studies.explanation_settings`: Which encoders are explained, on which images, and what is asked
 - `synthpi.studies.features`: Embeddings of crops, or features that were made elsewhere, with what is known of each

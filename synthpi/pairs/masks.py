@@ -55,7 +55,7 @@ def has_void(
     "Whether 255 stands beside small classes."
     levels = np.unique(values)
     classes = levels[(levels > 0) & (levels != 255)]
-    return bool(levels.max(initial=0) == 255 and len(classes) and classes.max() <= 64)
+    return bool({0, 255} <= {*levels.tolist()} and len(classes) and classes.max() <= 64)
 
 # %% ../../nbs/pairs/masks.ipynb #27c394e9
 _WAY_OUT = "or give kind='image' (--kind image) if it is no mask"
