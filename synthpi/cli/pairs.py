@@ -47,7 +47,8 @@ def generator(
     device: Device = "auto",
 ):
     "Train a generator on a small set, and judge it on patients that it has not seen."
-    from synthpi.studies.generator import tested_on, train_generator
+    from synthpi.studies.generator import train_generator
+    from synthpi.studies.generator_page import tested_on
     share_cores(0)
     made = train_generator(
         settings, out, overwrite=overwrite, device=device, command=command_line()

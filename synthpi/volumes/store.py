@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -167,9 +168,12 @@ def voxel(self:VolumeStore,
     return (np.asarray(world_mm, float) - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
 
 @patch
-def check(self:VolumeStore)->None:
+def check(self:VolumeStore,
+    volumes:Sequence[int]|None=None, # Numbers of the volumes; None is all
+)->None:
     "Read everything once; `ValueError` when an array is not as it was written."
-    bad = [n for i, n in enumerate(self.names) if not _valid(self._path(i), self.items[i]["key"])]
+    which = range(len(self)) if volumes is None else volumes
+    bad = [self.names[i] for i in which if not _valid(self._path(i), self.items[i]["key"])]
     if not bad: return
     raise ValueError(
         f"{len(bad)} volumes are damaged: {some_names(bad)}. Call prepare_volumes again, "

@@ -32,7 +32,8 @@ from synthpi.studies.volumes.arms import VOLUME_ARMS, train_volume_arm, volume_l
 from synthpi.models.distances import load_distances
 from synthpi.studies.volumes.scores import testable_regions as regions_to_test
 from synthpi.studies.volumes.settings import VolumeSettings
-from synthpi.studies.volumes.study import study_records, volume_study
+from synthpi.studies.volumes.inputs import study_records
+from synthpi.studies.volumes.study import volume_study
 from synthpi.volumes.store import VolumeStore
 from synthpi.volumes.scans import prepare_volumes
 
