@@ -98,11 +98,13 @@ Modules:
 - `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and its probe
 - `synthpi.studies.embeddings_settings`: Which crops are embedded, and what is then asked of the file
 - `synthpi.studies.explanation`: Coverage, saliency, sanity check and map of finished encoders, in one call and one page
+- `synthpi.studies.explanation_images`: Tiles or crops for several encoders: one size, one list of classes, a random sample
 - `synthpi.studies.explanation_page`: Sections and figures of `synthpi explain`
 - `synthpi.studies.explanation_settings`: Which encoders are explained, on which images, and what is asked
 - `synthpi.studies.features`: Embeddings of crops, or features that were made elsewhere, with what is known of each
 - `synthpi.studies.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
 - `synthpi.studies.generator`: Images to a generator, judged on patients that it has not seen
+- `synthpi.studies.generator_page`: How good it is, on which images, and where it fails
 - `synthpi.studies.generator_settings`: The arguments of a training, their checks, and the flags
 - `synthpi.studies.page`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
 - `synthpi.studies.pretraining`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
@@ -119,10 +121,13 @@ Modules:
 - `synthpi.studies.tissue.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
 - `synthpi.studies.tissue.tiles`: The tiles of a study: read, split, guarded, and scored by one probe
 - `synthpi.studies.volumes.arms`: What a study of volumes compares: ways of getting features of a crop
+- `synthpi.studies.volumes.figures`: Where crops lie, and where a probe says that they lie
+- `synthpi.studies.volumes.inputs`: Which volumes, which subjects are for training, and what cannot work
 - `synthpi.studies.volumes.report`: What a study of volumes found, as one page
 - `synthpi.studies.volumes.scores`: From the features of all arms to the numbers of the study, each with its interval
 - `synthpi.studies.volumes.settings`: The arguments, their checks, the identity of a folder, and the flags
 - `synthpi.studies.volumes.study`: Does it help an encoder to know where in the body a crop is? One call
+- `synthpi.studies.volumes.verdict`: Intervals and tests, in words
 - `synthpi.train.batchnorm`: The statistics of the whole batch, whichever process holds its rows
 - `synthpi.train.budget`: How long a run is, and how its learning rate falls
 - `synthpi.train.checkpoints`: Files that a run continues from, written whole or not at all
