@@ -29,6 +29,7 @@ Modules:
 - `synthpi.core.checks`: Values from outside are checked where they come in; settings are said once
 - `synthpi.core.figures`: What all figures share: colours, markers, sizes
 - `synthpi.core.files`: Whole files or none, with checksums, and fingerprints of content
+- `synthpi.core.formats`: A file is read as the picture that it is, or refused with its name and the cause
 - `synthpi.core.groups`: Folds and resampling that keep a patient whole
 - `synthpi.core.images`: Any file, array or tensor to RGB, to a mask, to a square
 - `synthpi.core.optics`: Light through stained tissue: Beer-Lambert, stain matrices, re-staining
@@ -37,12 +38,14 @@ Modules:
 - `synthpi.data.conversion`: Arrays and outlines become, once, a plain folder of images that every command reads
 - `synthpi.data.device_views`: The same recipes on a whole batch, where the network is
 - `synthpi.data.folders`: Folders and manifests to a `Dataset`, with the patient of every image
+- `synthpi.data.layouts`: Which level of folders is the split, which the class, and which the patient
 - `synthpi.data.nuclei_sets`: PanNuke and MoNuSeg, each read in its published layout
 - `synthpi.data.phantoms`: Simulated H&E tissue: nine classes, exact nuclear masks, patients
 - `synthpi.data.published`: Seven published sets, each read by its name in its published layout
 - `synthpi.data.recipes`: What a view may differ in: the augmentations that teach an encoder what to ignore
 - `synthpi.data.splits`: Every image decoded once, and splits that keep patients whole
 - `synthpi.data.stain_sets`: H&E beside another stain: TIFF stacks, paired folders, BCI
+- `synthpi.data.tables`: A CSV table row by row: nothing shifts, and a missing value is no class and no patient
 - `synthpi.data.tile_sets`: NCT-CRC-HE, PatchCamelyon and sets of a hub, each read in its published layout
 - `synthpi.data.views`: From a record to the augmented images that enter the branches
 - `synthpi.evaluate.budget`: How many labels does an encoder save?
@@ -81,8 +84,10 @@ Modules:
 - `synthpi.pairs.examples`: What a generator learns from: pairs or two folders, with patients held out
 - `synthpi.pairs.foreign`: Which published network a file of weights belongs to, read from its names and shapes
 - `synthpi.pairs.generators`: One calling convention for everything that supplies a privileged image
+- `synthpi.pairs.graphs`: Graphs are read before they run, and run only if they do nothing but compute
 - `synthpi.pairs.kid`: How far a set of synthetic images is from the set of true ones
 - `synthpi.pairs.makers`: From tiles to images on the disk: read ahead, translate, write behind
+- `synthpi.pairs.masks`: Masks that say the opposite, or more than they mean, are recognised before a generator learns from them
 - `synthpi.pairs.measures`: Agreement of nuclei, edges, seams and checkerboards of one image
 - `synthpi.pairs.objectives`: What a generator learns from: pairs, or two sets that are not paired
 - `synthpi.pairs.privileged`: The synthesised privileged column: made once, checked, and with a history
@@ -94,11 +99,13 @@ Modules:
 - `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and its probe
 - `synthpi.studies.embeddings_settings`: Which crops are embedded, and what is then asked of the file
 - `synthpi.studies.explanation`: Coverage, saliency, sanity check and map of finished encoders, in one call and one page
+- `synthpi.studies.explanation_images`: Tiles or crops for all encoders: one size, one list of classes
 - `synthpi.studies.explanation_page`: Sections and figures of `synthpi explain`
 - `synthpi.studies.explanation_settings`: Which encoders are explained, on which images, and what is asked
 - `synthpi.studies.features`: Embeddings of crops, or features that were made elsewhere, with what is known of each
 - `synthpi.studies.figures`: The figures of a study: curves, intervals, per-class bars, confusion, pairs
 - `synthpi.studies.generator`: Images to a generator, judged on patients that it has not seen
+- `synthpi.studies.generator_page`: How good it is, on which images, and where it fails
 - `synthpi.studies.generator_settings`: The arguments of a training, their checks, and the flags
 - `synthpi.studies.page`: A run as one page that opens anywhere: text, figures and tables in a single HTML file
 - `synthpi.studies.pretraining`: A folder of tiles, perhaps with caches of synthetic images, to an encoder
@@ -106,6 +113,7 @@ Modules:
 - `synthpi.studies.probe`: What frozen features know: a place, a region, or a label of your own
 - `synthpi.studies.runs`: The names inside a run folder, and what is read back from it
 - `synthpi.studies.synthesise`: A folder of tiles and a generator to a cache of pairs, the first ones shown early
+- `synthpi.studies.synthesise_settings`: Which tiles, which generator, at which scale
 - `synthpi.studies.tissue.arms`: What a study compares: one name for one way of getting features
 - `synthpi.studies.tissue.inputs`: Everything is read and checked before anything is written
 - `synthpi.studies.tissue.report`: What a study found, as one page that a person likes to read
@@ -114,10 +122,13 @@ Modules:
 - `synthpi.studies.tissue.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
 - `synthpi.studies.tissue.tiles`: The tiles of a study: read, split, guarded, and scored by one probe
 - `synthpi.studies.volumes.arms`: What a study of volumes compares: ways of getting features of a crop
+- `synthpi.studies.volumes.figures`: Where crops lie, and where a probe says that they lie
+- `synthpi.studies.volumes.inputs`: Which volumes, which subjects are for training, and what cannot work
 - `synthpi.studies.volumes.report`: What a study of volumes found, as one page
 - `synthpi.studies.volumes.scores`: From the features of all arms to the numbers of the study, each with its interval
 - `synthpi.studies.volumes.settings`: The arguments, their checks, the identity of a folder, and the flags
 - `synthpi.studies.volumes.study`: Does it help an encoder to know where in the body a crop is? One call
+- `synthpi.studies.volumes.verdict`: Intervals and tests, in words
 - `synthpi.train.batchnorm`: The statistics of the whole batch, whichever process holds its rows
 - `synthpi.train.budget`: How long a run is, and how its learning rate falls
 - `synthpi.train.checkpoints`: Files that a run continues from, written whole or not at all
@@ -132,9 +143,16 @@ Modules:
 - `synthpi.volumes.crop_lists`: The crops on which every encoder is scored, drawn once and kept in a file
 - `synthpi.volumes.crop_views`: A crop seen twice, at different brightness and with holes
 - `synthpi.volumes.crops`: Random crops for training, grids for inference, each with its centre in mm
+- `synthpi.volumes.dicom`: Slices in the order in which they lie in the body, or an error that names the series
+- `synthpi.volumes.formats`: NIfTI, NRRD, MetaImage: the voxels of a file, and where in the body they lie
+- `synthpi.volumes.intensities`: Which voxels are tissue, and which values become 0 and 1
+- `synthpi.volumes.layouts`: Where images, labels and subjects lie in a folder of scans
 - `synthpi.volumes.scans`: Scans are read, oriented, resampled and normalised once, into arrays on disk
 - `synthpi.volumes.sets`: Folders of volumes in their published layouts become records, split by subject
-- `synthpi.volumes.store`: Prepared scans: one folder of arrays that know where in the body they lie"""
+- `synthpi.volumes.store`: Prepared scans: one folder of arrays that know where in the body they lie
+- `synthpi.volumes.subjects`: Whose volume it is, as far as its name tells
+- `synthpi.volumes.tables`: Tables whose every column is understood, or which are refused
+- `synthpi.volumes.workers`: Processes that share the work, and end with the one that started them"""
 
 from importlib.metadata import PackageNotFoundError, version as _version
 

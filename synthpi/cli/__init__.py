@@ -11,11 +11,11 @@ Docs: https://synthpi.github.io/synthpi/nbs/cli/index.html.md"""
 __all__ = ['main']
 
 # %% ../../nbs/cli/index.ipynb #e49ab501
-from .app import app
+from .app import app, quiet_streams
 # registers their commands
 from . import tissue, pretrain, pairs, explain, volumes, doctor
 
 # %% ../../nbs/cli/index.ipynb #ebb86e10
 def main():
     "Entry point of the `synthpi` command."
-    app()
+    with quiet_streams(): app()

@@ -13,6 +13,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/cli/doctor.html.md"""
 __all__ = ['check_environment', 'doctor']
 
 # %% ../../nbs/cli/doctor.ipynb #105f6c72
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -25,162 +26,134 @@ from typing import Annotated
 import typer
 
 from .app import app, told
+from ..core.checks import no_home
 
 # %% ../../nbs/cli/doctor.ipynb #14d4c8b2
 def _row(what, found, says="", status="ok", needed=False):
-    return {
-        "what": what,
-        "found": _no_home(str(found)),
-        "says": _no_home(says),
-        "status": status,
-        "needed": needed,
-    }
+    "A finding, as a row of the table."
+    row = dict(what=what, found=no_home(str(found)), says=no_home(says))
+    return row | dict(status=status, needed=needed)
 
-def _no_home(text):
-    for home in {os.path.expanduser("~"), os.path.realpath(os.path.expanduser("~"))} - {"/", "~"}:
-        text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
-    return re.sub(r"(/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s:'\"]+", "~", text)
-
-def _line(error): return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _line(error):
+    "The first line of an error."
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 # %% ../../nbs/cli/doctor.ipynb #ba050757
 def _cores():
+    "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-def _machine(out):
-    rows, cores = (
-        [
-            _row("Python", platform.python_version()),
-            _row("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
-            _row("cores", _cores(), f"of {os.cpu_count()} in the machine"),
-        ],
-        _cores(),
-    )
-    if importlib.util.find_spec("psutil"):
-        import psutil
-        memory = psutil.virtual_memory()
-        low = memory.available < 2e9
-        rows.append(
-            _row(
-                "memory",
-                f"{memory.available / 1e9:.1f} GB free",
-                f"of {memory.total / 1e9:.1f} GB"
-                + "; little: close other programs, or give --workers 0 and a smaller batch" * low,
-                "warning" if low else "ok",
-            )
-        )
+def _memory():
+    "Free memory; no row without psutil."
+    if not importlib.util.find_spec("psutil"): return []
+    import psutil
+    memory = psutil.virtual_memory()
+    found, says = f"{memory.available/1e9:.1f} GB free", f"of {memory.total/1e9:.1f} GB"
+    if memory.available >= 2e9: return [_row("memory", found, says)]
+    little = "; little: close other programs, or give --workers 0 and a smaller batch"
+    return [_row("memory", found, says + little, "warning")]
+
+def _disk(out):
+    "Room at the output folder, which need not exist."
     folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        rows.append(
-            _row(
-                "output folder",
-                "cannot be written to",
-                f"give another folder than {out} with --out",
-                "missing",
-                True,
-            )
-        )
-    else:
-        rows.append(
-            _row(
-                "disk",
-                f"{free / 1e9:.1f} GB free",
-                "at the output folder"
-                + "; little: runs, checkpoints and synthetic images are written there"
-                * (free < 1e9),
-                "warning" if free < 1e9 else "ok",
-            )
-        )
+        says = f"give another folder than {out} with --out"
+        return _row("output folder", "cannot be written to", says, "missing", True)
+    found, says = f"{free/1e9:.1f} GB free", "at the output folder"
+    if free >= 1e9: return _row("disk", found, says)
+    says += "; little: runs, checkpoints and synthetic images are written there"
+    return _row("disk", found, says, "warning")
+
+# %% ../../nbs/cli/doctor.ipynb #378e8adb
+def _threads_asked(cores):
+    "A warning where the environment asks for more threads than cores."
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > cores:
-        rows.append(
-            _row(
-                "OMP_NUM_THREADS",
-                asked,
-                f"more threads than the {cores} cores that may be used wait for each other: "
-                f"export OMP_NUM_THREADS={cores}",
-                "warning",
-            )
-        )
-    return rows
+    if not asked.isdigit() or int(asked) <= cores: return []
+    says = (
+        f"more threads than the {cores} cores that may be used wait for each other: "
+        f"export OMP_NUM_THREADS={cores}"
+    )
+    return [_row("OMP_NUM_THREADS", asked, says, "warning")]
+
+def _machine(out):
+    "Python, system, cores, memory, disk, threads."
+    return [
+        _row("Python", platform.python_version()),
+        _row("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        _row("cores", _cores(), f"of {os.cpu_count()} in the machine"),
+        *_memory(),
+        _disk(out),
+        *_threads_asked(_cores()),
+    ]
 
 # %% ../../nbs/cli/doctor.ipynb #b07918f3
 def _version(name):
+    "The installed version; None for none."
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
 def _asked():
     """Requirements by the extra that brings them, '' for those of every installation; None where
-    synthpi is not installed"""
+    synthpi is not installed."""
     from packaging.requirements import Requirement
     try: lines = importlib.metadata.requires("synthpi") or []
     except importlib.metadata.PackageNotFoundError: return None
-    asked, extras = (
-        [Requirement(line) for line in lines],
-        importlib.metadata.metadata("synthpi").get_all("Provides-Extra") or (),
-    )
+    asked = [Requirement(line) for line in lines]
+    extras = importlib.metadata.metadata("synthpi").get_all("Provides-Extra") or ()
     def wants(r, extra): return r.marker is None or r.marker.evaluate({"extra": extra})
-    return {
-        "": [r for r in asked if wants(r, "")],
-        **{extra: [r for r in asked if wants(r, extra) and not wants(r, "")] for extra in extras},
-    }
+    base = {"": [r for r in asked if wants(r, "")]}
+    return base | {e: [r for r in asked if wants(r, e) and not wants(r, "")] for e in extras}
 
+# %% ../../nbs/cli/doctor.ipynb #5ed122c5
 def _serves(requirement, version): return requirement.specifier.contains(version, prereleases=True)
 
 def _pip(*requirements):
-    return "pip install " + " ".join(
-        f'"{r}"' if re.search(r"[<>=!~]", r) else r for r in requirements
-    )
+    "The command that installs them."
+    quoted = (f'"{r}"' if re.search(r"[<>=!~]", r) else r for r in requirements)
+    return "pip install " + " ".join(quoted)
+
+def _requirement(r):
+    "Whether one requirement is met."
+    version, wanted = _version(r.name), f"{r.name}{r.specifier}"
+    if version is None: return _row(r.name, "none", _pip(wanted), "missing", True)
+    if _serves(r, version): return _row(r.name, version, str(r.specifier), needed=True)
+    says = f"{r.specifier} is supported: {_pip(wanted)}"
+    return _row(r.name, version, says, "missing", True)
+
+_FROM_FOLDER = (
+    "it runs from its folder, so that what it needs is not known: pip install -e . in that folder"
+)
 
 def _requirements(asked):
-    if asked is None:
-        return [
-            _row(
-                "synthpi",
-                "not installed",
-                "it runs from its folder, so that what it needs is not known: pip install -e . in "
-                "that folder",
-                "missing",
-                True,
-            )
-        ]
+    "synthpi and what every installation of it needs."
+    if asked is None: return [_row("synthpi", "not installed", _FROM_FOLDER, "missing", True)]
     rows = [_row("synthpi", _version("synthpi"), needed=True)]
-    for r in asked[""]:
-        version, wanted = _version(r.name), f"{r.name}{r.specifier}"
-        if version is None: rows.append(_row(r.name, "none", _pip(wanted), "missing", True))
-        elif not _serves(r, version):
-            says = f"{r.specifier} is supported: {_pip(wanted)}"
-            rows.append(_row(r.name, version, says, "missing", True))
-        else: rows.append(_row(r.name, version, str(r.specifier), needed=True))
-    return rows
+    return rows + [_requirement(r) for r in asked[""]]
 
+# %% ../../nbs/cli/doctor.ipynb #ed1c7aa8
 def _torchvision():
+    "Whether torchvision fits torch; no row where there is none."
     from packaging.requirements import Requirement
     there, torch = _version("torchvision"), _version("torch")
     if there is None or torch is None: return []
-    asks = [
-        r
-        for r in map(Requirement, importlib.metadata.requires("torchvision") or ())
-        if r.name == "torch"
-    ]
+    needs = map(Requirement, importlib.metadata.requires("torchvision") or ())
+    asks = [r for r in needs if r.name == "torch"]
     builds = {v.partition("+")[2] for v in (there, torch)} - {""}
     if all(_serves(r, torch) for r in asks) and len(builds) < 2:
         return [_row("torchvision", there, "fits torch; synthpi does not need it")]
-    return [
-        _row(
-            "torchvision",
-            there,
-            "was built for "
-            f"{', '.join(f'torch{r.specifier}' for r in asks)}{' of another build' * (len(builds) > 1)}, "
-            f"and torch {torch} is installed: libraries that look for it may fail to load. "
-            "synthpi does not need it: pip uninstall torchvision, or install both from one index",
-            "warning",
-        )
-    ]
+    built_for = ", ".join(f"torch{r.specifier}" for r in asks)
+    if len(builds) > 1: built_for += " of another build"
+    says = (
+        f"was built for {built_for}, and torch {torch} is installed: libraries that look for it may "
+        "fail to load. synthpi does not need it: pip uninstall torchvision, or install both from "
+        "one index"
+    )
+    return [_row("torchvision", there, says, "warning")]
 
 # %% ../../nbs/cli/doctor.ipynb #6157a93f
 def _works(torch, device, dtype):
+    "Whether a device multiplies two small matrices."
     try:
         x = torch.ones(8, 8, device=device, dtype=dtype)
         return bool((x @ x == 8).all())
@@ -188,110 +161,73 @@ def _works(torch, device, dtype):
         return False
 
 def _half(torch, device):
+    "What is said of bf16."
+    if device != "cpu" and torch.cuda.get_device_capability(device)[0] < 8: return "no bf16: use fp16"
     return "bf16 works" if _works(torch, device, torch.bfloat16) else "no bf16"
 
-def _torch():
-    # the requirements tell
-    if _version("torch") is None: return []
-    try:
-        import torch
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return [
-            _row(
-                "torch build",
-                "cannot be loaded",
-                f"{_line(error)}: install torch again, see pytorch.org/get-started",
-                "missing",
-                True,
-            )
-        ]
-    v, driver = torch.version, shutil.which("nvidia-smi") is not None
-    build, there = (
-        f"CUDA {v.cuda}" if v.cuda else f"ROCm {v.hip}" if getattr(v, "hip", None) else "CPU",
-        torch.cuda.is_available(),
-    )
-    says, status = "", "ok"
-    if build == "CPU" and driver:
-        says, status = (
-            "an NVIDIA driver is here, and this torch cannot use it: install its CUDA build, see "
-            "pytorch.org/get-started",
-            "warning",
-        )
-    elif build != "CPU" and not there:
-        says, status = (
-            (
-                "no device is seen: CUDA_VISIBLE_DEVICES hides it, or the driver is too old for "
-                "this build",
-                "warning",
-            )
-            if driver
-            else ("no GPU is seen; the processor computes", "ok")
-        )
-    return [
-        _row("torch build", build, says, status),
-        *_devices(torch, there),
-        *_precision(torch, there),
-        *_threads(torch),
-    ]
+_NO_KERNELS = (
+    "this torch cannot compute on it: install the build for it, or give --device cpu, or hide it "
+    "with CUDA_VISIBLE_DEVICES"
+)
 
 def _devices(torch, there):
-    rows = [
-        _row(
-            "cpu", "works" if _works(torch, "cpu", torch.float32) else "fails", _half(torch, "cpu")
-        )
-    ]
-    for i in range(torch.cuda.device_count() if there else 0):
-        p, works = torch.cuda.get_device_properties(i), _works(torch, f"cuda:{i}", torch.float32)
-        half = (
-            _half(torch, f"cuda:{i}")
-            if torch.cuda.get_device_capability(i)[0] >= 8
-            else "no bf16: use fp16"
-        )
-        says = (
-            half
-            if works
-            else "this torch cannot compute on it: install the build for it, or give --device "
-                 "cpu, or hide it with CUDA_VISIBLE_DEVICES"
-        )
-        rows.append(
-            _row(
-                f"cuda:{i}",
-                f"{p.name}, {p.total_memory / 1e9:.0f} GB",
-                says,
-                "ok" if works else "missing",
-                not works,
-            )
-        )
+    "A row for each device."
+    found = "works" if _works(torch, "cpu", torch.float32) else "fails"
+    rows = [_row("cpu", found, _half(torch, "cpu"))]
+    for device in [f"cuda:{i}" for i in range(torch.cuda.device_count() if there else 0)]:
+        p, works = torch.cuda.get_device_properties(device), _works(torch, device, torch.float32)
+        says, status = (_half(torch, device), "ok") if works else (_NO_KERNELS, "missing")
+        rows.append(_row(device, f"{p.name}, {p.total_memory/1e9:.0f} GB", says, status, not works))
     return rows
 
+# %% ../../nbs/cli/doctor.ipynb #d643ee53
+def _build(torch, there):
+    "Which build of torch this is, and whether it suits the machine."
+    v, driver = torch.version, shutil.which("nvidia-smi") is not None
+    rocm = getattr(v, "hip", None)
+    build = f"ROCm {rocm}" if rocm else "CPU"
+    if v.cuda: build = f"CUDA {v.cuda}"
+    if build == "CPU" and driver:
+        says = (
+            "an NVIDIA driver is here, and this torch cannot use it: install its CUDA build, see "
+            "pytorch.org/get-started"
+        )
+        return _row("torch build", build, says, "warning")
+    if build == "CPU" or there: return _row("torch build", build)
+    if not driver: return _row("torch build", build, "no GPU is seen; the processor computes")
+    says = "no device is seen: CUDA_VISIBLE_DEVICES hides it, or the driver is too old for this build"
+    return _row("torch build", build, says, "warning")
+
+# %% ../../nbs/cli/doctor.ipynb #1dc437cb
 def _precision(torch, there):
+    "The precision of a training without --precision."
     told_to = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    chosen = {"no": "fp32"}.get(told_to, told_to)
-    says = (
-        "as accelerate was told"
-        if told_to != "no"
-        else "the default; on this GPU --precision bf16 is faster"
-        if there and torch.cuda.get_device_capability(0)[0] >= 8
-        else "the default"
-    )
+    chosen, says = {"no": "fp32"}.get(told_to, told_to), "as accelerate was told"
     if chosen == "fp16" and not there:
         return [_row("precision", chosen, "needs a GPU: give --precision fp32 or bf16", "warning")]
+    if told_to == "no": says = "the default"
+    if told_to == "no" and there and torch.cuda.get_device_capability(0)[0] >= 8:
+        says = "the default; on this GPU --precision bf16 is faster"
     return [_row("precision", chosen, says)]
 
 def _threads(torch):
+    "The arithmetic threads of torch."
     n, cores = torch.get_num_threads(), _cores()
-    return (
-        [
-            _row(
-                "threads",
-                n,
-                f"more than the {cores} cores that may be used: export OMP_NUM_THREADS={cores}",
-                "warning",
-            )
-        ]
-        if n > cores
-        else [_row("threads", n)]
-    )
+    if n <= cores: return [_row("threads", n)]
+    says = f"more than the {cores} cores that may be used: export OMP_NUM_THREADS={cores}"
+    return [_row("threads", n, says, "warning")]
+
+def _torch():
+    "The build of torch, its devices, precision and threads."
+    # the requirements tell
+    if _version("torch") is None: return []
+    try: import torch
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        says = f"{_line(error)}: install torch again, see pytorch.org/get-started"
+        return [_row("torch build", "cannot be loaded", says, "missing", True)]
+    there = torch.cuda.is_available()
+    shown = [*_devices(torch, there), *_precision(torch, there), *_threads(torch)]
+    return [_build(torch, there), *shown]
 
 # %% ../../nbs/cli/doctor.ipynb #119cecf1
 _FEATURES = {
@@ -307,99 +243,72 @@ _FEATURES = {
     "explorers": {"ipywidgets": "ipywidgets", "anywidget": "anywidget"},
 }
 
+def _feature(feature, wanted):
+    "Whether the packages of a feature are there, in versions that serve."
+    there = {}
+    for module, name in _FEATURES[feature].items():
+        if importlib.util.find_spec(module): there[name] = _version(name) or "present"
+    lacks = [name for name in _FEATURES[feature].values() if name not in there]
+    asked = {n: v for n, v in there.items() if n in wanted and v != "present"}
+    old = [name for name, version in asked.items() if not _serves(wanted[name], version)]
+    found = ", ".join(f"{n} {v}" for n, v in there.items()) or "none"
+    if not lacks and not old: return _row(feature, found)
+    full = [f"{n}{wanted[n].specifier}" if n in wanted else n for n in lacks + old]
+    says = _pip(*full)
+    if feature == "timm encoders":
+        says += "; it brings torchvision: take both from the index of the installed torch"
+    return _row(feature, found, says, "missing" if lacks else "warning")
+
 def _features(asked):
-    wanted, rows = {r.name: r for rs in (asked or {}).values() for r in rs}, []
-    for feature, packages in _FEATURES.items():
-        there = {
-            name: _version(name) or "present"
-            for module, name in packages.items()
-            if importlib.util.find_spec(module)
-        }
-        def full(name): return f"{name}{wanted[name].specifier}" if name in wanted else name
-        lacks = [name for name in packages.values() if name not in there]
-        old = [
-            name
-            for name, version in there.items()
-            if name in wanted and version != "present" and not _serves(wanted[name], version)
-        ]
-        says = _pip(*map(full, lacks + old)) if lacks or old else ""
-        if says and feature == "timm encoders":
-            says += "; it brings torchvision: take both from the index of the installed torch"
-        rows.append(
-            _row(
-                feature,
-                ", ".join(f"{n} {v}" for n, v in there.items()) or "none",
-                says,
-                "missing" if lacks else "warning" if old else "ok",
-            )
-        )
-    return rows
+    "A row for each feature."
+    wanted = {r.name: r for rs in (asked or {}).values() for r in rs}
+    return [_feature(name, wanted) for name in _FEATURES]
 
 # %% ../../nbs/cli/doctor.ipynb #237e2da4
+def _remembered():
+    "What `accelerate config` has written, as text by name; empty for nothing."
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
+    home = Path(os.environ.get("HF_HOME") or Path(cache)/"huggingface").expanduser()
+    file = home/"accelerate"/"default_config.yaml"
+    try: text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError: return {}
+    return dict(re.findall(r"^(\w+): *['\"]?([\w.]+)", text, re.M))
+
 def _accelerate():
-    home = Path(
-        os.environ.get("HF_HOME")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    ).expanduser()
-    try:
-        text = (home / "accelerate" / "default_config.yaml").read_text(
-            encoding="utf-8", errors="replace"
-        )
-    except OSError:
-        text = ""
-    settings = dict(re.findall(r"^(\w+): *['\"]?([\w.]+)", text, re.M))
+    "A warning where several processes on the CPU would be one."
+    settings, env = _remembered(), os.environ
     n = int(settings["num_processes"]) if settings.get("num_processes", "").isdigit() else 1
-    on_cpu = (
-        settings.get("use_cpu", "").lower() == "true"
-        or settings.get("distributed_type") == "MULTI_CPU"
-    )
-    alone = (
-        os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-        and "MASTER_ADDR" in os.environ
-        and "RANK" not in os.environ
-    )
+    on_cpu = settings.get("use_cpu", "").lower() == "true"
+    on_cpu = on_cpu or settings.get("distributed_type") == "MULTI_CPU"
+    told_cpu = env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    alone = told_cpu and "MASTER_ADDR" in env and "RANK" not in env
     if not (on_cpu and n > 1 or alone): return []
-    n = max(n, 2)
-    return [
-        _row(
-            "accelerate",
-            "several processes on the CPU",
-            f"without MPI it starts one of them: torchrun --nproc_per_node {n} -m synthpi "
-            f"pretrain ..., or accelerate launch --cpu --num_processes {n} -m synthpi pretrain ...",
-            "warning",
-        )
-    ]
+    says = (
+        f"without MPI accelerate starts one of them: use torchrun --nproc_per_node {max(n, 2)} -m "
+        "synthpi pretrain ..."
+    )
+    return [_row("accelerate", "several processes on the CPU", says, "warning")]
 
 # %% ../../nbs/cli/doctor.ipynb #8ed7974e
+def _python(asked):
+    "A row for a Python that is not supported; None for one that is."
+    needs = importlib.metadata.metadata("synthpi").get("Requires-Python") if asked else None
+    if not needs: return None
+    from packaging.specifiers import SpecifierSet
+    here = platform.python_version()
+    if SpecifierSet(needs).contains(here, prereleases=True): return None
+    return _row("Python", here, f"Python {needs} is supported", "missing", True)
+
 def _rows(out):
+    "All findings."
     rows = _machine(out)
     if not importlib.util.find_spec("packaging"):
-        return [
-            *rows,
-            _row(
-                "packaging",
-                "none",
-                f"versions cannot be compared without it: {_pip('packaging')}",
-                "missing",
-                True,
-            ),
-        ]
+        says = f"versions cannot be compared without it: {_pip('packaging')}"
+        return [*rows, _row("packaging", "none", says, "missing", True)]
     asked = _asked()
-    needs = importlib.metadata.metadata("synthpi").get("Requires-Python") if asked else None
-    if needs:
-        from packaging.specifiers import SpecifierSet
-        if not SpecifierSet(needs).contains(platform.python_version(), prereleases=True):
-            rows[0] = _row(
-                "Python", platform.python_version(), f"Python {needs} is supported", "missing", True
-            )
-    return [
-        *rows,
-        *_torch(),
-        *_torchvision(),
-        *_accelerate(),
-        *_requirements(asked),
-        *_features(asked),
-    ]
+    rows[0] = _python(asked) or rows[0]
+    rows += [*_torch(), *_torchvision(), *_accelerate()]
+    return [*rows, *_requirements(asked), *_features(asked)]
 
 def check_environment(
     out:str|Path=".", # Where runs would be written; the folder need not exist
@@ -412,6 +321,17 @@ def check_environment(
 # %% ../../nbs/cli/doctor.ipynb #0b43275a
 def _stops(rows): return [r for r in rows if r["needed"] and r["status"] == "missing"]
 
+def _said(r):
+    "A finding as text: what to do stands on a line of its own."
+    line = f"{r['status']:<8} {r['what']:<22} {r['found']}"
+    if not r["says"]: return line
+    return f"{line}  ({r['says']})" if r["status"] == "ok" else f"{line}\n{'':31} {r['says']}"
+
+def _verdict(stops):
+    "Whether the demo can run, and what to do where it cannot."
+    if not stops: return "\nsynthpi demo can run here."
+    return "\n".join(["\nsynthpi demo cannot run here:", *(f"  {r['what']}: {r['says']}" for r in stops)])
+
 @app.command()
 @told()
 def doctor(
@@ -423,22 +343,5 @@ def doctor(
     rows = _rows(out)
     stops = _stops(rows)
     if as_json: typer.echo(json.dumps({"can_run_demo": not stops, "rows": rows}, indent=1))
-    else:
-        for r in rows:
-            typer.echo(
-                f"{r['status']:<8} {r['what']:<22} {r['found']}"
-                + (
-                    f"\n{'':31} {r['says']}"
-                    if r["says"] and r["status"] != "ok"
-                    else f"  ({r['says']})"
-                    if r["says"]
-                    else ""
-                )
-            )
-        typer.echo(
-            "\nsynthpi demo can run here."
-            if not stops
-            else "\nsynthpi demo cannot run here:\n"
-            + "\n".join(f"  {r['what']}: {r['says']}" for r in stops)
-        )
+    else: typer.echo("\n".join([*map(_said, rows), _verdict(stops)]))
     raise typer.Exit(bool(stops))

@@ -24,7 +24,8 @@ from synthpi.cli.app import (
     app, check_processes, command_line, Device, first, flags, leave_group, Overwrite,
     share_cores, told,
 )
-from ..studies.generator_settings import GeneratorSettings, read_options, read_scale
+from ..studies.generator_settings import GeneratorSettings, read_options
+from ..studies.synthesise_settings import PairsSettings
 
 # %% ../../nbs/cli/pairs.ipynb #1a1e6705
 def _say(*parts): typer.echo("\n".join(parts))
@@ -46,7 +47,8 @@ def generator(
     device: Device = "auto",
 ):
     "Train a generator on a small set, and judge it on patients that it has not seen."
-    from synthpi.studies.generator import tested_on, train_generator
+    from synthpi.studies.generator import train_generator
+    from synthpi.studies.generator_page import tested_on
     share_cores(0)
     made = train_generator(
         settings, out, overwrite=overwrite, device=device, command=command_line()
@@ -62,111 +64,41 @@ def generator(
     )
 
 # %% ../../nbs/cli/pairs.ipynb #71c37bbf
+def _pairs_made(made, tiles):
+    "What `synthpi pairs` says at its end."
+    speed = f", {made.images_per_second:.1f} a second" if made.images_per_second else ""
+    trained = ("--method", "trident", "--out", "RUN")
+    return [
+        f"{made.n} tiles: {made.made} images made{speed}, {made.n - made.made} were there.",
+        f"Manifest: {made.folder/'manifest.csv'}",
+        "Synthetic images are training aids, not findings.",
+        _command("pretrain", "--tiles", tiles, "--pairs-cache", made.folder, *trained),
+    ]
+
 @app.command()
-@told()
-def pairs(  # noqa: PLR0913 its flags
-    tiles: Annotated[
-        Path, typer.Option(help="Folder or manifest of tiles; labels are not needed.")
-    ],
-    generator: Annotated[
-        str,
-        typer.Option(
-            help="A file of synthpi generator, or a third-party one; or haematoxylin, eosin, dab, "
-                 "macenko, which need no training."
-        ),
-    ],
+@flags(PairsSettings)
+def pairs(
+    settings:PairsSettings,
     out: Annotated[
         Path,
         typer.Option(
             help="Folder of the pairs, for pretrain --pairs-cache; what is there is not made again."
         ),
     ],
-    um_per_px: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Micrometres per pixel of the tiles, or same: a nucleus has as many pixels as "
-                 "where the generator was trained. It is asked for."
-        ),
-    ] = None,
-    generator_um_per_px: Annotated[
-        Optional[float],
-        typer.Option(
-            help="Micrometres per pixel that the generator was trained at, where its file does "
-                 "not say."
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Tiles per call of the generator.")] = 32,
-    licence: Annotated[
-        Optional[str], typer.Option(help="Of the tiles; goes into the manifest.")
-    ] = None,
-    generator_licence: Annotated[
-        Optional[str], typer.Option(help="Of the generator, where its file does not say.")
-    ] = None,
-    option: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            help="NAME=VALUE for a third-party network, for example range=[-1,1] or entry=netG_A; "
-                 "may be given several times."
-        ),
-    ] = None,
-    preview: Annotated[
-        bool,
-        typer.Option(
-            "--preview/--no-preview",
-            help="Write preview.png of the first batch before the rest is made.",
-        ),
-    ] = True,
-    on_bad: Annotated[
-        str, typer.Option(help="Unreadable tiles: raise, or skip and count.")
-    ] = "raise",
     overwrite: Overwrite = False,
     device: Device = "auto",
 ):
     """Give every tile of a folder its synthetic second image; also on several devices, by
     `accelerate launch -m synthpi pairs ...`."""
     check_processes()
-    from synthpi.studies.synthesise import synthesise
+    from synthpi.studies.synthesise import synthesise_run
     share_cores(0)
-    made = synthesise(
-        tiles,
-        generator,
-        out,
-        um_per_px=read_scale(um_per_px, "same"),
-        generator_um_per_px=generator_um_per_px,
-        batch_size=batch_size,
-        device=device,
-        on_bad=on_bad,
-        preview=preview,
-        licence=licence,
-        generator_licence=generator_licence,
-        generator_options=read_options(option),
-        overwrite=overwrite,
-        command=command_line(),
+    made = synthesise_run(
+        settings, out, device=device, overwrite=overwrite, command=command_line()
     )
     leave_group()
     if made.interrupted: raise KeyboardInterrupt
-    if first():
-        speed = f", {made.images_per_second:.1f} a second" if made.images_per_second else ""
-        typer.echo(
-            f"{made.n} tiles: {made.made} images made{speed}, {made.n - made.made} were "
-            f"there.\nManifest: {out / 'manifest.csv'}\nSynthetic images are training aids, not "
-            "findings.\n"
-            "Next: "
-            + shlex.join(
-                [
-                    "synthpi",
-                    "pretrain",
-                    "--tiles",
-                    str(tiles),
-                    "--pairs-cache",
-                    str(out),
-                    "--method",
-                    "trident",
-                    "--out",
-                    "RUN",
-                ]
-            )
-        )
+    if first(): _say(*_pairs_made(made, settings.tiles))
 
 # %% ../../nbs/cli/pairs.ipynb #bf3bda2e
 @app.command()

@@ -1,11 +1,12 @@
 """What every wing stands on
 
-Eight rooms of small functions, which import nothing else of the library. An argument is checked, an
+Nine rooms of small functions, which import nothing else of the library. An argument is checked, an
 image becomes an array, randomness gets a key, a result is written whole, and a patient stays whole.
 
 - `checks`: `one_of`, `positive`, `at_least`, `check_finite`, `existing` refuse wrong values;
   `Settings` are the arguments of a study
 - `seeds`: `seed_for` and `set_seed` make draws repeatable
+- `formats`: `read_picture` opens any file as the picture that it is, or names the cause
 - `images`: `to_rgb`, `to_raw`, `to_mask` and `square` read any image
 - `optics`: `beer_lambert`, `optical_density`, `stain_amounts` and `restain` compute with stains
 - `files`: `write_json`, `sha256_file` and `fingerprint` write whole files and compare content
@@ -27,6 +28,7 @@ __getattr__, __dir__, _names = lazy_loader.attach(__name__, submod_attrs={
     "checks": ["Settings", "at_least", "check_finite", "existing", "one_of", "positive"],
     "figures": ["show_images"],
     "files": ["fingerprint", "sha256_file", "write_json"],
+    "formats": ["read_picture"],
     "groups": ["group_folds"],
     "images": ["square", "to_mask", "to_raw", "to_rgb"],
     "optics": ["beer_lambert", "optical_density", "restain", "stain_amounts"],

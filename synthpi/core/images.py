@@ -16,10 +16,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from .formats import checked
+
 # %% ../../nbs/core/images.ipynb #a990aa49
 def _pixels(image):
     "The numbers of an image; PIL's palette, CMYK, YCbCr, LAB and HSV become RGB or RGBA."
     if not isinstance(image, Image.Image): return np.asarray(image)
+    image = checked(image)
     if image.mode in ("P", "PA"):
         clear = "transparency" in image.info or image.mode == "PA"
         image = image.convert("RGBA" if clear else "RGB")
@@ -67,9 +70,23 @@ def to_rgb(
     return np.round(x[..., :3]*alpha + 255*(1 - alpha)).astype(np.uint8)
 
 # %% ../../nbs/core/images.ipynb #2f1789f2
+def _ranks(image):
+    "The labels of a gray palette that begins with its brighter colour: the order of the colours."
+    colours = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    gray = colours[:, 0]
+    if len(gray) < 2 or (colours != gray[:, None]).any() or gray[0] <= gray[1]: return None
+    return np.unique(gray, return_inverse=True)[1].astype(np.uint8)
+
+def _stored(image):
+    "The pixels of a PIL image, upright; of a palette its indices."
+    image = checked(image)
+    x = _sixteen_bits(np.array(image))
+    ranks = _ranks(image) if image.mode == "P" else None
+    return x if ranks is None else ranks[x]
+
 def _array(image):
     "The pixels as stored: `(H, W, C)`, 8 or 16 bits, bool or float"
-    x = _sixteen_bits(np.array(image)) if isinstance(image, Image.Image) else np.asarray(image)
+    x = _stored(image) if isinstance(image, Image.Image) else np.asarray(image)
     if x.ndim == 2: x = x[..., None]
     if x.ndim != 3:
         raise ValueError(f"got an image of shape {x.shape}, expected (H, W) or (H, W, C).")
@@ -87,6 +104,7 @@ def to_raw(
     image,
 )->np.ndarray: # `(H, W, C)` `float32` in [0, 1]
     "One image with its own depth and channels: bytes are divided by 255, 16 bits by 65535."
+    if isinstance(image, Image.Image): image = checked(image)
     if isinstance(image, Image.Image) and image.mode in ("P", "PA"): image = image.convert("RGB")
     x = _array(image)
     return x.astype(np.float32)/(np.iinfo(x.dtype).max if x.dtype.kind == "u" else 1)

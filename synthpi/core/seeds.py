@@ -69,7 +69,9 @@ def import_late(
 ): # The module
     "A module imported where it is first needed; Python's random numbers stay where they were."
     state = random.getstate()
-    try: return importlib.import_module(name)
+    try:
+        # whatever device the caller builds on
+        with torch.device("cpu"): return importlib.import_module(name)
     finally: random.setstate(state)
 
 # %% ../../nbs/core/seeds.ipynb #dfb7913c

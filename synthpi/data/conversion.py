@@ -27,7 +27,8 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from ..core.checks import some_names
-from ..core.files import atomic_path, write_json
+from ..core.files import atomic_path, remove_unfinished, write_json
+from ..core.formats import read_picture
 from ..core.images import to_rgb
 from .folders import image_folder, pair_folders
 
@@ -171,7 +172,7 @@ def _claim(name, out, folder, files, options):
     }
     facts = json.loads(json.dumps(facts))
     _refuse_content(out, facts)
-    for left in out.rglob(".*.png"): left.unlink()       # of a run that was killed while it wrote
+    remove_unfinished(out)      # of a run that was killed while it wrote
     write_json(out/_FACTS, facts | {"finished": False})
     return out, facts
 
@@ -216,10 +217,9 @@ def _convert(out, facts, rows, items, make):
 def _rgb8(path):
     "An 8-bit picture as RGB."
     try:
-        with PILImage.open(path) as image:
-            if image.mode in ("I", "F") or ";16" in str(image.tile):
-                raise ValueError(f"mode {image.mode} with more than 8 bits")
-            return to_rgb(image)
+        image, bits = read_picture(path)
+        if bits > 8: raise ValueError(f"mode {image.mode} with more than 8 bits")
+        return to_rgb(image)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read as an 8-bit picture ({error}); expected RGB with 8 bits: "

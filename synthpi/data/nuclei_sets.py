@@ -30,7 +30,8 @@ from skimage.segmentation import find_boundaries
 
 from ..core.checks import one_of, some_names
 from .conversion import _claim, _convert, _rgb8, SETS
-from .folders import _existing_folder, _find_images, SPLITS
+from .folders import _existing_folder, _find_images
+from .layouts import SPLITS
 
 # %% ../../nbs/data/nuclei_sets.ipynb #45a84ff4
 def nuclear_mask(

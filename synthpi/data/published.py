@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from datasets import Dataset, Image
 
 from ..core.checks import one_of, some_names
+from ..core.formats import read_picture
 from ..core.images import to_rgb
 from .conversion import _claim, _convert, PublishedSet, SETS
 from .nuclei_sets import monuseg, pannuke
@@ -53,7 +54,7 @@ def _place(row, pair):
 def _content(stored):
     "The bytes of a file on the disk, or the pixels of an image in a table."
     if stored["bytes"] is None: return Path(stored["path"]).read_bytes()
-    return to_rgb(Image().decode_example(stored))
+    return to_rgb(read_picture(stored)[0])
 
 def write_plain(
     ds:Dataset, # As the readers above give it, with or without `privileged`

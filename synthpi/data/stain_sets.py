@@ -28,9 +28,8 @@ from tifffile import TiffFile
 
 from ..core.checks import some_names
 from .conversion import _claim, _convert, _rgb8
-from synthpi.data.folders import (
-    _as_splits, _by_stem, _existing_folder, _pair_up, _to_dataset, SPLITS,
-)
+from .folders import _by_stem, _existing_folder, _pair_up, _to_dataset
+from .layouts import _as_splits, split_named
 
 # %% ../../nbs/data/stain_sets.ipynb #4de0bf07
 def _read_channels(path, axis):
@@ -182,9 +181,8 @@ def _windows_of(stacks, channels, window, percentiles):
 def _tiff_rows(names, stacks, um_per_px, group_pattern):
     "The table: name, scale, source, and split and group if names hold them."
     rows = [{"name": n, "um_per_px": um_per_px, "source": b} for n, b in zip(names, stacks)]
-    parts = [n.split("/")[0].lower() for n in names]
-    if all(p in SPLITS for p in parts):
-        rows = [r | {"split": SPLITS[p]} for r, p in zip(rows, parts)]
+    splits = [split_named(n.split("/")[0]) for n in names]
+    if all(splits): rows = [r | {"split": s} for r, s in zip(rows, splits)]
     if group_pattern:
         rows = [r | {"group": g} for r, g in zip(rows, _pick(group_pattern, names, "group"))]
     return rows
@@ -245,8 +243,8 @@ def paired_folders(
     """Pairs in two folders, read where they lie; `ValueError` when a file has no partner or another
     size."""
     folder, names, (a, b) = _match_names(folder, primary, privileged, suffixes)
-    table, tops = {"path": a}, [n.split("/")[0].lower() for n in names]
-    if all(t in SPLITS for t in tops): table["split"] = [SPLITS[t] for t in tops]
+    table, tops = {"path": a}, [split_named(n.split("/")[0]) for n in names]
+    if all(tops): table["split"] = tops
     elif split_pattern: table["split"] = _as_splits(_pick(split_pattern, names, "split"), folder)
     if group_pattern: table["group"] = _pick(group_pattern, names, "group")
     if label_pattern: table["label"] = _pick(label_pattern, names, "class")

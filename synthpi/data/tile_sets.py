@@ -32,7 +32,8 @@ from datasets import (
 from ..core.checks import positive, some_names
 from ..core.files import atomic_path
 from .conversion import _claim, _convert, SETS
-from .folders import _as_splits, _existing_folder, _find_images, _to_dataset, SPLITS
+from .folders import _existing_folder, _find_images, _to_dataset
+from .layouts import _as_splits, SPLITS
 
 # %% ../../nbs/data/tile_sets.ipynb #32888fdb
 # Adipose, background, debris, lymphocytes, mucus, smooth muscle, normal mucosa, stroma, tumour

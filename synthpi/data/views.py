@@ -29,6 +29,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.checks import one_of
+from ..core.formats import read_picture
 from ..core.images import square, to_mask, to_raw, to_rgb
 from ..core.seeds import seed_for
 
@@ -44,7 +45,10 @@ def _undecoded(ds, column):
     ds = ds.select_columns([column]) if hasattr(ds, "select_columns") else ds
     feature = getattr(ds, "features", {}).get(column)
     if not (hasattr(feature, "decode_example") and feature.decode): return ds, None
-    return ds.cast_column(column, replace(feature, decode=False)), feature.decode_example
+    decode = _picture if feature._type == "Image" else feature.decode_example
+    return ds.cast_column(column, replace(feature, decode=False)), decode
+
+def _picture(stored): return read_picture(stored)[0]
 
 def _of_kind(image, kind, classes):
     if kind == "rgb": return to_rgb(image)

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from scipy.special import log_softmax
 
 from ..core.checks import Settings, one_of, positive, setting
-from ..core.groups import check_folds, group_codes, group_folds, multinomial_counts
+from ..core.groups import check_folds, check_groups, group_codes, group_folds, multinomial_counts
 from ..core.seeds import seed_for
 from .logistic import check_features, encode_labels, fit_logistic, Logistic
 from .scores import auc, scores as class_scores
@@ -114,8 +114,14 @@ def _inner_folds(fold:np.ndarray, k:int, groups, y, inner:int, seed:int)->np.nda
     part = np.full(len(fold), -1)
     if K - 1 >= inner:
         part[rest] = (np.delete(np.arange(K), k).searchsorted(fold[rest]) + k) % inner
-    else:
-        part[rest] = group_folds(groups[rest], inner, y[rest], seed_for(seed, "inner", k))
+        return part
+    if (n := len(np.unique(groups[rest]))) < 2:
+        raise ValueError(
+            f"all rows outside of fold {k} are of one group; expected two groups or more there, to "
+            "choose the penalty on: three groups in all are the fewest that can be scored."
+        )
+    inner = min(inner, n)
+    part[rest] = group_folds(groups[rest], inner, y[rest], seed_for(seed, "inner", k))
     return part
 
 # %% ../../nbs/evaluate/crossval.ipynb #9186de6a
@@ -175,7 +181,7 @@ def _fold_aucs(codes, logits, known, fold)->np.ndarray:
 def _read_rows(x, y, groups)->tuple:
     "Features, labels and groups as arrays; labels as numbers; classes"
     codes, classes = encode_labels(y)
-    x, y, groups = check_features(x, len(codes)), np.asarray(y), np.asarray(groups)
+    x, y, groups = check_features(x, len(codes)), np.asarray(y), check_groups(groups)
     if groups.shape != (len(x),):
         raise ValueError(
             f"got groups of shape {groups.shape} for {len(x)} rows, expected one per row."

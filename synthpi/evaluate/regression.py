@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from ..core.checks import check_finite, positive, some_names
-from ..core.groups import group_codes, group_sums, multinomial_counts
+from ..core.groups import check_groups, group_codes, group_sums, multinomial_counts
 from ..core.seeds import seed_for
 from .intervals import jackknife_t
 
@@ -38,7 +38,7 @@ def _r2(true:np.ndarray, predicted:np.ndarray)->np.ndarray:
 
 # %% ../../nbs/evaluate/regression.ipynb #f998f454
 def _check_rows(x, y, groups):
-    x, y, groups = np.asarray(x, np.float64), np.asarray(y, np.float64), np.asarray(groups)
+    x, y, groups = np.asarray(x, np.float64), np.asarray(y, np.float64), check_groups(groups)
     bad = x.ndim != 2 or not x.size or y.ndim not in (1, 2)
     if bad or len(y) != len(x) or groups.shape != (len(x),):
         raise ValueError(
@@ -243,7 +243,7 @@ def position_scores(
 # %% ../../nbs/evaluate/regression.ipynb #39263fbe
 def _check_crops(h, position, groups, what:str):
     h, position = np.asarray(h, np.float64), np.asarray(position, np.float64)
-    groups = np.asarray(groups).astype(str)
+    groups = check_groups(groups).astype(str)
     matrices = all(x.ndim == 2 and x.size for x in (h, position))
     if not matrices or groups.ndim != 1 or not len(h) == len(position) == len(groups):
         raise ValueError(

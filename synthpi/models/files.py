@@ -15,8 +15,10 @@ __all__ = ['save_encoder', 'load_encoder']
 # %% ../../nbs/models/files.ipynb #f0a49ead
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from ..core.checks import some_names
 from ..core.files import read_safetensors, write_safetensors
 from .cards import check_card, write_card
 from .encoders import make_encoder
@@ -34,6 +36,68 @@ def save_encoder(
     write_safetensors(path, encoder.state_dict(), "synthpi-encoder-1", encoder=spec, about=about)
     if card: write_card(path)
 
+# %% ../../nbs/models/files.ipynb #58a77473
+_CHANNELS = 4096
+_ARGUMENTS = {"name", "in_channels", "spatial_dims", "norm", "config"}
+
+def _check_spec(path, spec, n):
+    "`ValueError` for a header that asks for what `save_encoder` does not write; `n` tensors"
+    def refuse(what):
+        raise ValueError(
+            f"the header of {path} asks for {what}; expected an encoder as save_encoder writes it. "
+            "It is not built. If you trust the file, build the module and give it: "
+            "load_encoder(path, encoder=...)."
+        )
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str): refuse("no encoder")
+    if more := sorted(spec.keys() - _ARGUMENTS): refuse(some_names(more, 5))
+    channels, (library, _, rest) = spec.get("in_channels", 3), spec["name"].partition(":")
+    if type(channels) is not int or not 1 <= channels <= _CHANNELS:
+        refuse(f"{channels!r:.40} channels, where 1 to {_CHANNELS} are possible")
+    if library == "timm" and not rest.replace("_", "").replace(".", "").isalnum():
+        refuse(f"{spec['name']!r}, which is no architecture of timm and could be fetched")
+    if library == "hf":
+        if not isinstance(spec.get("config"), dict) or not spec["config"]:
+            refuse(f"{spec['name']!r} without a configuration, which would be fetched")
+        if found := next(_strange(spec["config"], n), None): refuse(found)
+
+# %% ../../nbs/models/files.ipynb #8639d7c2
+_FETCHED = {"auto_map", "backbone", "use_pretrained_backbone", "use_timm_backbone", "quantization_config"}
+_COUNTS = ("layers", "depth", "stages", "blocks", "levels")
+
+def _strange(value, n, key="config"):
+    "What in a configuration could be fetched, or be larger than the file"
+    if key in ("id2label", "label2id"): return
+    if value and (key in _FETCHED or isinstance(value, str) and "/" in value):
+        yield f"{key}={value!r:.60}"
+    elif isinstance(value, dict):
+        for k, v in value.items(): yield from _strange(v, n, k)
+    elif isinstance(value, list):
+        for v in value: yield from _strange(v, n, key)
+    elif isinstance(value, (int, float)):
+        most = n if any(c in key for c in _COUNTS) else 10**6
+        if not -most <= value <= most: yield f"{key}={value!r:.40}"
+
+# %% ../../nbs/models/files.ipynb #bd88e133
+def _fill(path, encoder, state, spec, **options):
+    try: encoder.load_state_dict(state, **options)
+    except RuntimeError as e:
+        name = spec.get("custom") or spec["name"]
+        raise ValueError(
+            f"the weights in {path} ({name}) do not fit the {type(encoder).__name__}: "
+            f"{' '.join(str(e).split())[:400]}"
+        ) from e
+
+def _build(path, spec, state):
+    "The encoder of a header, whose weights are those of the file"
+    _check_spec(path, spec, len(state))
+    # the networks of timm are as large as their names say
+    if not spec["name"].startswith("timm:"):
+        with torch.device("meta"): hollow = make_encoder(**spec)
+        _fill(path, hollow, state, spec, assign=True)
+    encoder = make_encoder(**spec)
+    _fill(path, encoder, state, spec)
+    return encoder
+
 # %% ../../nbs/models/files.ipynb #2b68fbb8
 def load_encoder(
     path:str|Path, # A file written by `save_encoder`
@@ -48,13 +112,7 @@ def load_encoder(
             f"{path} holds the weights of a module of the class {spec['custom']}, which its "
             f"header cannot build: load_encoder(path, encoder={spec['custom']}(...))."
         )
-    if encoder is None: encoder = make_encoder(**spec)
-    try: encoder.load_state_dict(state)
-    except RuntimeError as e:
-        name = spec.get("custom") or spec["name"]
-        raise ValueError(
-            f"the weights in {path} ({name}) do not fit the {type(encoder).__name__}: "
-            f"{' '.join(str(e).split())[:400]}"
-        ) from e
+    if encoder is None: encoder = _build(path, spec, state)
+    else: _fill(path, encoder, state, spec)
     encoder.about = facts["about"]
     return encoder.eval().requires_grad_(False).to(device)

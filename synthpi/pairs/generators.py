@@ -19,6 +19,7 @@ __all__ = ['NETWORKS', 'check_scale', 'ModuleGenerator', 'make_unet', 'make_resn
            'load_generator']
 
 # %% ../../nbs/pairs/generators.ipynb #b9664a17
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from ..core.checks import at_least
+from ..core.checks import at_least, some_names
 from ..core.files import fingerprint, read_safetensors, write_safetensors
 from ..core.seeds import import_late
 from .foreign import Network, ResNet
@@ -214,22 +215,13 @@ def _read_own(path, device, settings, given):
         raise ValueError(
             f"got {', '.join(given)} for {path}, which holds its own settings; expected none."
         )
-    module = _build(path, dict(facts["module"]))
-    module.load_state_dict(state)
+    module = _build(path, facts["module"], state)
     settings = _joined_settings(path, facts["settings"], **settings)
     generator = ModuleGenerator(module.requires_grad_(False).to(device), **settings)
     generator.about = facts["about"]
     return generator
 
 # %% ../../nbs/pairs/generators.ipynb #228c574c
-def _build(path, spec):
-    name = spec.pop("name", None)
-    if name in NETWORKS: return NETWORKS[name](**spec)
-    raise ValueError(
-        f"{path} holds a network called {name!r}, and this version builds "
-        f"{', '.join(NETWORKS)}: update synthpi."
-    )
-
 def _joined_settings(path, settings, um_per_px, training_ids, name, licence):
     "Settings of a file, completed by those of the call"
     own = settings["um_per_px"]
@@ -244,6 +236,45 @@ def _joined_settings(path, settings, um_per_px, training_ids, name, licence):
         "name": name or settings["name"],
         "licence": licence or settings.get("licence"),
     }
+
+# %% ../../nbs/pairs/generators.ipynb #6bbd32d8
+def _check_spec(path, spec, n):
+    "`ValueError` for a header that save_generator does not write; `n` tensors"
+    name = spec.get("name") if isinstance(spec, dict) else None
+    if name not in NETWORKS:
+        raise ValueError(
+            f"{path} holds a network called {name!r}, and this version builds "
+            f"{', '.join(NETWORKS)}: update synthpi."
+        )
+    known, settings = inspect.signature(NETWORKS[name]).parameters, {**spec}
+    del settings["name"]
+    most = {"width": 4096, "blocks": n, "out_channels": 3}
+    bad = [
+        f"{k}={v!r:.40}" for k, v in settings.items()
+        if k not in known or not isinstance(v, int) or not 0 <= v <= most.get(k, 1)
+    ]
+    if bad:
+        raise ValueError(
+            f"the header of {path} asks for a {name} with {some_names(bad, 5)}; expected one as "
+            "save_generator writes it. It is not built."
+        )
+    return name, settings
+
+def _fill(path, name, module, state, **options):
+    try: module.load_state_dict(state, **options)
+    except RuntimeError as e:
+        raise ValueError(
+            f"the weights in {path} do not fit the {name} of its header: "
+            f"{' '.join(str(e).split())[:400]}"
+        ) from e
+    return module
+
+def _build(path, spec, state):
+    "The network of a header, with the weights of the file"
+    name, settings = _check_spec(path, spec, len(state))
+    with torch.device("meta"): hollow = NETWORKS[name](**settings)
+    _fill(path, name, hollow, state, assign=True)
+    return _fill(path, name, NETWORKS[name](**settings), state)
 
 # %% ../../nbs/pairs/generators.ipynb #3e33e0ea
 class ForeignGenerator(ModuleGenerator):

@@ -3,9 +3,10 @@
 Networks are handed on as PyTorch files, as TorchScript, as ONNX graphs, as folders of a diffusion
 pipeline, or as an object in the same program. `read_network` opens each of them and says what it
 found. None is opened by unpickling: a pickle is a program, and a file of weights from somewhere
-else should not be able to run one. A PyTorch file is read by PyTorch's reader for weights alone,
-TorchScript is a language of its own without access to Python, ONNX is a graph, and of a pipeline
-only safetensors are taken.
+else should not be able to run one. A PyTorch file is read by PyTorch's reader for weights alone.
+TorchScript and ONNX are programs too, so they are read before they run, and run only if they do
+nothing but compute (see `synthpi.pairs.graphs`). Of a pipeline only safetensors are taken. A module, a
+pipeline object or a function is code of the caller, and is run as it is.
 
 **Synthetic images are training aids, not findings**, whoever has trained the generator.
 
@@ -18,7 +19,6 @@ __all__ = ['Adapted', 'as_range', 'file_kind', 'read_weights', 'read_network']
 
 # %% ../../nbs/pairs/runtimes.ipynb #eb185382
 import hashlib
-import importlib
 import inspect
 import json
 import pickle
@@ -30,8 +30,9 @@ import torch
 from safetensors import safe_open, SafetensorError
 from torch import nn, Tensor
 
-from ..core.files import tensor_bytes
+from ..core.files import sha256_bytes, tensor_bytes
 from .foreign import Network, recognise
+from .graphs import need, read_onnx, read_script
 
 # %% ../../nbs/pairs/runtimes.ipynb #bdd1fc7b
 class Adapted(nn.Module):
@@ -46,30 +47,15 @@ class Adapted(nn.Module):
                 "take several images at once (the segmentation networks of DeepLIIF) need a "
                 "function that calls the others first: give that function instead."
             )
-        self.inner, self.channels, (self.takes, self.gives) = (
-            network.module,
-            network.channels,
-            network.range,
-        )
+        self.inner, self.channels = network.module, network.channels
+        self.takes, self.gives = network.range
 
     def forward(self, x): # `(B, 3, H, W)` in [0, 1] to `(B, 1 or 3, H, W)` in [0, 1]
         if self.channels == 1:
             x = (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
         low, high = self.takes
         y = self.inner(low + (high - low)*x)
-        if (
-            not isinstance(y, Tensor)
-            or y.ndim != 4
-            or len(y) != len(x)
-            or y.shape[1] not in (1, 3)
-            or y.shape[2:] != x.shape[2:]
-        ):
-            got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"type {type(y).__name__}"
-            raise ValueError(
-                f"the network gave {got} for images {tuple(x.shape)}; expected (B, 1 or 3, H, W) "
-                "of the same size: give multiple= (the sides that it can take), or a function "
-                "around it."
-            )
+        _check_shape(x, y)
         if self.gives == "logits": return y.float().sigmoid()
         low, high = self.gives
         slack = .02*(high - low)
@@ -80,28 +66,32 @@ class Adapted(nn.Module):
             )
         return ((y.float() - low)/(high - low)).clamp(0, 1)
 
+# %% ../../nbs/pairs/runtimes.ipynb #e287535f
+def _check_shape(x, y):
+    image = isinstance(y, Tensor) and y.ndim == 4 and len(y) == len(x) and y.shape[1] in (1, 3)
+    if image and y.shape[2:] == x.shape[2:]: return
+    got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"type {type(y).__name__}"
+    raise ValueError(
+        f"the network gave {got} for images {tuple(x.shape)}; expected (B, 1 or 3, H, W) "
+        "of the same size: give multiple= (the sides that it can take), or a function "
+        "around it."
+    )
+
+# %% ../../nbs/pairs/runtimes.ipynb #e29a8b41
+def _is_pair(p):
+    numbers = isinstance(p, (tuple, list)) and all(isinstance(v, (int, float)) for v in p)
+    return numbers and len(p) == 2 and p[0] < p[1]
+
 def as_range(
     # `(low, high)` for both sides, or `(taken, given)` with a pair, or "logits" for what is given
     given,
 )->tuple: # `((low, high), (low, high) or "logits")`
     "The values that a network takes and gives, from either way of writing them."
-    def pair(p):
-        return (
-            isinstance(p, (tuple, list))
-            and len(p) == 2
-            and all(isinstance(v, (int, float)) for v in p)
-            and p[0] < p[1]
-        )
-    if pair(given): return (tuple(map(float, given)),)*2
-    if (
-        isinstance(given, (tuple, list))
-        and len(given) == 2
-        and pair(given[0])
-        and (given[1] == "logits" or pair(given[1]))
-    ):
-        return tuple(map(float, given[0])), given[1] if given[1] == "logits" else tuple(
-            map(float, given[1])
-        )
+    if _is_pair(given): return (tuple(map(float, given)),)*2
+    if isinstance(given, (tuple, list)) and len(given) == 2 and _is_pair(given[0]):
+        takes, gives = given
+        if gives == "logits": return tuple(map(float, takes)), gives
+        if _is_pair(gives): return tuple(map(float, takes)), tuple(map(float, gives))
     raise ValueError(
         f"got range={given!r}, expected (low, high), ((low, high), (low, high)), or ((low, "
         "high), 'logits')."
@@ -114,30 +104,37 @@ _CONVERT = (
     "TorchScript by torch.jit.trace(network.eval(), example).save('generator.pt')."
 )
 
+def _in_zip(path):
+    with zipfile.ZipFile(path) as z: names = z.namelist()
+    code = any("/code/" in n for n in names)
+    return "torchscript" if code and any(n.endswith("/constants.pkl") for n in names) else "torch"
+
 def file_kind(
     path:Path, # An existing file or folder
 )->str|None: # "torchscript", "torch", "onnx", "safetensors", "pipeline", "synthpi", or None
     "What kind of file it is, by its content; for ONNX, which has no mark, by its name."
     if path.is_dir(): return "pipeline" if (path/"model_index.json").is_file() else None
     with open(path, "rb") as f: head = f.read(8)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z: names = z.namelist()
-        return (
-            "torchscript"
-            if any("/code/" in n for n in names)
-            and any(n.endswith("/constants.pkl") for n in names)
-            else "torch"
-        )
+    if zipfile.is_zipfile(path): return _in_zip(path)
     if head[:4] == b"PK\3\4" or head[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"):
         return "torch"
     if path.suffix.lower() == ".onnx": return "onnx"
     try:
         with safe_open(str(path), "pt") as f: header = f.metadata() or {}
     except (SafetensorError, OSError): return None
+    ours = "synthpi" in header or header.get("format", "").startswith("synthpi-")
+    return "synthpi" if ours else "safetensors"
+
+# %% ../../nbs/pairs/runtimes.ipynb #fc480f97
+def _refused(path, error):
+    "Why a PyTorch file is not opened, with what to do"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if not isinstance(error, pickle.UnpicklingError):
+        return f"{path} is not a whole PyTorch file ({lines[0][:160]}): copy or download it again."
+    telling = (n.strip() for n in lines if "GLOBAL" in n or "Unsupported" in n)
     return (
-        "synthpi"
-        if "synthpi" in header or header.get("format", "").startswith("synthpi-")
-        else "safetensors"
+        f"{path} holds more than weights and is not opened, because a pickle can run code "
+        f"({next(telling, lines[0])[:160]}). {_CONVERT}"
     )
 
 def read_weights(
@@ -148,178 +145,13 @@ def read_weights(
     if kind == "safetensors":
         with safe_open(str(path), "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
     try: found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        reason = next(
-            (
-                line.strip()
-                for line in str(e).splitlines()
-                if "GLOBAL" in line or "Unsupported" in line
-            ),
-            str(e).strip().splitlines()[0],
-        )
-        raise ValueError(
-            f"{path} holds more than weights and is not opened, because a pickle can run code "
-            f"({reason[:160]}). {_CONVERT}"
-        ) from None
-    # the reader for weights alone stops at damage with whatever its bytes lead it to
-    except Exception as e:
-        raise ValueError(
-            f"{path} is not a whole PyTorch file "
-            f"({str(e).strip().splitlines()[0][:160] if str(e) else type(e).__name__}): copy or "
-            "download it again."
-        ) from e
+    except Exception as e: raise ValueError(_refused(path, e)) from None
     if not isinstance(found, dict):
         raise ValueError(
             f"{path} holds a {type(found).__name__}; expected the weights of a network by name "
             "(`network.state_dict()`)."
         )
     return found
-
-# %% ../../nbs/pairs/runtimes.ipynb #b7b85c85
-def _script(path, device, **options):
-    try:
-        module = torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as e:
-        raise ValueError(
-            f"{path} is not a whole TorchScript file ({str(e).strip().splitlines()[0][:160]}): "
-            "copy or download it again."
-        ) from e
-    content = hashlib.sha256(path.read_bytes()).hexdigest()
-    try: known = recognise(dict(module.state_dict()), **options)
-    except ValueError: known = None
-    graph = module.inlined_graph
-    last = next(graph.outputs()).node().kind()
-    # else something stands around the network, perhaps the scaling of values
-    if known and "found under" not in known.facts and last.endswith("tanh"):
-        facts = {
-            "family": f"TorchScript of a {known.facts['family']}",
-            **{
-                k: v
-                for k, v in known.facts.items()
-                if k in ("levels", "blocks", "channels", "width")
-            },
-        }
-        return Network(
-            module,
-            facts,
-            known.channels,
-            known.multiple,
-            known.least,
-            known.range,
-            known.assumed[:1],
-            content=content,
-        )
-    weights = next((p for p in module.parameters() if p.ndim == 4), None)
-    channels = weights.shape[1] if weights is not None and weights.shape[1] in (1, 3) else 3
-    return Network(
-        module,
-        {"family": "TorchScript", "last operation": last, "takes": f"{channels} channels"},
-        channels,
-        32,
-        32,
-        _range_of(last.rpartition(":")[2]),
-        ["sides of multiples of 32 (give multiple=)"]
-        + ["values of [-1, 1] in, as its tanh gives out"] * last.endswith("tanh"),
-        content=content,
-    )
-
-def _range_of(last): return ((-1., 1.), (-1., 1.)) if last.lower().rstrip("_") == "tanh" else None
-
-class _Onnx(nn.Module):
-    """An ONNX graph as a module: one image at a time where its batch is fixed, channels last where
-    it wants them."""
-    def __init__(self, session):
-        super().__init__()
-        self.session, (self.feed,) = session, session.get_inputs()
-        if len(self.feed.shape) != 4:
-            raise ValueError(
-                f"the ONNX graph takes an input of shape {self.feed.shape}; expected four "
-                "dimensions (B, C, H, W)."
-            )
-        self.last = self.feed.shape[1] not in (1, 3) and self.feed.shape[3] in (1, 3)
-        b, *dims = self.feed.shape
-        self.channels, self.sides = (dims[2], dims[:2]) if self.last else (dims[0], dims[1:])
-        self.fixed = [n for n in self.sides if isinstance(n, int)]
-        if isinstance(b, int) and b > 1:
-            raise ValueError(
-                f"the ONNX graph takes {b} images at once only; expected one or any number: "
-                "export it with a dynamic batch."
-            )
-        self.one = b == 1
-        self.type = "float16" if "float16" in self.feed.type else "float32"
-
-    def forward(self, x):
-        if any(isinstance(n, int) and n != given for n, given in zip(self.sides, x.shape[2:])):
-            raise ValueError(
-                f"got the ONNX graph takes {self.sides[0]} x {self.sides[1]} pixels only, and images "
-                f"of {x.shape[2]} x {x.shape[3]} (at its resolution, padded): cut smaller "
-                "tiles."
-            )
-        given = (
-            (x.permute(0, 2, 3, 1) if self.last else x).contiguous().cpu().numpy().astype(self.type)
-        )
-        outs = [
-            torch.from_numpy(self.session.run(None, {self.feed.name: part})[0])
-            for part in ([given[i : i + 1] for i in range(len(given))] if self.one else [given])
-        ]
-        y = torch.cat(outs).float()
-        return (y.permute(0, 3, 1, 2) if self.last else y).to(x.device)
-
-def _onnx(path, device):
-    runtime = _need("onnxruntime", "to run ONNX files", "onnxruntime")
-    providers = ["CUDAExecutionProvider"]*str(device).startswith("cuda") + ["CPUExecutionProvider"]
-    try:
-        session = runtime.InferenceSession(str(path), providers=providers)
-    except Exception as e:
-        raise ValueError(
-            f"{path} is not an ONNX graph that onnxruntime can run "
-            f"({str(e).strip().splitlines()[0][:160]})."
-        ) from e
-    if len(session.get_inputs()) != 1:
-        raise ValueError(
-            f"the ONNX graph takes {len(session.get_inputs())} inputs "
-            f"({', '.join(i.name for i in session.get_inputs())}); expected one image."
-        )
-    module = _Onnx(session)
-    if len(set(module.fixed)) > 1:
-        raise ValueError(
-            f"the ONNX graph takes {module.sides[0]} x {module.sides[1]} pixels; expected equal "
-            "sides, or sides that are free: export it with dynamic axes."
-        )
-    side = module.fixed[0] if module.fixed else 32
-    try:
-        last = (
-            importlib.import_module("onnx")
-            .load(str(path), load_external_data=False)
-            .graph.node[-1]
-            .op_type
-        )
-    except ImportError:
-        last = "not read (onnx is not installed)"
-    facts = {
-        "family": "ONNX graph",
-        "input": f"{module.feed.name} {list(module.feed.shape)}",
-        "last operation": last,
-    }
-    assumed = ["values of [-1, 1] in, as its Tanh gives out"] * (last == "Tanh") + [
-        "sides of multiples of 32 (give multiple=)"
-    ] * (not module.fixed)
-    return Network(
-        module,
-        facts,
-        module.channels if isinstance(module.channels, int) else 3,
-        side,
-        side,
-        _range_of(last),
-        assumed,
-        content=hashlib.sha256(path.read_bytes()).hexdigest(),
-    )
-
-def _need(module, why, extra):
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise ImportError(f"{module} is needed {why}: pip install {extra}") from e
 
 # %% ../../nbs/pairs/runtimes.ipynb #498e8aff
 class _Diffusion(nn.Module):
@@ -330,31 +162,15 @@ class _Diffusion(nn.Module):
         self.pipe, self.seed, self.options = pipe, seed, {"prompt": "", **options}
         takes = inspect.signature(pipe.__call__).parameters
         self.takes = None if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else set(takes)
-        if self.takes is not None:
-            if lacks := {"image", "generator", "output_type"} - self.takes:
-                raise ValueError(
-                    f"got a {type(pipe).__name__} without {', '.join(sorted(lacks))}, "
-                    "expected an image-to-image pipeline whose noise can be seeded."
-                )
-            if unknown := set(options) - self.takes:
-                raise ValueError(
-                    f"got options {', '.join(sorted(unknown))}; the {type(pipe).__name__} "
-                    f"takes {', '.join(sorted(self.takes))}."
-                )
+        if self.takes is not None: _check_call(pipe, self.takes, options)
 
     def forward(self, x):
         n = len(x)
-        call = {
-            **self.options,
-            "image": x,
-            "generator": [torch.Generator().manual_seed(self.seed) for _ in range(n)],
-            "output_type": "pt",
-        }
-        call = {
-            k: [v] * n if k in ("prompt", "negative_prompt") and isinstance(v, str) else v
-            for k, v in call.items()
-            if self.takes is None or k in self.takes
-        }
+        noise = [torch.Generator().manual_seed(self.seed) for _ in range(n)]
+        call = {**self.options, "image": x, "generator": noise, "output_type": "pt"}
+        for k in {"prompt", "negative_prompt"} & call.keys():
+            if isinstance(call[k], str): call[k] = [call[k]]*n
+        call = {k: v for k, v in call.items() if self.takes is None or k in self.takes}
         out = self.pipe(**call)
         if any(flags := getattr(out, "nsfw_content_detected", None) or []):
             raise ValueError(
@@ -363,56 +179,129 @@ class _Diffusion(nn.Module):
             )
         return out.images.to(x)
 
+def _check_call(pipe, takes, options):
+    if lacks := {"image", "generator", "output_type"} - takes:
+        raise ValueError(
+            f"got a {type(pipe).__name__} without {', '.join(sorted(lacks))}, "
+            "expected an image-to-image pipeline whose noise can be seeded."
+        )
+    if unknown := set(options) - takes:
+        raise ValueError(
+            f"got options {', '.join(sorted(unknown))}; the {type(pipe).__name__} "
+            f"takes {', '.join(sorted(takes))}."
+        )
+
+# %% ../../nbs/pairs/runtimes.ipynb #a78e4e6c
+def _open_pipeline(folder):
+    diffusers = need("diffusers", "to run a diffusion pipeline", "'synthpi[diffusion]'")
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True
+        )
+    except OSError as e:
+        raise ValueError(
+            f"the pipeline in {folder} cannot be loaded from safetensors alone "
+            f"({str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__}). "
+            "Convert it where it was made: pipe.save_pretrained(folder, "
+            "safe_serialization=True)."
+        ) from e
+    if "image" in inspect.signature(pipe.__call__).parameters: return pipe
+    return diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+
+def _folder_bytes(folder):
+    for p in sorted(p for p in folder.rglob("*") if p.is_file()):
+        yield p.relative_to(folder).as_posix().encode()
+        with open(p, "rb") as f:
+            while block := f.read(2**24): yield block
+
+def _parts_bytes(pipe):
+    for name, part in sorted(pipe.components.items()):
+        yield name.encode()
+        if isinstance(part, nn.Module): yield from tensor_bytes(part.state_dict())
+        else:
+            config = dict(getattr(part, "config", None) or {})
+            yield json.dumps(config, sort_keys=True, default=str).encode()
+
+# %% ../../nbs/pairs/runtimes.ipynb #d8482dde
 def _diffusion(source, device, seed, options):
     settings, content = {"seed": seed, **(options or {})}, hashlib.sha256()
-    if isinstance(source, Path):
-        diffusers = _need("diffusers", "to run a diffusion pipeline", "'synthpi[diffusion]'")
-        try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                str(source), use_safetensors=True, local_files_only=True
-            )
-        except OSError as e:
-            raise ValueError(
-                f"the pipeline in {source} cannot be loaded from safetensors alone "
-                f"({str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__}). "
-                "Convert it where it was made: pipe.save_pretrained(folder, "
-                "safe_serialization=True)."
-            ) from e
-        if "image" not in inspect.signature(pipe.__call__).parameters:
-            pipe = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
-        for p in sorted(p for p in source.rglob("*") if p.is_file()):
-            content.update(p.relative_to(source).as_posix().encode())
-            with open(p, "rb") as f:
-                while block := f.read(2**24): content.update(block)
-    else:
-        pipe = source
-        for name, part in sorted(pipe.components.items()):
-            content.update(name.encode())
-            if isinstance(part, nn.Module):
-                for block in tensor_bytes(part.state_dict()):
-                    content.update(block)
-            else:
-                content.update(
-                    json.dumps(
-                        dict(getattr(part, "config", None) or {}), sort_keys=True, default=str
-                    ).encode()
-                )
+    folder = isinstance(source, Path)
+    pipe = _open_pipeline(source) if folder else source
+    for block in _folder_bytes(source) if folder else _parts_bytes(pipe): content.update(block)
     content.update(json.dumps(settings, sort_keys=True, default=str).encode())
     if hasattr(pipe, "set_progress_bar_config"): pipe.set_progress_bar_config(disable=True)
     multiple = getattr(pipe, "vae_scale_factor", 8)
-    module = _Diffusion(pipe.to(device), seed, options or {})
-    return Network(
-        module,
-        {"family": f"diffusion pipeline {type(pipe).__name__}", **settings},
-        3,
-        multiple,
-        8 * multiple,
-        ((0.0, 1.0), (0.0, 1.0)),
-        content=content.hexdigest(),
-    )
+    facts = {"family": f"diffusion pipeline {type(pipe).__name__}", **settings}
+    module, sides = _Diffusion(pipe.to(device), seed, options or {}), (multiple, 8*multiple)
+    return Network(module, facts, 3, *sides, _UNIT, content=content.hexdigest())
+
+_UNIT = ((0., 1.), (0., 1.))
 
 # %% ../../nbs/pairs/runtimes.ipynb #5cce1a47
-def read_network(  # noqa: C901 one branch a kind of file
+def _no_file(path):
+    "The error for a path that is no generator"
+    if not path.is_dir():
+        return ValueError(
+            f"{path} is no PyTorch, TorchScript, ONNX or safetensors file, or not a whole one: "
+            "copy or download it again."
+        )
+    kinds = (".pth", ".pt", ".onnx", ".safetensors")
+    files = sorted(p.name for p in path.iterdir() if p.suffix in kinds)
+    return ValueError(
+        f"{path} is a folder without a model_index.json and no pipeline; expected one generator: "
+        + (f"give one of its files ({', '.join(files[:5])})." if files else "give a file.")
+    )
+
+def _read_path(path, device, seed, options, told):
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no generator file at {path}: give the path of a file, or a module, pipeline or "
+            "function."
+        )
+    kind = file_kind(path)
+    if kind == "torchscript": return read_script(path, device, **told)
+    if kind == "onnx": return read_onnx(path, device)
+    if kind == "pipeline": return _diffusion(path, device, seed, options)
+    if kind not in ("torch", "safetensors"): raise _no_file(path)
+    network = recognise(read_weights(path, kind), **told)
+    network.module.to(device)
+    return network
+
+# %% ../../nbs/pairs/runtimes.ipynb #4d526a76
+class _Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+    def forward(self, x): return self.function(x)
+
+_ASSUMED = [
+    "values of [0, 1] on both sides (give range=)",
+    "sides of multiples of 16 (give multiple=)",
+]
+
+def _of_module(module, device):
+    weights = sum(p.numel() for p in module.parameters())
+    facts = {"family": f"module {type(module).__name__}", "weights": weights}
+    settings = {"module": sha256_bytes(repr(module).encode())}
+    return Network(module.to(device), facts, 3, 16, 32, _UNIT, [*_ASSUMED], settings)
+
+def _of_function(function, name):
+    if not isinstance(function, Callable):
+        raise TypeError(
+            f"got a {type(function).__name__}, expected a path, a module, a pipeline, or a "
+            "function from images to images."
+        )
+    if not name:
+        raise ValueError(
+            f"got the function {getattr(function, '__name__', type(function).__name__)} without a "
+            "name; a function has no weights to be told apart by in a cache: "
+            "give name='...', and another one when it changes."
+        )
+    facts, content = {"family": "function", "name": name}, sha256_bytes(name.encode())
+    return Network(_Function(function), facts, 3, 1, 1, _UNIT, _ASSUMED[:1], content=content)
+
+# %% ../../nbs/pairs/runtimes.ipynb #451b33e0
+def read_network(
     # Path of a file or pipeline folder; or a module, a pipeline, a function `(B, 3, H, W) -> (B, 1
     # or 3, H, W)`
     source,
@@ -425,81 +314,9 @@ def read_network(  # noqa: C901 one branch a kind of file
 )->Network: # Ready to run, with what was found
     "Any published network, by whatever it is handed on as."
     told = {k: v for k, v in told.items() if v is not None}
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"no generator file at {path}: give the path of a file, or a module, pipeline or "
-                "function."
-            )
-        kind = file_kind(path)
-        if kind == "torchscript": return _script(path, device, **told)
-        if kind == "onnx": return _onnx(path, device)
-        if kind == "pipeline": return _diffusion(path, device, seed, options)
-        if kind in ("torch", "safetensors"):
-            network = recognise(read_weights(path, kind), **told)
-            network.module.to(device)
-            return network
-        if path.is_dir():
-            files = sorted(
-                p.name
-                for p in path.iterdir()
-                if p.suffix in (".pth", ".pt", ".onnx", ".safetensors")
-            )
-            raise ValueError(
-                f"{path} is a folder without a model_index.json and no pipeline; expected one "
-                "generator: "
-                + (f"give one of its files ({', '.join(files[:5])})." if files else "give a file.")
-            )
-        raise ValueError(
-            f"{path} is no PyTorch, TorchScript, ONNX or safetensors file, or not a whole one: "
-            "copy or download it again."
-        )
+    if isinstance(source, (str, Path)): return _read_path(Path(source), device, seed, options, told)
     if isinstance(source, dict): return recognise(source, **told)
     if hasattr(source, "components") and callable(source):
         return _diffusion(source, device, seed, options)
-    if isinstance(source, nn.Module):
-        facts = {
-            "family": f"module {type(source).__name__}",
-            "weights": sum(p.numel() for p in source.parameters()),
-        }
-        return Network(
-            source.to(device),
-            facts,
-            3,
-            16,
-            32,
-            ((0.0, 1.0), (0.0, 1.0)),
-            [
-                "values of [0, 1] on both sides (give range=)",
-                "sides of multiples of 16 (give multiple=)",
-            ],
-            {"module": hashlib.sha256(repr(source).encode()).hexdigest()},
-        )
-    if not isinstance(source, Callable):
-        raise TypeError(
-            f"got a {type(source).__name__}, expected a path, a module, a pipeline, or a "
-            "function from images to images."
-        )
-    if not name:
-        raise ValueError(
-            f"got the function {getattr(source, '__name__', type(source).__name__)} without a "
-            "name; a function has no weights to be told apart by in a cache: "
-            "give name='...', and another one when it changes."
-        )
-    return Network(
-        _Function(source),
-        {"family": "function", "name": name},
-        3,
-        1,
-        1,
-        ((0.0, 1.0), (0.0, 1.0)),
-        ["values of [0, 1] on both sides (give range=)"],
-        content=hashlib.sha256(name.encode()).hexdigest(),
-    )
-
-class _Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-    def forward(self, x): return self.function(x)
+    if isinstance(source, nn.Module): return _of_module(source, device)
+    return _of_function(source, name)

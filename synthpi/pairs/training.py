@@ -17,6 +17,7 @@ __all__ = ['validate', 'validate_unpaired', 'translate_records', 'Training', 'ch
 
 # %% ../../nbs/pairs/training.ipynb #b853f019
 import io
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from fastcore.meta import delegates
 
 from ..core.checks import positive, Settings, setting
 from ..core.figures import show_images
-from ..core.files import atomic_path
+from ..core.files import atomic_path, remove_unfinished, sha256_bytes, tensor_bytes
 from ..core.images import to_rgb
 from ..core.seeds import seed_for, set_seed
 from .examples import Examples, kind_of, random_crops, read_examples
@@ -165,6 +166,30 @@ def _linear(steps):
     "One, and from the middle on a straight line to zero"
     return lambda step: min(1., 2*(1 - step/steps)) if step < steps else 0.
 
+# %% ../../nbs/pairs/training.ipynb #df2cf156
+def _checksum(kept):
+    "SHA-256 of the weights and of everything else"
+    best = {k: v for k, v in kept["best"].items() if k != "state"}
+    facts = json.dumps([best, kept["trace"], kept["run"]], sort_keys=True)
+    return sha256_bytes(facts.encode(), *tensor_bytes(kept["best"].get("state", {})))
+
+def _read_best(path):
+    "What the file of the best generator holds; `ValueError` if it is not what was written"
+    what = (
+        f"{path} is damaged: its content is not what was written. Restore it from a copy, or use "
+        "another run folder."
+    )
+    try: kept = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e: raise ValueError(what) from e
+    known = kept.pop("sha256", None)
+    if known is None:
+        warnings.warn(
+            f"{path} has no checksum, as an earlier version wrote it: it is taken as it is.",
+            stacklevel=3,
+        )
+    elif known != _checksum(kept): raise ValueError(what)
+    return kept
+
 # %% ../../nbs/pairs/training.ipynb #9b6b0997
 class _Choice:
     "The best generator so far, by its validation score; in the run folder, too, where there is one"
@@ -174,7 +199,7 @@ class _Choice:
         self.folder = Path(run_dir) if run_dir else None
         self.path = self.folder/"checkpoints"/"best.pt" if run_dir else None
         if not (self.path and self.path.exists()): return
-        kept = torch.load(self.path, weights_only=True)
+        kept = _read_best(self.path)
         _same_run(kept["run"], run, run_dir)
         self.best, self.trace = kept["best"], kept["trace"]
 
@@ -190,7 +215,8 @@ class _Choice:
         if not self.path or not trainer.accelerator.is_main_process: return
         whole = io.BytesIO()
         # to a file, torch would not say that the disk is full
-        torch.save({"best": self.best, "trace": self.trace, "run": self.run}, whole)
+        kept = {"best": self.best, "trace": self.trace, "run": self.run}
+        torch.save(kept | {"sha256": _checksum(kept)}, whole)
         with atomic_path(self.path) as tmp: tmp.write_bytes(whole.getvalue())
 
     @property
@@ -317,6 +343,7 @@ def _trainer(examples, objective, training, on_step):
         process = (trainer.accelerator.process_index, trainer.accelerator.num_processes)
         size = (training.crop, training.batch_size)
         return random_crops(examples, objective, *size, training.seed, start, process)
+    if training.run_dir: remove_unfinished(training.run_dir)        # left by a killed run
     set_seed(seed_for(training.seed, "generator"))
     model, steps = objective.model(training.crop), training.steps or 1000
     trainer = Trainer(

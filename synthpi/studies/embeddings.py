@@ -113,6 +113,7 @@ def _plan(s, volumes, out, overwrite):
     _refuse_out(out, overwrite)
     volumes = _volume_numbers(s.volumes, volumes)
     s.volumes.position(volumes[0], [[0., 0, 0]], s.frame)
+    s.volumes.check(volumes)
     return _Plan(s, volumes, sides, steps, *_label_rules(s.volumes, volumes, s.labels))
 
 def _facts(plan):

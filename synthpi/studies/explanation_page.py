@@ -113,6 +113,7 @@ def _maps_of(runs, sample, features, rows, asked, batch_size):
             pred[r.name] = r.probe(h).argmax(1).cpu().numpy()
     return what, maps, pred
 
+# %% ../../nbs/studies/explanation_page.ipynb #ba1b2bec
 def _volume_figures(report, sample, rows, maps):
     "Three planes of three crops, for each encoder."
     for n, m in maps.items():
@@ -138,6 +139,7 @@ def _image_figure(report, sample, rows, maps, pred):
         )
     report.figure(fig, "saliency", said, alt)
 
+# %% ../../nbs/studies/explanation_page.ipynb #60d1388b
 def _saliency_section(report, runs, sample, features, rows, asked, batch_size):
     "Figures, and the words for the target."
     what, maps, pred = _maps_of(runs, sample, features, rows, asked, batch_size)
@@ -212,6 +214,7 @@ def _separation(maps):
         for where, scores in (m.get(what) or {}).items()
     ]
 
+# %% ../../nbs/studies/explanation_page.ipynb #c6fcbc97
 def _map_figures(report, maps, sample, groups):
     "The maps, coloured by class, place and patient."
     if sample.labels is not None:
@@ -245,6 +248,7 @@ def _map_figures(report, maps, sample, groups):
             "Scatter plots of the images",
         )
 
+# %% ../../nbs/studies/explanation_page.ipynb #46ba2dc2
 def _map_section(report, runs, sample, features, seed):
     "Figures of the maps, and the maps"
     groups = sample.groups if 1 < len(set(sample.groups)) < len(sample.groups) else None

@@ -2,9 +2,9 @@
 
 Each function takes plain dictionaries and arrays, keyed by *arm* (one way to get an encoder:
 `trident`, `supervised`, `mean_rgb`, ...), and returns a Matplotlib `Figure`. Arms keep the order in
-which they are given, and one arm has one colour and one marker in every figure of a study. The
-colours stay apart for colour-blind readers, nothing rests on colour alone, and no text is smaller
-than 8 points.
+which they are given, and one arm has one colour and one marker in every figure of a study; `names`
+says what a reader calls it. The colours stay apart for colour-blind readers, nothing rests on colour
+alone, and no text is smaller than 8 points.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/figures.html.md"""
 
@@ -28,146 +28,118 @@ from ..core.images import to_rgb
 # %% ../../nbs/studies/figures.ipynb #862abce1
 _READABLE = {"position_r2": "R² of the place"}     # metrics whose key is no name for a reader
 
+def _said(arm, names):
+    "What a reader calls an arm."
+    return (names or {}).get(arm, arm)
+
+def _grid(n, ncols, size, more=(0, 0), **options):
+    "Figure and axes for `n` panels of `size` inches, `ncols` in a row, with `more` inches around."
+    ncols = min(ncols, n)
+    nrows = -(-n//ncols)
+    figsize = (size[0]*ncols + more[0], size[1]*nrows + more[1])
+    fig, axes = plt.subplots(
+        nrows, ncols, figsize=figsize, squeeze=False, layout="constrained", **options
+    )
+    for ax in axes.flat[n:]: ax.set_visible(False)
+    return fig, axes
+
 # %% ../../nbs/studies/figures.ipynb #a628e102
+_TERMS = ("loss", "invariance", "variance", "covariance")
+
+def _draw_term(ax, histories, term, look, smooth, names):
+    "The smoothed curves of one term."
+    for k, (arm, h) in enumerate(histories.items()):
+        if term not in h: continue
+        y = h[term].rolling(max(1, round(smooth*len(h))), min_periods=1).mean()
+        # a hinge that is fully met is zero, which has no place on this axis
+        y = y[y > 0]
+        if y.empty: continue
+        line = dict(color=look[arm][0], marker=look[arm][1], markersize=5, linewidth=1.4)
+        every = (.04 + .03*k, .3)
+        ax.plot(h["step"][y.index], y, markevery=every, label=_said(arm, names), **line)
+
+def _log_axis(ax):
+    "A logarithmic axis with ticks that suit the range of what is drawn."
+    drawn = np.concatenate([line.get_ydata() for line in ax.lines] or [[1.]])
+    low, high = drawn.min(), drawn.max()
+    steps = (1, 2, 3, 4, 6) if high < 8*low else (1, 3) if high < 500*low else (1,)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=steps))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+
+# %% ../../nbs/studies/figures.ipynb #81880d4b
 def plot_losses(
     # Arm to its history: `step` and any of `loss`, `invariance`, `variance`, `covariance`
     histories:Mapping[str, pd.DataFrame],
     smooth:float=.05, # Running mean, as a fraction of the run
+    names:Mapping[str, str]|None=None, # Arm to its name for readers
 )->Figure: # The figure, not shown
     "Training curves, a panel for the loss and for each of its terms, on logarithmic axes."
     check_arms(histories, "histories")
-    terms = [
-        t
-        for t in ("loss", "invariance", "variance", "covariance")
-        if any(t in h for h in histories.values())
-    ]
+    terms = [t for t in _TERMS if any(t in h for h in histories.values())]
     look = arm_looks(histories)
     with plt.rc_context(HOUSE_STYLE):
-        ncols = min(2, len(terms))
-        nrows = -(-len(terms) // ncols)
-        fig, axes = plt.subplots(
-            nrows,
-            ncols,
-            figsize=(3.8 * ncols, 2.1 * nrows + 0.6),
-            squeeze=False,
-            layout="constrained",
-            sharex=True,
-        )
+        fig, axes = _grid(len(terms), 2, (3.8, 2.1), (0, .6), sharex=True)
         for ax, term in zip(axes.flat, terms):
-            for k, (arm, h) in enumerate(histories.items()):
-                if term not in h:
-                    continue
-                window = max(1, round(smooth * len(h)))
-                y = h[term].rolling(window, min_periods=1).mean()
-                # a hinge that is fully met is zero, which has no place on this axis
-                y = y[y > 0]
-                if y.empty:
-                    continue
-                ax.plot(
-                    h["step"][y.index],
-                    y,
-                    color=look[arm][0],
-                    marker=look[arm][1],
-                    markevery=(0.04 + 0.03 * k, 0.3),
-                    markersize=5,
-                    linewidth=1.4,
-                    label=arm,
-                )
-            drawn = np.concatenate([[1.0], *(line.get_ydata() for line in ax.lines)])[
-                bool(ax.lines) :
-            ]
-            low, high = drawn.min(), drawn.max()
-            steps = (1, 2, 3, 4, 6) if high < 8 * low else (1, 3) if high < 500 * low else (1,)
+            _draw_term(ax, histories, term, look, smooth, names)
+            _log_axis(ax)
             ax.set_title(term, loc="left")
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=steps))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_locator(NullLocator())
-        for ax in axes[-1]:
-            ax.set_xlabel("step")
-        for ax in list(axes.flat)[len(terms) :]:
-            ax.set_visible(False)
-        handles = {
-            label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())
-        }
-        fig.legend(
-            handles.values(),
-            handles,
-            loc="outside lower center",
-            ncols=min(3, len(handles)),
-            frameon=False,
-        )
+        for ax in axes[-1]: ax.set_xlabel("step")
+        drawn = (zip(*ax.get_legend_handles_labels()) for ax in axes.flat)
+        lines = {label: line for panel in drawn for line, label in panel}
+        below = dict(loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
+        fig.legend(lines.values(), lines, **below)
     plt.close(fig)
     return fig
 
-# %% ../../nbs/studies/figures.ipynb #eac407d9
+# %% ../../nbs/studies/figures.ipynb #1d0778db
 def _metric(entry, key):
     "`(mean, lo, hi, per_seed)` of a metric, given the arm's record or the metric itself."
     m = entry.get(key, entry)
     lo, hi = m.get("ci") or (m["mean"], m["mean"])
     return m["mean"], lo, hi, m.get("per_seed") or []
 
-def _interval(ax, x, y, look, label=None):
-    mean, lo, hi, _ = x
-    ax.plot([lo, hi], [y, y], color=look[0], linewidth=2, solid_capstyle="butt", zorder=2)
-    ax.plot(
-        mean,
-        y,
-        look[1],
-        color=look[0],
-        markersize=7.5,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        zorder=3,
-        label=label,
-    )
+def _interval(ax, x, y, look):
+    "Mean and interval on the line at `y`."
+    (mean, lo, hi, _), (colour, marker) = x, look
+    ax.plot([lo, hi], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
+    dot = dict(markersize=7.5, markeredgecolor="white", markeredgewidth=.8, zorder=3)
+    ax.plot(mean, y, marker, color=colour, **dot)
 
-# %% ../../nbs/studies/figures.ipynb #2dc31c14
+def _chance(ax, chance):
+    "A dashed line where chance is."
+    ax.axvline(chance, color="#444444", linestyle="--", linewidth=1)
+    place = dict(xycoords=("data", "axes fraction"), va="bottom", ha="center")
+    ax.annotate(" chance", (chance, 1), fontsize=8, color="#444444", **place)
+
+# %% ../../nbs/studies/figures.ipynb #eac407d9
 def plot_accuracy(
     arms:Mapping[str, Mapping], # Arm to its record in `results.json`
     # Accuracy of chance; one over the number of classes in `per_class_recall` if None
     chance:float|None=None,
     key:str="accuracy", # Which metric of the record
+    names:Mapping[str, str]|None=None, # Arm to its name for readers
 )->Figure: # The figure, not shown
     "A metric with its interval, one arm per row, in the order given."
     check_arms(arms, "records")
     look = arm_looks(arms)
-    if chance is None:
-        chance = next(
-            (1 / len(a["per_class_recall"]) for a in arms.values() if a.get("per_class_recall")),
-            None,
-        )
+    classes = [len(a["per_class_recall"]) for a in arms.values() if a.get("per_class_recall")]
+    if chance is None and classes: chance = 1/classes[0]
     with plt.rc_context(HOUSE_STYLE):
-        fig, ax = plt.subplots(figsize=(7, 0.38 * len(arms) + 0.9), layout="constrained")
+        fig, ax = plt.subplots(figsize=(7, .38*len(arms) + .9), layout="constrained")
+        right = dict(xycoords=("axes fraction", "data"), va="center", fontsize=9)
         for y, (arm, entry) in enumerate(arms.items()):
             m = _metric(entry, key)
             _interval(ax, m, y, look[arm])
-            ax.plot(m[3], np.full(len(m[3]), y + 0.25), "|", color=look[arm][0], markersize=5)
-            ax.annotate(
-                f"{m[0]:.2f}",
-                (1.01, y),
-                xycoords=("axes fraction", "data"),
-                va="center",
-                fontsize=9,
-            )
-        if chance is not None:
-            ax.axvline(chance, color="#444444", linestyle="--", linewidth=1)
-            ax.annotate(
-                " chance",
-                (chance, 1),
-                xycoords=("data", "axes fraction"),
-                va="bottom",
-                ha="center",
-                fontsize=8,
-                color="#444444",
-            )
-        ax.set_yticks(range(len(arms)), arms)
-        ax.set_ylim(len(arms) - 0.4, -0.6)
+            ax.plot(m[3], np.full(len(m[3]), y + .25), "|", color=look[arm][0], markersize=5)
+            ax.annotate(f"{m[0]:.2f}", (1.01, y), **right)
+        if chance is not None: _chance(ax, chance)
+        ax.set_yticks(range(len(arms)), [_said(arm, names) for arm in arms])
+        ax.set_ylim(len(arms) - .4, -.6)
         ax.grid(axis="y", visible=False)
-        ax.set_xlabel(
-            f"{_READABLE.get(key, key.replace('_', ' '))} (dot: mean, bar: 95 % interval, ticks: "
-            "seeds)"
-        )
+        said = _READABLE.get(key, key.replace("_", " "))
+        ax.set_xlabel(f"{said} (dot: mean, bar: 95 % interval, ticks: seeds)")
     plt.close(fig)
     return fig
 
@@ -176,33 +148,26 @@ def plot_augmentation(
     # Arm to `{"weak": record or metric, "strong": ...}`; a setting may be missing
     by_augmentation:Mapping[str, Mapping],
     key:str="accuracy", # Which metric of the record
+    names:Mapping[str, str]|None=None, # Arm to its name for readers
 )->Figure: # The figure, not shown
     "A metric at each augmentation setting, one line per arm."
     check_arms(by_augmentation, "settings")
-    look, settings = (
-        arm_looks(by_augmentation),
-        list(dict.fromkeys(s for a in by_augmentation.values() for s in a)),
-    )
+    look = arm_looks(by_augmentation)
+    settings = list(dict.fromkeys(s for a in by_augmentation.values() for s in a))
+    dots = dict(linewidth=1, markersize=7.5, markeredgecolor="white")
     with plt.rc_context(HOUSE_STYLE):
-        fig, ax = plt.subplots(figsize=(1.6 * len(settings) + 1.4, 3.2), layout="constrained")
+        fig, ax = plt.subplots(figsize=(1.6*len(settings) + 1.4, 3.2), layout="constrained")
         for k, (arm, values) in enumerate(by_augmentation.items()):
-            shift = 0.06 * (k - (len(by_augmentation) - 1) / 2)
-            points = [(settings.index(s) + shift, _metric(v, key)) for s, v in values.items()]
+            shift = .06*(k - (len(by_augmentation) - 1)/2)
+            at = [settings.index(s) + shift for s in values]
+            found = [_metric(v, key) for v in values.values()]
             colour, marker = look[arm]
-            for x, (_, lo, hi, _) in points:
+            for x, (_, lo, hi, _) in zip(at, found):
                 ax.plot([x, x], [lo, hi], color=colour, linewidth=2, solid_capstyle="butt")
-            ax.plot(
-                [x for x, _ in points],
-                [m[0] for _, m in points],
-                marker=marker,
-                color=colour,
-                linewidth=1,
-                markersize=7.5,
-                markeredgecolor="white",
-                label=arm,
-            )
+            means = [m[0] for m in found]
+            ax.plot(at, means, marker=marker, color=colour, label=_said(arm, names), **dots)
         ax.set_xticks(range(len(settings)), settings)
-        ax.set_xlim(-0.5, len(settings) - 0.5)
+        ax.set_xlim(-.5, len(settings) - .5)
         ax.grid(axis="x", visible=False)
         ax.set_xlabel("augmentation")
         ax.set_ylabel(f"{key.replace('_', ' ')}, 95 % interval")
@@ -211,54 +176,61 @@ def plot_augmentation(
     return fig
 
 # %% ../../nbs/studies/figures.ipynb #4d46096a
+def _draw_recall(ax, recall, name, look):
+    "The bars of one class; a dash for an arm that has none."
+    values = [recall[arm].get(name) for arm in recall]
+    lengths = [np.nan if v is None else v for v in values]
+    ax.barh(range(len(recall)), lengths, color=[look[arm][0] for arm in recall], height=.72)
+    for y, v in enumerate(values):
+        ax.annotate("–" if v is None else f" {v:.2f}", (v or 0, y), va="center", fontsize=8)
+    ax.set_title(name, loc="left")
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+
 def plot_recall(
     recall:Mapping[str, Mapping[str, float]], # Arm to class to recall
     classes:Sequence[str], # Class names, in order
     ncols:int=3, # Panels per row
+    names:Mapping[str, str]|None=None, # Arm to its name for readers
 )->Figure: # The figure, not shown
     "Bars of recall, one panel per class, one bar per arm."
     check_arms(recall, "recalls")
-    look, ncols = arm_looks(recall), min(ncols, len(classes))
-    nrows = -(-len(classes)//ncols)
+    look, size = arm_looks(recall), (1.9, .2*len(recall) + .45)
     with plt.rc_context(HOUSE_STYLE):
-        fig, axes = plt.subplots(
-            nrows,
-            ncols,
-            figsize=(1.9 * ncols + 1.6, (0.2 * len(recall) + 0.45) * nrows + 0.3),
-            squeeze=False,
-            sharex=True,
-            sharey=True,
-            layout="constrained",
-        )
-        for ax, name in zip(axes.flat, classes):
-            values = [recall[arm].get(name) for arm in recall]
-            ax.barh(
-                range(len(recall)),
-                [np.nan if v is None else v for v in values],
-                color=[look[arm][0] for arm in recall],
-                height=0.72,
-            )
-            for y, v in enumerate(values):
-                ax.annotate("–" if v is None else f" {v:.2f}", (v or 0, y), va="center", fontsize=8)
-            ax.set_title(name, loc="left")
-            ax.grid(axis="y", visible=False)
-            ax.tick_params(axis="y", length=0)
-        for ax in list(axes.flat)[len(classes) :]:
-            ax.set_visible(False)
+        fig, axes = _grid(len(classes), ncols, size, (1.6, .3), sharex=True, sharey=True)
+        for ax, name in zip(axes.flat, classes): _draw_recall(ax, recall, name, look)
         ax = axes[0, 0]
-        ax.set_yticks(range(len(recall)), recall)
-        ax.set_ylim(len(recall) - 0.4, -0.6)
+        ax.set_yticks(range(len(recall)), [_said(arm, names) for arm in recall])
+        ax.set_ylim(len(recall) - .4, -.6)
         ax.set_xlim(0, 1.22)
-        ax.set_xticks([0, 0.5, 1])
+        ax.set_xticks([0, .5, 1])
         fig.supxlabel("recall", fontsize=9)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/studies/figures.ipynb #bb582bd0
+_FRAMED = {**HOUSE_STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
+
+def _draw_matrix(ax, m, classes):
+    "One matrix with its counts."
+    m, n = np.asarray(m), len(classes)
+    share = m/np.maximum(m.sum(1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    middle = dict(ha="center", va="center", fontsize=8)
+    for i, j in zip(*np.nonzero(m)):
+        ax.text(j, i, f"{m[i, j]:g}", color="white" if share[i, j] > .55 else "#1A1A1A", **middle)
+    ax.set_xticks(range(n), classes, rotation=90)
+    ax.set_yticks(range(n), classes)
+    ax.tick_params(length=0)
+    ax.set_xlabel("predicted")
+    ax.set_ylabel("true")
+
+# %% ../../nbs/studies/figures.ipynb #5d2c7137
 def plot_confusion(
     matrices:Mapping[str, np.ndarray], # Arm to counts `(n, n)`: rows true, columns predicted
     classes:Sequence[str], # Class names, in order
     ncols:int=2, # Matrices per row
+    names:Mapping[str, str]|None=None, # Arm to its name for readers
 )->Figure: # The figure, not shown
     "Confusion matrices: the number is a count, the shade the share of its row."
     check_arms(matrices, "matrices")
@@ -268,41 +240,13 @@ def plot_confusion(
             raise ValueError(
                 f"the matrix of {arm} has shape {np.shape(m)}; expected ({n}, {n}) for {n} classes."
             )
-    ncols = min(ncols, len(matrices))
-    nrows = -(-len(matrices) // ncols)
     side = max(.34*n + .5, 1.8)
-    with plt.rc_context(
-        {**HOUSE_STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
-    ):
-        fig, axes = plt.subplots(
-            nrows,
-            ncols,
-            figsize=((side + 0.5) * ncols, (side + 0.9) * nrows),
-            squeeze=False,
-            layout="constrained",
-        )
-        for ax in list(axes.flat)[len(matrices) :]:
-            ax.set_visible(False)
+    with plt.rc_context(_FRAMED):
+        fig, axes = _grid(len(matrices), ncols, (side + .5, side + .9))
         for ax, (arm, m) in zip(axes.flat, matrices.items()):
-            m = np.asarray(m)
-            share = m / np.maximum(m.sum(1, keepdims=True), 1)
-            ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-            for i, j in zip(*np.nonzero(m)):
-                ax.text(
-                    j,
-                    i,
-                    f"{m[i, j]:g}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if share[i, j] > 0.55 else "#1A1A1A",
-                )
-            ax.set_xticks(range(n), classes, rotation=90)
-            ax.set_yticks(range(n), classes)
-            ax.tick_params(length=0)
-            ax.set_xlabel("predicted")
-            ax.set_ylabel("true")
-            ax.set_title(f"{arm}\n{np.trace(m) / max(m.sum(), 1):.2f} on the diagonal")
+            _draw_matrix(ax, m, classes)
+            right = np.trace(m)/max(np.sum(m), 1)
+            ax.set_title(f"{_said(arm, names)}\n{right:.2f} on the diagonal")
     plt.close(fig)
     return fig
 
@@ -317,16 +261,14 @@ def pair_gallery(
     "Each image above its privileged image."
     if not len(primary) or len(primary) != len(privileged):
         raise ValueError(
-            f"got {len(primary)} primary and {len(privileged)} privileged images, expected as "
-            "many of one as of the other, "
-            "and at least one."
+            f"got {len(primary)} primary and {len(privileged)} privileged images, expected as many "
+            "of one as of the other, and at least one."
         )
     ncols = min(ncols, len(primary))
-    nrows = -(-len(primary) // ncols)
+    nrows = -(-len(primary)//ncols)
+    figsize = (size*ncols + .2, (2*size + .25)*nrows)
     with plt.rc_context(HOUSE_STYLE):
-        fig, axes = plt.subplots(
-            2 * nrows, ncols, figsize=(size * ncols + 0.2, (2 * size + 0.25) * nrows), squeeze=False
-        )
+        fig, axes = plt.subplots(2*nrows, ncols, figsize=figsize, squeeze=False)
         for ax in axes.flat: ax.axis("off")
         for i, pair in enumerate(zip(primary, privileged)):
             for k, image in enumerate(pair):

@@ -18,40 +18,32 @@ Docs: https://synthpi.github.io/synthpi/nbs/studies/generator.html.md"""
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'make_objective', 'read_training_images', 'kept_for_test', 'GeneratorInputs', 'read_generator_inputs',
-           'tested_on', 'plot_evaluations', 'Made', 'train_generator']
+           'Made', 'train_generator']
 
 # %% ../../nbs/studies/generator.ipynb #1ca6dfad
 import inspect
-import json
 import shutil
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
-from datasets import Dataset, Image as ImageFeature
-from filelock import FileLock, Timeout
+from datasets import Dataset
 
 import synthpi
 from ..core.checks import one_of
-from ..core.figures import show_images
-from ..core.files import fingerprint, write_json
-from ..core.runs import choose_device, claim_folder, environment
+from ..core.files import read_json, write_json
+from ..core.runs import choose_device, claim_folder, environment, EVERY_BYTE, hold_folder
 from ..core.seeds import seed_for
 from ..data.folders import image_folder, pair_folders
-from ..data.splits import assert_disjoint, check_images
+from ..data.splits import assert_disjoint, check_images, set_hash
 from ..pairs.examples import hold_out, kind_of, read_examples
 from ..pairs.generators import load_generator, ModuleGenerator, NETWORKS, save_generator
 from ..pairs.objectives import CUT, CycleGAN, Objective, Pix2Pix, Regression
-from ..pairs.quality import pair_quality, Quality, worst_pairs
+from ..pairs.quality import pair_quality, Quality
 from ..pairs.training import check_training, fit_generator, translate_records
+from .generator_page import _write_report
 from .generator_settings import GeneratorSettings
-from .page import Report
 from ..train.processes import make_accelerator
-from ..train.watch import plot_history
 
 # %% ../../nbs/studies/generator.ipynb #3b90e276
 # by their names on the command line
@@ -176,20 +168,9 @@ def _refuse_tests(tests, tested, aim):
                 "the measures need: give test=0 (--test 0) to leave the test out."
             )
 
-def _content(ds):
-    "A hash of the stored bytes of all images."
-    sha = sha256()
-    for column in [c for c in ("primary", "privileged") if c in ds.column_names]:
-        for v in ds.cast_column(column, ImageFeature(decode=False))[column]:
-            sha.update(v["bytes"] if v["bytes"] is not None else Path(v["path"]).read_bytes())
-    return sha.hexdigest()
-
 def _names(ds):
-    "A fingerprint of names, groups and contents."
-    if ds is None: return None
-    return fingerprint(
-        sorted(zip((Path(p).name for p in ds["path"]), ds["group"])), [_content(ds)]
-    )
+    "A fingerprint of names, groups, splits and contents."
+    return None if ds is None else set_hash(ds)
 
 # %% ../../nbs/studies/generator.ipynb #cabdc6a2
 @dataclass(frozen=True, eq=False)
@@ -209,6 +190,7 @@ class GeneratorInputs:
         aim = {"objective": self.aim.name, "objective_settings": self.aim.settings}
         return aim | self.settings.identity
 
+# %% ../../nbs/studies/generator.ipynb #a80d183c
 def _filled(s, aim, um_per_px, val):
     "The settings with what suits the objective, and the licence of a converted set."
     suits = _SUITS.get(aim.name, {})
@@ -217,7 +199,7 @@ def _filled(s, aim, um_per_px, val):
     every, licence, provenance = s.evaluate_every, s.licence, Path(s.pairs)/"provenance.json"
     if every is None and (s.steps or s.minutes is None): every = max(1, (s.steps or 400)//20)
     if licence is None and provenance.is_file():
-        licence = json.loads(provenance.read_text(encoding="utf-8")).get("licence")
+        licence = read_json(provenance).get("licence")
     return replace(
         s, um_per_px=um_per_px, batch_size=size, lr=lr, evaluate_every=every, licence=licence, val=val
     )
@@ -256,127 +238,6 @@ def _judge(generator, inputs):
     except ValueError as error:
         return None, records, str(error)
 
-def tested_on(
-    known:bool, # Whether patients are known
-)->str: # A phrase for reports
-    "What the test images are."
-    if known: return "patients that were never used"
-    return "images that were not trained on (their patients are not known)"
-
-# %% ../../nbs/studies/generator.ipynb #89a2d854
-_WARNING = """**Synthetic images are training aids, not findings.**
-A generator draws what its training set makes likely, also where the tissue says otherwise."""
-
-def _subtitle(about):
-    "What was trained, in a line."
-    images = f"{about['pairs']} images"
-    if about["unpaired"]:
-        n = about["privileged_images"]
-        images += f" and {n} privileged images of other patients, without pairs"
-    return f"{about['objective']}, {images}, {about['steps']} steps"
-
-def _cards(about, score, quality, inputs):
-    "The numbers that a reader sees first."
-    held = f"of step {about['best_step']}, {len(about['validation_groups'])} groups held out"
-    cards = [(f"{about[score]:.3f}", score.replace("_", ", "), held)]
-    if quality is not None:
-        row = quality.table.loc["dice" if "dice" in quality.table.index else "l1"]
-        note = "no interval: one patient"
-        if np.isfinite(row["low"]):
-            of = "patients" if inputs.known else "images"
-            note = f"[{row['low']:.3f}, {row['high']:.3f}], {len(inputs.tested)} {of} not trained on"
-        cards.append((f"{row['mean']:.3f}", f"{row.name}, test", note))
-    return [*cards, (f"{about['seconds']:.0f} s", "training", "")]
-
-# %% ../../nbs/studies/generator.ipynb #f22a106e
-def plot_evaluations(
-    about:dict, # Of a generator: `evaluations`, `best_step`
-    score:str, # Name of the score
-): # The figure, not shown
-    "The validation score over the steps, with the chosen one."
-    fig, ax = plt.subplots(figsize=(4, 2.4), layout="constrained")
-    ax.plot(*zip(*about["evaluations"]), ".-")
-    ax.axvline(about["best_step"], color="0.7", zorder=0)
-    ax.set(xlabel="step", ylabel=score.replace("_", ", "))
-    plt.close(fig)
-    return fig
-
-def _training_section(report, about, score, history):
-    report.section("Training").figure(
-        plot_history(history),
-        "history",
-        "Every term of the objective, over the steps. Of adversarial terms neither a low nor a "
-        "high value is good by itself.",
-        "Curves of the loss and its terms",
-    )
-    report.figure(
-        plot_evaluations(about, score),
-        "validation",
-        "The score that chose the checkpoint (line), on groups that were held out. `samples/` has "
-        "a sheet for each point.",
-        "Validation score over the steps",
-    )
-
-# %% ../../nbs/studies/generator.ipynb #cba04673
-def _measures(quality):
-    "The table of quality with its intervals as text."
-    table = quality.table.reset_index()
-    limits = zip(table.pop("low"), table.pop("high"))
-    said = [f"[{a:.3f}, {b:.3f}]" if np.isfinite(a) else "none" for a, b in limits]
-    table.insert(2, "95 %", said)
-    return table.set_index("measure")
-
-def _test_section(report, quality, records, known):
-    rows = np.linspace(0, len(records) - 1, 6).round().astype(int).tolist()
-    first = list(dict.fromkeys(rows))
-    shown = [records[i][k] for k in ("primary", "privileged", "true") for i in first]
-    report.section(f"On {tested_on(known)}").figure(
-        show_images(shown, ncols=len(first), size=1.2),
-        "test",
-        "Primary, synthetic and true image of test records, evenly spaced, not selected for "
-        "quality.",
-        "Three rows of images: primary, synthetic, true",
-    )
-    notes = " ".join(n for n in quality.notes if "not findings" not in n)
-    report.table(
-        _measures(quality), f"Measures on the test records; intervals over groups. {notes}"
-    )
-    scored = "dice" in quality.scores and quality.scores["dice"].notna().any()
-    measure = "dice" if scored else "ssim"
-    report.figure(
-        worst_pairs(quality, records, measure, true="true"),
-        "worst",
-        f"The records with the worst {measure}: what the generator does where it fails. A "
-        "study that uses its images inherits this.",
-        "The worst records: primary, synthetic, true",
-    )
-
-# %% ../../nbs/studies/generator.ipynb #c3b8bb38
-def _write_report(out, generator, judged, inputs, command):
-    "report.html and its figures."
-    about, (quality, records, why) = generator.about, judged
-    score = next(k for k in about if k.endswith("_validation"))
-    report = Report("A generator, and how good it is", _subtitle(about))
-    report.section("In short", _WARNING).numbers(_cards(about, score, quality, inputs))
-    _training_section(report, about, score, pd.read_csv(out/"history.csv"))
-    if quality is None: report.section("Not judged", f"There is no table of quality: {why}.")
-    else: _test_section(report, quality, records, inputs.known)
-    rows = {
-        "command": command or "called from Python",
-        "seed": about["seed"],
-        "key": generator.key,
-        "micrometres per pixel": generator.um_per_px or "not known",
-        "licence": generator.licence or "not given",
-        "objective": json.dumps(about["objective_settings"]),
-        "validation groups": ", ".join(about["validation_groups"]),
-        "test groups": ", ".join(inputs.tested) or "none",
-    }
-    report.section("How to reproduce this").table(
-        pd.DataFrame({"value": rows}).rename_axis("what"),
-        "Settings. `results.json` has every number, `samples/` a sheet for each evaluation.",
-    )
-    report.save(out)
-
 # %% ../../nbs/studies/generator.ipynb #bc8de0a8
 _FILES = (
     "generator.safetensors", "results.json", "report.html", "figures", "samples", "history.csv",
@@ -401,13 +262,13 @@ def _one_process(precision, device):
         "and fit_generator is what trains on several devices."
     )
 
-def _claim(out, inputs, overwrite):
-    "Take the folder for these images and settings."
+def _claim(out, inputs, overwrite, dry=False):
+    "Take the folder for these images and settings, or only refuse."
     s = inputs.settings
     images = {"images": _names(inputs.images), "privileged": _names(inputs.privileged)}
-    identity = {"synthpi": synthpi.__version__, **images, **inputs.record}
+    identity = {"synthpi": synthpi.__version__, **EVERY_BYTE, **images, **inputs.record}
     folders = [f for f in (s.pairs, s.privileged) if f and Path(f).is_dir()]
-    claim_folder(out, identity, overwrite, folders, writes=_FILES)
+    claim_folder(out, identity, overwrite, folders, writes=_FILES, dry=dry)
 
 # %% ../../nbs/studies/generator.ipynb #453b84dd
 def _fit_once(out, inputs, accelerator, progress):
@@ -438,6 +299,7 @@ def _results(generator, judged, inputs, command):
         "environment": environment(),
     }
 
+# %% ../../nbs/studies/generator.ipynb #99018dfa
 def train_generator(
     settings:GeneratorSettings, # What is trained, and how
     out:str|Path, # Output folder; a call with the same settings continues there
@@ -452,20 +314,17 @@ def train_generator(
     choose_device(device)
     inputs = read_generator_inputs(settings)
     accelerator = _one_process(settings.precision, device)
-    _claim(out, inputs, overwrite)
+    _claim(out, inputs, overwrite, dry=True)
     facts = {"command": command, "arguments": inputs.record, "images": len(inputs.images)}
     try:
-        with FileLock(out/".lock", timeout=0):
+        with hold_folder(out):
+            _claim(out, inputs, overwrite)
             more = {"test_groups": inputs.tested, "environment": environment()}
             write_json(out/"run.json", facts | more)
             generator = _fit_once(out, inputs, accelerator, progress)
             judged = _judge(generator, inputs)
             _write_report(out, generator, judged, inputs, command)
             write_json(out/"results.json", _results(generator, judged, inputs, command))
-    except Timeout:
-        raise ValueError(
-            f"another training is running in {out}: wait for it, or choose another folder."
-        ) from None
     except KeyboardInterrupt:
         return Made(None, None, out, interrupted=True)
     return Made(generator, judged[0], out, inputs.known)

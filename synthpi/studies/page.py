@@ -3,7 +3,7 @@
 A run ends in one file, `report.html`, that can be mailed, archived and opened without a network in
 ten years: figures, style and the few lines of script are inside it, and a policy in its head
 forbids the browser to fetch anything. `Report` collects sections of text, figures and tables in
-reading order; `save` writes the page and, beside it, every figure as PNG. Whatever arrives as text
+reading order; `save` writes the page and, beside it, every figure as PNG. All text that comes in
 (class names, file names, captions) is escaped.
 
 Docs: https://synthpi.github.io/synthpi/nbs/studies/page.html.md"""
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 from PIL import Image
+from fastcore.basics import patch
 from jinja2 import Environment, StrictUndefined
 from markupsafe import escape, Markup
 from matplotlib.figure import Figure
@@ -29,20 +30,14 @@ from matplotlib.figure import Figure
 from ..core.files import atomic_path
 
 # %% ../../nbs/studies/page.ipynb #977136c4
+_MARKS = r"`([^`]+)`|\*\*(?=\S)(.+?)(?<=\S)\*\*|\*(?=\S)([^*]*?\S)\*" # code, strong, emphasis
+
 def _inline(text):
+    "The text escaped, and its marks as tags."
     def mark(m):
-        return (
-            f"<code>{m[1]}</code>"
-            if m[1]
-            else f"<strong>{m[2]}</strong>"
-            if m[2]
-            else f"<em>{m[3]}</em>"
-        )
-    return Markup(
-        re.sub(
-            r"`([^`]+)`|\*\*(?=\S)(.+?)(?<=\S)\*\*|\*(?=\S)([^*]*?\S)\*", mark, str(escape(text))
-        )
-    )
+        tag = ("code", "strong", "em")[m.lastindex - 1]
+        return f"<{tag}>{m[m.lastindex]}</{tag}>"
+    return Markup(re.sub(_MARKS, mark, str(escape(text))))
 
 def _prose(text):
     "Paragraphs and lists as HTML; everything else is escaped."
@@ -50,9 +45,8 @@ def _prose(text):
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = [line.strip() for line in block.splitlines()]
         if lines and all(line.startswith("- ") for line in lines):
-            out.append(
-                "<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>"
-            )
+            items = "".join(f"<li>{_inline(line[2:])}</li>" for line in lines)
+            out.append(f"<ul>{items}</ul>")
         elif lines: out.append(f"<p>{_inline(' '.join(lines))}</p>")
     return Markup("\n".join(out))
 
@@ -62,10 +56,12 @@ def say(
     **facts, # What it names
 )->str: # As for `Report.text`
     "A template of sentences, filled in."
-    marked = re.sub(r"\n\s*\n", "\n\0\n", template.strip()) # a condition may leave lines empty
+    # a condition may leave lines empty, so the ends of paragraphs and items are marked first
+    marked = re.sub(r"\n\s*\n", "\n\0\n", template.strip())
+    marked = re.sub(r"\n(?=- )", "\n\1", marked)
     made = Environment(undefined=StrictUndefined).from_string(marked).render(**facts)
-    blocks = [" ".join(block.split()) for block in made.split("\0")]
-    return "\n\n".join(b for b in blocks if b)
+    blocks = [[" ".join(i.split()) for i in b.split("\1")] for b in made.split("\0")]
+    return "\n\n".join("\n".join(filter(None, items)) for items in blocks if any(items))
 
 # %% ../../nbs/studies/page.ipynb #d2fde048
 def _cell(value, digits):
@@ -76,65 +72,56 @@ def _cell(value, digits):
         return {"text": "yes" if value else "no", "sort": int(value), "number": False}
     if isinstance(value, Integral): return {"text": str(value), "sort": int(value), "number": True}
     if isinstance(value, Real):
-        return {
-            "text": f"{value:.{digits if abs(value) < 1000 else 0}f}",
-            "sort": float(value),
-            "number": True,
-        }
+        said = f"{value:.{digits if abs(value) < 1000 else 0}f}"
+        return {"text": said, "sort": float(value), "number": True}
     # "0.71 [0.66, 0.75]" sorts by its mean
     number = re.match(r"\s*[-+]?\d+(\.\d+)?(?=\s*[\[(±]|\s*$)", str(value))
-    return {
-        "text": str(value),
-        "sort": float(number[0]) if number else str(value),
-        "number": bool(number),
-    }
+    sort = float(number[0]) if number else str(value)
+    return {"text": str(value), "sort": sort, "number": bool(number)}
 
-# %% ../../nbs/studies/page.ipynb #60869912
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
+# %% ../../nbs/studies/page.ipynb #5e751d1c
+_FRAME_STYLE = """
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #5a6570; --line: #d9dee3;
-  --page: #fbfbfa; --card: #fff; --tint: #f0f3f6;
-  --accent: #0b62a4; }
+  --page: #fbfbfa; --card: #fff; --tint: #f0f3f6; --accent: #0b62a4; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7ea; --soft: #a3adb7; --line: #363d45; --page: #15181b; --card: #1c2024;
-  --tint: #252b31; --accent: #7cbcf2; } }
+  :root { --ink: #e4e7ea; --soft: #a3adb7; --line: #363d45;
+    --page: #15181b; --card: #1c2024; --tint: #252b31; --accent: #7cbcf2; } }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; scroll-padding-top: 1rem; }
-body { margin: 0; font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
-  Arial, sans-serif; color: var(--ink);
-  background: var(--page); }
+body { margin: 0; color: var(--ink); background: var(--page);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 .layout { display: grid; grid-template-columns: 13rem minmax(0, 56rem); gap: 3rem;
   justify-content: center; padding: 0 1.5rem 4rem; }
-header { grid-column: 2; padding: 3rem 0 1rem; } h1 { font-size: 2rem; line-height: 1.2;
-  margin: 0 0 .5rem; text-wrap: balance; }
+header { grid-column: 2; padding: 3rem 0 1rem; }
 header p { color: var(--soft); font-size: 1.1rem; margin: 0; max-width: 46rem; text-wrap: balance; }
-nav { grid-column: 1; grid-row: 1 / span 2; } nav div { position: sticky; top: 0;
-  padding: 3.4rem 0 1rem; max-height: 100vh; overflow-y: auto; }
+nav { grid-column: 1; grid-row: 1 / span 2; }
+nav div { position: sticky; top: 0; padding: 3.4rem 0 1rem; max-height: 100vh; overflow-y: auto; }
 nav b { font-size: .75rem; letter-spacing: .06em; text-transform: uppercase; color: var(--soft); }
-nav ol { list-style: none; margin: .5rem 0 0; padding: 0; } nav li { margin: .1rem 0; }
+nav ol { list-style: none; margin: .5rem 0 0; padding: 0; }
+nav li { margin: .1rem 0; }
 nav a { display: block; padding: .2rem .7rem; border-left: 2px solid var(--line);
-  color: var(--soft); text-decoration: none; font-size: .9rem;
-  line-height: 1.4; }
+  color: var(--soft); text-decoration: none; font-size: .9rem; line-height: 1.4; }
 nav a:hover, nav a.here { color: var(--accent); border-color: var(--accent); }
-a:focus-visible, button:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent);
-  outline-offset: 2px; }
-main { grid-column: 2; min-width: 0; } section { padding-top: 1.2rem; margin-bottom: 1.8rem;
-  border-top: 1px solid var(--line); }
-h2 { font-size: 1.35rem; line-height: 1.3; margin: 0 0 .6rem; } p, ul { margin: 0 0 .9rem;
-  max-width: 46rem; } ul { padding-left: 1.2rem; }
+a:focus-visible, button:focus-visible, .scroll:focus-visible {
+  outline: 2px solid var(--accent); outline-offset: 2px; }
+main { grid-column: 2; min-width: 0; }
+"""
+
+# %% ../../nbs/studies/page.ipynb #614bd542
+_TEXT_STYLE = """
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .5rem; text-wrap: balance; }
+section { padding-top: 1.2rem; margin-bottom: 1.8rem; border-top: 1px solid var(--line); }
+h2 { font-size: 1.35rem; line-height: 1.3; margin: 0 0 .6rem; }
+p, ul { margin: 0 0 .9rem; max-width: 46rem; }
+ul { padding-left: 1.2rem; }
 code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
-  background: var(--tint); padding: .1em .3em; border-radius: 3px;
-  overflow-wrap: anywhere; }
+  background: var(--tint); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr));
   gap: .8rem; margin: 0 0 1.2rem; }
 .numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .8rem 1rem; }
-.numbers dt { color: var(--soft); font-size: .85rem; line-height: 1.35; } .numbers dd { margin: 0; }
+.numbers dt { color: var(--soft); font-size: .85rem; line-height: 1.35; }
+.numbers dd { margin: 0; }
 .numbers .value { font-size: 1.7rem; font-weight: 600; line-height: 1.3; }
 .numbers .note { color: var(--soft); font-size: .8rem; line-height: 1.35; }
 figure, .table { margin: 1.2rem 0 1.6rem; }
@@ -147,78 +134,70 @@ figure, .table { margin: 1.2rem 0 1.6rem; }
 figure .scroll { background: #fff; padding: .6rem; }
 figure img { display: block; margin: 0 auto; height: auto; width: var(--width); max-width: 100%;
   min-width: calc(.62*var(--width)); }
-figcaption, .caption { color: var(--soft); font-size: .9rem; line-height: 1.5; margin: .5rem 0 0;
-  max-width: 46rem; }
+figcaption, .caption { color: var(--soft); font-size: .9rem; line-height: 1.5;
+  margin: .5rem 0 0; max-width: 46rem; }
 figcaption b, .caption b { color: var(--ink); font-weight: 600; }
+"""
+
+# %% ../../nbs/studies/page.ipynb #9e916893
+_TABLE_STYLE = """
 table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.35;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 td.long { white-space: normal; min-width: 20rem; }
-tbody tr:last-child > * { border-bottom: 0; } tbody tr:hover > * { background: var(--tint); }
-  tbody th { font-weight: 500; }
+tbody tr:last-child > * { border-bottom: 0; }
+tbody tr:hover > * { background: var(--tint); }
+tbody th { font-weight: 500; }
 .number { text-align: right; }
 tr > :first-child { position: sticky; left: 0; background: var(--card); }
 thead tr > :first-child { background: var(--tint); }
 thead th { background: var(--tint); padding: 0; }
 thead button { all: unset; box-sizing: border-box; display: block; width: 100%;
-  padding: .45rem .7rem; font-weight: 600; cursor: pointer;
-  white-space: nowrap; }
+  padding: .45rem .7rem; font-weight: 600; cursor: pointer; white-space: nowrap; }
 thead button:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
 thead button::after { content: " \\2195"; opacity: .35; }
-  [aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
+[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 [aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
+"""
+
+# %% ../../nbs/studies/page.ipynb #c55fe937
+_OTHER_SIZES = """
 @media (max-width: 900px) {
-  html { scroll-padding-top: 3.5rem; } .layout { display: block; padding: 0 1rem 3rem; }
+  html { scroll-padding-top: 3.5rem; }
+  .layout { display: block; padding: 0 1rem 3rem; }
   header { padding: 1.2rem 0 1rem; }
   h1 { font-size: 1.5rem; }
   .numbers { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
   .numbers .value { font-size: 1.35rem; }
   nav { position: sticky; top: 0; z-index: 1; margin: 0 -1rem; background: var(--page);
-  border-bottom: 1px solid var(--line); }
-  nav div { position: static; padding: 0 1rem; overflow-x: auto; } nav b { display: none; }
+    border-bottom: 1px solid var(--line); }
+  nav div { position: static; padding: 0 1rem; overflow-x: auto; }
+  nav b { display: none; }
   nav ol { display: flex; margin: 0; }
   nav a { border: 0; border-bottom: 2px solid transparent; white-space: nowrap;
-  padding: .7rem .6rem; } }
+    padding: .7rem .6rem; } }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --page: #fff;
-  --card: #fff; --tint: #f4f4f4; --accent: #000; }
-  nav { display: none; } .layout { display: block; padding: 0; } body { font-size: 11pt; }
+    --card: #fff; --tint: #f4f4f4; --accent: #000; }
+  nav { display: none; }
+  .layout { display: block; padding: 0; }
+  body { font-size: 11pt; }
   figure, .table, .numbers div { break-inside: avoid; }
   h2 { break-after: avoid; }
   .scroll { overflow: visible; border: 0; -webkit-mask-image: none; mask-image: none; }
-  .wide + ::before { content: none; } thead button::after { content: none; }
+  .wide + ::before { content: none; }
+  thead button::after { content: none; }
   figure img { width: auto; max-width: min(100%, var(--width)); min-width: 0; max-height: 22cm; }
-  table { font-size: 8.5pt; } th, td { white-space: normal; padding: .2rem .35rem; } }
-</style></head><body><div class="layout">
-<nav aria-label="Contents"><div><b>Contents</b>
-<ol>{% for s in sections %}<li><a href="#s{{ loop.index }}">{{ s.title }}</a></li>{% endfor %}</ol></div></nav>
-<header><h1>{{ title }}</h1>{% if subtitle %}<p>{{ subtitle }}</p>{% endif %}</header>
-<main>{% for s in sections %}
-<section id="s{{ loop.index }}"><h2>{{ s.title }}</h2>
-{% for b in s.blocks %}{% if b.kind == "text" %}{{ b.html }}
-{% elif b.kind == "numbers" %}<dl class="numbers">{% for value, label, note in b.cards -%}
-<div><dt>{{ label }}</dt><dd class="value">{{ value }}</dd>
-{%- if note %}<dd class="note">{{ note }}</dd>{% endif %}</div>{% endfor %}</dl>
-{% elif b.kind == "figure" %}<figure><div class="scroll" tabindex="0" role="group" aria-label="Figure {{ b.number }}">
-<img src="data:image/png;base64,{{ b.data }}" alt="{{ b.alt }}" style="--width: {{ b.width }}px"></div>
-<figcaption><b>Figure {{ b.number }}.</b> {{ b.caption }}</figcaption></figure>
-{% else %}<div class="table"><div class="scroll" tabindex="0" role="group" aria-label="Table {{ b.number }}">
-{#- #}<table><thead><tr>
-{%- for name, number in b.head -%}
-<th scope="col"{% if number %} class="number"{% endif %}>
-{#- #}<button type="button">{{ name }}</button></th>{% endfor %}</tr></thead><tbody>
-{% set head = b.head %}{% for row in b.rows %}<tr>{% for c in row -%}
-{% set tag = "th" if loop.first else "td" -%}
-<{{ tag }}{% if loop.first %} scope="row"{% endif %} data-v="{{ c.sort }}"
-{%- if head[loop.index0][1] %} class="number"
-{%- elif c.text|length > 40 %} class="long"{% endif %}>{{ c.text }}</{{ tag }}>{% endfor %}</tr>
-{% endfor %}</tbody></table></div><p class="caption"><b>Table {{ b.number }}.</b> {{ b.caption }}</p></div>
-{% endif %}{% endfor %}</section>{% endfor %}
-</main></div>
-<script>
+  table { font-size: 8.5pt; }
+  th, td { white-space: normal; padding: .2rem .35rem; } }
+"""
+
+# %% ../../nbs/studies/page.ipynb #8239261d
+_SCRIPT = """
 document.querySelectorAll("thead button").forEach(button => button.onclick = () => {
-  const head = button.parentElement, table = head.closest("table"), body = table.tBodies[0], i = head.cellIndex;
+  const head = button.parentElement, table = head.closest("table");
+  const body = table.tBodies[0], i = head.cellIndex;
   const up = head.getAttribute("aria-sort") !== "ascending", key = row => row.cells[i].dataset.v;
   table.querySelectorAll("thead th").forEach(th => th.removeAttribute("aria-sort"));
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
@@ -233,27 +212,70 @@ document.querySelectorAll(".scroll").forEach(box => {
 });
 const links = new Map([...document.querySelectorAll("nav a")].map(a => [a.hash.slice(1), a]));
 const mark = entry => links.get(entry.target.id).classList.toggle("here", entry.isIntersecting);
-const watch = new IntersectionObserver(entries => entries.forEach(mark), {rootMargin: "-20% 0px -70%"});
+const watch = new IntersectionObserver(entries => entries.forEach(mark),
+  {rootMargin: "-20% 0px -70%"});
 document.querySelectorAll("section").forEach(s => watch.observe(s));
-</script></body></html>
 """
 
-# %% ../../nbs/studies/page.ipynb #4bbd1829
+# %% ../../nbs/studies/page.ipynb #60869912
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>{{ style }}</style></head><body><div class="layout">
+<nav aria-label="Contents"><div><b>Contents</b>
+<ol>{% for s in sections %}<li><a href="#s{{ loop.index }}">{{ s.title }}</a></li>
+{%- endfor %}</ol></div></nav>
+<header><h1>{{ title }}</h1>{% if subtitle %}<p>{{ subtitle }}</p>{% endif %}</header>
+<main>{% for s in sections %}
+<section id="s{{ loop.index }}"><h2>{{ s.title }}</h2>
+{% for b in s.blocks %}{% if b.kind == "text" %}{{ b.html }}
+{% elif b.kind == "numbers" %}<dl class="numbers">{% for value, label, note in b.cards -%}
+<div><dt>{{ label }}</dt><dd class="value">{{ value }}</dd>
+{%- if note %}<dd class="note">{{ note }}</dd>{% endif %}</div>{% endfor %}</dl>
+{% elif b.kind == "figure" %}<figure>
+{#- #}<div class="scroll" tabindex="0" role="group" aria-label="Figure {{ b.number }}">
+<img src="data:image/png;base64,{{ b.data }}" alt="{{ b.alt }}" style="--width: {{ b.width }}px"></div>
+<figcaption><b>Figure {{ b.number }}.</b> {{ b.caption }}</figcaption></figure>
+{% else %}<div class="table">
+{#- #}<div class="scroll" tabindex="0" role="group" aria-label="Table {{ b.number }}">
+{#- #}<table><thead><tr>{% for name, number in b.head -%}
+<th scope="col"{% if number %} class="number"{% endif %}>
+{#- #}<button type="button">{{ name }}</button></th>{% endfor %}</tr></thead><tbody>
+{% set head = b.head %}{% for row in b.rows %}<tr>{% for c in row -%}
+{% set tag = "th" if loop.first else "td" -%}
+<{{ tag }}{% if loop.first %} scope="row"{% endif %} data-v="{{ c.sort }}"
+{%- if head[loop.index0][1] %} class="number"
+{%- elif c.text|length > 40 %} class="long"{% endif %}>{{ c.text }}</{{ tag }}>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{#- #}<p class="caption"><b>Table {{ b.number }}.</b> {{ b.caption }}</p></div>
+{% endif %}{% endfor %}</section>{% endfor %}
+</main></div>
+<script>{{ script }}</script></body></html>
+"""
+
+# %% ../../nbs/studies/page.ipynb #bb3cda98
+def _page(title, subtitle, sections):
+    "The whole page; what is not marked as HTML is escaped."
+    style = Markup(_FRAME_STYLE + _TEXT_STYLE + _TABLE_STYLE + _OTHER_SIZES)
+    facts = dict(title=title, subtitle=subtitle, sections=sections)
+    return Environment(autoescape=True).from_string(_PAGE).render(
+        style=style, script=Markup(_SCRIPT), **facts)
+
+# %% ../../nbs/studies/page.ipynb #a34a9b0c
 class Report:
     "Sections of text, figures and tables, saved as one self-contained HTML page."
     def __init__(self,
         title:str, # What the run was
         subtitle:str="", # One sentence below it
     ):
-        self.title, self.subtitle, self.sections, self.pngs, self.n_tables = (
-            title,
-            subtitle,
-            [],
-            {},
-            0,
-        )
+        self.title, self.subtitle = title, subtitle
+        self.sections, self.pngs, self.n_tables = [], {}, 0
 
     def _add(self, **block):
+        "Put a block into the last section."
         if not self.sections:
             raise ValueError(
                 f"got a {block['kind']} before the first section: call .section(title) first."
@@ -269,118 +291,107 @@ class Report:
         self.sections.append({"title": title, "blocks": []})
         return self.text(text) if text.strip() else self
 
-    def text(self,
-        text:str, # Paragraphs and lists, with `**strong**`, `*emphasis*` and `` `code` ``
-    )->"Report":
-        "Add text."
-        return self._add(kind="text", html=_prose(text))
+@patch
+def text(self:Report,
+    text:str, # Paragraphs and lists, with `**strong**`, `*emphasis*` and `` `code` ``
+)->"Report":
+    "Add text."
+    return self._add(kind="text", html=_prose(text))
 
-    def numbers(self,
-        cards:list[tuple], # `(value, label)` or `(value, label, note)`, as text
-    )->"Report":
-        "Add the few numbers that a reader should see first."
-        return self._add(kind="numbers", cards=[(*card, "")[:3] for card in cards])
+# %% ../../nbs/studies/page.ipynb #d9a0ce23
+@patch
+def numbers(self:Report,
+    cards:list[tuple], # `(value, label)` or `(value, label, note)`, as text
+)->"Report":
+    "Add the few numbers that a reader should see first."
+    return self._add(kind="numbers", cards=[(*card, "")[:3] for card in cards])
 
-    def figure(self,
-        fig:Figure, # Drawn at once: later changes to it do not show
-        name:str, # File name without suffix: letters, digits, `-` and `_`
-        caption:str, # What it shows, and what it does not
-        alt:str, # The same for who cannot see it
-    )->"Report":
-        "Add a figure."
-        if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-            raise ValueError(
-                f"got figure name {name!r}, expected letters, digits, '-' and '_' only: it "
-                "becomes a file name."
-            )
-        if name in self.pngs:
-            raise ValueError(f"two figures are called {name!r}; give the second another name.")
-        if not alt.strip():
-            raise ValueError(f"figure {name!r} has no alt text: say in a sentence what it shows.")
-        png = io.BytesIO()
-        fig.savefig(
-            png,
-            format="png",
-            dpi=160,
-            bbox_inches="tight",
-            pad_inches=0.05,
-            facecolor="white",
-            metadata={"Software": None},
-        )
-        self.pngs[name] = png.getvalue()
-        width = round(Image.open(png).width/160*96*1.15)       # a little above print size
-        return self._add(
-            kind="figure",
-            number=len(self.pngs),
-            data=base64.b64encode(self.pngs[name]).decode(),
-            alt=alt,
-            caption=_inline(caption),
-            width=width,
-        )
+# %% ../../nbs/studies/page.ipynb #ac1f9a71
+_DPI = 160
 
-    def table(self,
-        rows:pd.DataFrame|list[dict], # An index with a name becomes the first column
-        caption:str, # What it shows, and what it does not
-        digits:int=3, # Decimals of fractional numbers
-    )->"Report":
-        "Add a table whose columns the reader can sort."
-        frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, dtype=object)
-        if frame.index.name: frame = frame.reset_index()
-        if frame.empty:
-            raise ValueError(
-                f"got a table of shape {frame.shape}, expected at least one row and one column."
-            )
-        columns = [
-            [_cell(value, digits) for value in frame.iloc[:, i]] for i in range(frame.shape[1])
-        ]
-        head = [
-            (str(name), all(cell["number"] for cell in column))
-            for name, column in zip(frame.columns, columns)
-        ]
-        self.n_tables += 1
-        return self._add(
-            kind="table",
-            number=self.n_tables,
-            head=head,
-            rows=list(zip(*columns)),
-            caption=_inline(caption),
-        )
+def _png(fig):
+    "The bytes of a figure, and its width on the page in CSS pixels."
+    box = dict(bbox_inches="tight", pad_inches=.05, facecolor="white")
+    png = io.BytesIO()
+    fig.savefig(png, format="png", dpi=_DPI, metadata={"Software": None}, **box)
+    return png.getvalue(), round(Image.open(png).width/_DPI*96*1.15) # a little above print size
 
-    def record(self,
-        # As in results.json: `command`, `seeds`, `data` with `fingerprint`, `environment`
-        results:dict,
-        text:str, # What the folder of the report holds
-        more:dict|None=None, # Further rows
-    )->"Report":
-        "Add the section that says how to make the run again."
-        e = results["environment"]
-        rows = {
-            "command": results["command"] or "called from Python",
-            "seeds": ", ".join(map(str, results["seeds"])),
-            "data fingerprint": results["data"]["fingerprint"],
-            **(more or {}),
-            "machine": f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads; GPU: "
-                       f"{', '.join(e['gpus']) or 'none'}",
-            "Python, system": f"{e['python']}, {e['system']}",
-            **{k: v or "not installed" for k, v in e["packages"].items()},
-        }
-        self.section("How to make it again", text)
-        return self.table(
-            pd.DataFrame({"what": rows.keys(), "value": rows.values()}).set_index("what"),
-            "Environment of the run.",
+@patch
+def figure(self:Report,
+    fig:Figure, # Drawn at once: later changes to it do not show
+    name:str, # File name without suffix: letters, digits, `-` and `_`
+    caption:str, # What it shows, and what it does not
+    alt:str, # The same for who cannot see it
+)->"Report":
+    "Add a figure."
+    if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+        raise ValueError(
+            f"got figure name {name!r}, expected letters, digits, '-' and '_' only: it becomes a "
+            "file name."
         )
+    if name in self.pngs:
+        raise ValueError(f"two figures are called {name!r}; give the second another name.")
+    if not alt.strip():
+        raise ValueError(f"figure {name!r} has no alt text: say in a sentence what it shows.")
+    self.pngs[name], width = _png(fig)
+    data, number = base64.b64encode(self.pngs[name]).decode(), len(self.pngs)
+    return self._add(
+        kind="figure", number=number, data=data, alt=alt, caption=_inline(caption), width=width
+    )
 
-    def save(self,
-        folder:str|Path, # Made if missing
-    )->Path: # `folder/report.html`
-        "Write `report.html` and `figures/NAME.png`, each whole or not at all."
-        folder = Path(folder)
-        for name, png in self.pngs.items():
-            with atomic_path(folder/"figures"/f"{name}.png") as tmp: tmp.write_bytes(png)
-        page = (
-            Environment(autoescape=True)
-            .from_string(_PAGE)
-            .render(title=self.title, subtitle=self.subtitle, sections=self.sections)
+# %% ../../nbs/studies/page.ipynb #4eaaa23b
+@patch
+def table(self:Report,
+    rows:pd.DataFrame|list[dict], # An index with a name becomes the first column
+    caption:str, # What it shows, and what it does not
+    digits:int=3, # Decimals of fractional numbers
+)->"Report":
+    "Add a table whose columns the reader can sort."
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, dtype=object)
+    if frame.index.name: frame = frame.reset_index()
+    if frame.empty:
+        raise ValueError(
+            f"got a table of shape {frame.shape}, expected at least one row and one column."
         )
-        with atomic_path(folder/"report.html") as tmp: tmp.write_text(page, encoding="utf-8")
-        return folder/"report.html"
+    columns = [[_cell(x, digits) for x in frame.iloc[:, i]] for i in range(frame.shape[1])]
+    numeric = [all(cell["number"] for cell in column) for column in columns]
+    head, cells = list(zip(map(str, frame.columns), numeric)), list(zip(*columns))
+    self.n_tables += 1
+    return self._add(
+        kind="table", number=self.n_tables, head=head, rows=cells, caption=_inline(caption)
+    )
+
+# %% ../../nbs/studies/page.ipynb #6660df55
+@patch
+def record(self:Report,
+    results:dict, # As in results.json: `command`, `seeds`, `data` with `fingerprint`, `environment`
+    text:str, # What the folder of the report holds
+    more:dict|None=None, # Further rows
+)->"Report":
+    "Add the section that says how to make the run again."
+    e = results["environment"]
+    cores = f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads"
+    rows = {
+        "command": results["command"] or "called from Python",
+        "seeds": ", ".join(map(str, results["seeds"])),
+        "data fingerprint": results["data"]["fingerprint"],
+        **(more or {}),
+        "machine": f"{cores}; GPU: {', '.join(e['gpus']) or 'none'}",
+        "Python, system": f"{e['python']}, {e['system']}",
+        **{k: v or "not installed" for k, v in e["packages"].items()},
+    }
+    frame = pd.DataFrame({"what": rows.keys(), "value": rows.values()}).set_index("what")
+    return self.section("How to make it again", text).table(frame, "Environment of the run.")
+
+# %% ../../nbs/studies/page.ipynb #b95557b7
+@patch
+def save(self:Report,
+    folder:str|Path, # Made if missing
+)->Path: # `folder/report.html`
+    "Write `report.html` and `figures/NAME.png`, each whole or not at all."
+    folder = Path(folder)
+    for name, png in self.pngs.items():
+        with atomic_path(folder/"figures"/f"{name}.png") as tmp: tmp.write_bytes(png)
+    page = _page(self.title, self.subtitle, self.sections)
+    with atomic_path(folder/"report.html") as tmp: tmp.write_text(page, encoding="utf-8")
+    return folder/"report.html"

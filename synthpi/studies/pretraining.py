@@ -24,6 +24,7 @@ __all__ = ['LOSSES', 'RECIPES', 'layout_of', 'tiles_to_train', 'Plan', 'read_pla
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -38,13 +39,13 @@ from torch import nn
 
 import synthpi
 from ..core.checks import one_of
-from ..core.files import atomic_path, fingerprint, write_json
-from ..core.runs import choose_device, claim_folder, environment
+from ..core.files import atomic_path, write_json
+from ..core.runs import choose_device, claim_folder, environment, EVERY_BYTE, hold_folder
 from ..core.seeds import seed_for, set_seed
 from ..data.device_views import BatchViews
 from ..data.folders import image_folder
 from ..data.recipes import farndale, histology, strong, weak
-from ..data.splits import check_images
+from ..data.splits import check_images, set_hash
 from ..data.views import batches, Branch, epoch_steps, Views
 from ..losses.paired import BarlowTwins, SimCLR, VICReg
 from ..models.branches import make_branches
@@ -54,7 +55,7 @@ from .pretraining_settings import PretrainSettings
 from ..train.batchnorm import synchronise_batchnorm
 from ..train.memory import memory_estimate
 from ..train.processes import make_accelerator
-from ..train.steps import large_batch_step, paired_step
+from ..train.steps import count_parts, large_batch_step, paired_step
 from ..train.trainer import Trainer
 from ..train.watch import plot_history
 
@@ -97,14 +98,10 @@ def tiles_to_train(
     if any(ds["split"][:]): ds = ds.select([i for i, s in enumerate(ds["split"]) if s == "train"])
     if not len(ds):
         raise ValueError(f"{tiles} has splits, and no tile in 'train'; expected some to train on.")
-    ds, checked = check_images(ds, on_bad=on_bad)
+    ds = check_images(ds, on_bad=on_bad)[0]
     for k, cache in enumerate(pairs_cache, 1): ds = cached_privileged(ds, cache, _column(k))
-    made_by = []
-    for c in ds.column_names:
-        if not c.startswith("privileged"): continue
-        files = ds.cast_column(c, ds.features[c].__class__(decode=False))[c]
-        made_by.append(sorted({Path(f["path"]).name for f in files}))
-    return ds, fingerprint(sorted(ds["path"][:]), [checked["bytes"], made_by])
+    # labels and patients have no part in this training
+    return ds, set_hash(ds, ("path",))
 
 # %% ../../nbs/studies/pretraining.ipynb #3de46bfa
 @dataclass
@@ -123,8 +120,9 @@ class Plan:
         "What makes this run this run."
         pairs = len(self.settings.pairs_cache or ())
         made = {"synthpi": synthpi.__version__, "tiles": self.content, "pairs": pairs}
-        return made | self.settings.identity
+        return made | EVERY_BYTE | self.settings.identity
 
+# %% ../../nbs/studies/pretraining.ipynb #6a8fd59f
 def _accelerator_of(s, out):
     "Device, precision and tracker"
     tracking = dict(log_with=s.track, project_dir=str(out)) if s.track else {}
@@ -153,6 +151,12 @@ def read_plan(
     if steps is None and epochs is None and s.minutes is None: epochs = 100
     if epochs is not None: steps = epoch_steps(len(ds), s.batch_size, epochs)
     accelerator = _accelerator_of(s, out)
+    if (n := accelerator.num_processes) > s.batch_size:
+        raise ValueError(f"got batch_size={s.batch_size} for {n} processes; expected a row for each.")
+    if s.micro_batch:
+        # several processes join their rows for BatchNorm
+        least = 2 if n == 1 else 1
+        count_parts(s.batch_size//n, -(-s.batch_size//n), s.micro_batch, least)
     on = s.augment_on
     if on == "auto": on = "device" if accelerator.device.type == "cuda" else "workers"
     precision = accelerator.mixed_precision.replace("no", "fp32")
@@ -183,6 +187,7 @@ def _views(plan):
     kind = BatchViews if s.augment_on == "device" else Views
     return kind(plan.ds.select_columns([*dict.fromkeys(plan.columns)]), branches, s.size, seed=s.seed)
 
+# %% ../../nbs/studies/pretraining.ipynb #00eb81f3
 def make_trainer(
     plan:Plan, # From `read_plan`
     progress:bool, # Show a bar
@@ -227,11 +232,12 @@ def claim_run(
     plan:Plan, # From `read_plan`
     resume:bool, # Continue what is there
     overwrite:bool, # Replace what is there
+    dry:bool=False, # Only refuse or agree
 )->None:
     "Take the folder, continue in it, or say why not."
     s, out = plan.settings, plan.out
     inputs = [p for p in (s.tiles, *(s.pairs_cache or ())) if Path(p).is_dir()]
-    again = claim_folder(out, plan.identity, overwrite, inputs, writes=_FILES)
+    again = claim_folder(out, plan.identity, overwrite, inputs, writes=_FILES, dry=dry)
     there = [f for f in _FILES if (out/f).exists()]
     if not (again and there) or resume: return
     if not overwrite:
@@ -239,6 +245,7 @@ def claim_run(
             f"{out} holds this very run already ({', '.join(there)}): give resume (--resume) to "
             "continue it, or overwrite (--overwrite) to begin again."
         )
+    if dry: return
     for f in there: shutil.rmtree(out/f) if (out/f).is_dir() else (out/f).unlink()
 
 # %% ../../nbs/studies/pretraining.ipynb #8630f1fb
@@ -306,6 +313,7 @@ def _train(plan, trainer):
     plan.accelerator.wait_for_everyone()
     return Run(plan.out, load_encoder(plan.out/"encoder.safetensors"), history, False)
 
+# %% ../../nbs/studies/pretraining.ipynb #ebda3f05
 def pretrain_run(
     settings:PretrainSettings, # What is asked: tiles, caches, method, loss, budget, ...
     out:str|Path, # Run folder
@@ -323,11 +331,16 @@ def pretrain_run(
         )
     plan = read_plan(settings, out)
     trainer, memory = make_trainer(plan, progress)
-    _together(plan.accelerator, lambda: claim_run(plan, resume, overwrite))
-    if plan.accelerator.is_main_process:
-        write_record(plan, memory, command)
-        _announce(plan, memory, progress)
-    return _train(plan, trainer)
+    with ExitStack() as held:
+        def claim():
+            claim_run(plan, resume, overwrite, dry=True)
+            held.enter_context(hold_folder(plan.out))
+            claim_run(plan, resume, overwrite)
+        _together(plan.accelerator, claim)
+        if plan.accelerator.is_main_process:
+            write_record(plan, memory, command)
+            _announce(plan, memory, progress)
+        return _train(plan, trainer)
 
 # %% ../../nbs/studies/pretraining.ipynb #b720bc0f
 def pretrain(

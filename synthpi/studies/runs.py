@@ -12,7 +12,6 @@ Docs: https://synthpi.github.io/synthpi/nbs/studies/runs.html.md"""
 __all__ = ['run_folder', 'finish_run', 'is_finished', 'read_result', 'read_probe', 'OpenRun', 'open_run', 'open_runs']
 
 # %% ../../nbs/studies/runs.ipynb #a9415140
-import json
 import shutil
 import zipfile
 import zlib
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 from ..core.checks import some_names
-from ..core.files import write_json
+from ..core.files import read_json, write_json
 from ..core.runs import environment
 from ..models.files import load_encoder
 
@@ -60,7 +59,7 @@ def read_result(
     folder:Path, # Folder of a finished run
 )->dict: # Its result.json
     "The result of a finished run."
-    return json.loads((folder/"result.json").read_text(encoding="utf-8"))
+    return read_json(folder/"result.json", f"Remove the folder {folder}, and the run is made again.")
 
 # %% ../../nbs/studies/runs.ipynb #df6c61ef
 _DAMAGE = (
@@ -120,13 +119,15 @@ class OpenRun:
         "The class names of the probe."
         return tuple(self.encoder.about.get("classes") or ())
 
+# %% ../../nbs/studies/runs.ipynb #ed11b354
 def _encoder_file(path):
     "The encoder file of a run folder, or the file itself"
     if not path.is_dir(): return path
     if (path/"encoder.safetensors").is_file(): return path/"encoder.safetensors"
     found = path.glob("runs/*/encoder.safetensors")
     inside = sorted(p.parent.relative_to(path).as_posix() for p in found)
-    hint = f", for example {path/inside[0]}: it has {some_names(inside, 6)}." if inside else ", or an encoder file."
+    hint = ", or an encoder file."
+    if inside: hint = f", for example {path/inside[0]}: it has {some_names(inside, 6)}."
     raise FileNotFoundError(
         f"{path} holds no encoder.safetensors; expected the folder of one run{hint}"
     )

@@ -50,22 +50,28 @@ class CtrlC:
     ):
         self.wait = wait
         self.noted = False # A Ctrl-C waits for the end of the step
+        self.ended = False # It was no Ctrl-C but SIGTERM: the process shall end
         self.busy = False # A step is under way
         self.moving = False # The optimiser moves the weights
 
-    def note(self, *_)->None:
+    def note(self, number:int=signal.SIGINT, *_)->None:
         "The signal handler."
+        self.ended |= number == signal.SIGTERM
         at_once = self.noted or not (self.busy or self.wait)
         if at_once and not self.moving: raise KeyboardInterrupt
         self.noted = True
 
     @contextmanager
     def heard(self):
-        "Handle Ctrl-C in this way inside the block, in the main thread; other threads get none."
-        self.noted = False
+        """Handle Ctrl-C and SIGTERM in this way inside the block, in the main thread; other threads
+        get none."""
+        self.noted = self.ended = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        old = signal.signal(signal.SIGINT, self.note)
+        old = {signal.SIGINT: signal.signal(signal.SIGINT, self.note)}
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            old[signal.SIGTERM] = signal.signal(signal.SIGTERM, self.note)
         try: yield
-        finally: signal.signal(signal.SIGINT, old)
+        finally:
+            for number, handler in old.items(): signal.signal(number, handler)

@@ -15,6 +15,7 @@ __all__ = ['Trainer']
 
 # %% ../../nbs/train/trainer.ipynb #48a8b40e
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,17 +27,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, recursively_apply, send_to_device
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import nn
 from torch.optim import Optimizer
 
 from ..core.checks import at_least, positive
-from ..core.files import atomic_path
 from ..core.seeds import random_states, set_random_states
 from .budget import make_budget, progress_bar, warmup_cosine
 from .checkpoints import check_same_run, Checkpoints, load_model, load_optimizer
-from .history import check_terms, make_row, pack_rows, read_numbers, unpack_rows
+from synthpi.train.history import (
+    check_terms, make_row, pack_rows, read_numbers, tell_not_finite, unpack_rows, write_history,
+)
 from .interrupts import CtrlC, undo_on_error
-from .processes import choose_accelerator, open_trackers
+from .processes import anywhere, choose_accelerator, name_records, open_trackers
 from .steps import choose_modes, paired_step, set_modes
 from .watch import embedding_health, embeddings_given, warn_of_collapse
 
@@ -117,22 +119,17 @@ def history(self:Trainer)->pd.DataFrame: return pd.DataFrame(self.rows)
 def _check_finite(self:Trainer, numbers, batches):
     "Stop before the optimiser takes a step with numbers that are none; fp16 may skip a few"
     k = next((i for i, n in enumerate(numbers) if not math.isfinite(n["loss"])), None)
-    if k is None and math.isfinite(numbers[0]["grad_norm"]):
+    wild = not math.isfinite(numbers[0]["grad_norm"])
+    lost, wild = anywhere(self.accelerator, k is not None, wild)
+    if not lost and not wild:
         self.skipped = 0
         return
-    if k is None and self.accelerator.scaler and self.skipped < 20:
+    if not lost and self.accelerator.scaler and self.skipped < 20:
         self.skipped += 1
         return
-    what, value = ("the norm of the gradient", numbers[0]["grad_norm"])
-    if k is not None: what, value = "the loss", numbers[k]["loss"]
-    index = batches[k or 0].get("index", "unknown")
+    said = tell_not_finite(numbers, k, lost, self.done, name_records(self.accelerator, batches[k or 0]))
     kept = self.run_dir is not None and self.accelerator.num_processes == 1
-    raise FloatingPointError(
-        f"{what} is {value} at step {self.done} (terms: {numbers[k or 0]}; records "
-        f"{index.tolist() if isinstance(index, Tensor) else index}). Lower the learning rate, "
-        "clip harder, or look at these records."
-        + (f" The state before this step is in {self.run_dir}." if kept else "")
-    )
+    raise FloatingPointError(said + f" The state before this step is in {self.run_dir}."*kept)
 
 # %% ../../nbs/train/trainer.ipynb #9cb62873
 @patch
@@ -232,7 +229,7 @@ def save(self:Trainer)->None:
     state = self.state()
     if not self.accelerator.is_main_process: return
     self.checkpoints.save(self.done, state)
-    with atomic_path(self.run_dir/"history.csv") as tmp: self.history.to_csv(tmp, index=False)
+    write_history(self.run_dir, self.rows)
 
 # %% ../../nbs/train/trainer.ipynb #9d53cd36
 @patch
@@ -261,6 +258,7 @@ def load(self:Trainer)->bool: # Whether there was one
     if a.scaler and state["scaler"]: a.scaler.load_state_dict(state["scaler"])
     self.rows, self.seconds = unpack_rows(state["history"]), state["seconds"]
     if len(state["random"]) == a.num_processes: set_random_states(state["random"][a.process_index])
+    if a.is_main_process: write_history(self.run_dir, self.rows)
     return True
 
 # %% ../../nbs/train/trainer.ipynb #e937e3b2
@@ -282,8 +280,8 @@ def _agree(self:Trainer, due, stop):
     if a.num_processes == 1: return due, stop
     mine = torch.tensor([due, self.seconds], dtype=torch.float64, device=a.device)
     due, self.seconds = broadcast(mine).tolist()
-    stop = a.reduce(torch.tensor(float(stop), device=a.device), "sum").item()
-    return bool(due), bool(stop)
+    stop, self._ctrl_c.ended = anywhere(a, stop, self._ctrl_c.ended)
+    return bool(due), stop
 
 # %% ../../nbs/train/trainer.ipynb #7f43623b
 @patch
@@ -301,6 +299,7 @@ def _look(self:Trainer):
     self._seen.clear()
     if self.accelerator.num_processes > 1:
         zs = [torch.cat(parts) for parts in zip(*gather_object([[z.cpu() for z in zs]]))]
+    if len(zs[0]) < 2: return {}
     branches = [embedding_health(z) for z in zs]
     health = {k: min(b[k] for b in branches) for k in branches[0]}
     first = next((r["std"] for r in self.rows if "std" in r), health["std"])
@@ -369,7 +368,7 @@ def _try_to_save(self:Trainer):
 @patch
 def fit(self:Trainer)->pd.DataFrame: # A row per step: `step`, `loss`, its terms, `lr`, `grad_norm`, `std`, ...
     """Train to the end of the budget, from the checkpoint if the run folder holds one. Ctrl-C
-    saves and returns, with `interrupted` set."""
+    saves and returns, with `interrupted` set; SIGTERM saves and ends the process."""
     ctrl_c = self._ctrl_c
     if ctrl_c.moving or not self.done: ctrl_c.moving = not self.load() and ctrl_c.moving
     if ctrl_c.moving:
@@ -395,4 +394,5 @@ def fit(self:Trainer)->pd.DataFrame: # A row per step: `step`, `loss`, its terms
         finally:
             for group, lr in zip(self.optimizer.param_groups, self._lr): group["lr"] = lr
         if not ctrl_c.moving: self.save()
+    if self.interrupted and ctrl_c.ended: raise SystemExit(128 + signal.SIGTERM)
     return self.history

@@ -15,23 +15,35 @@ __all__ = ['FRAMES', 'VolumeStore']
 # %% ../../nbs/volumes/store.ipynb #4d212309
 import hashlib
 import json
+import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
 from ..core.checks import one_of, some_names
+from .dicom import slices
 
 # %% ../../nbs/volumes/store.ipynb #6fd3a78c
-_VERSION, _FORMAT = 1, "synthpi-volumes-1"
+# The version is part of each key: 2 since positions are those of nibabel and of the DICOM slices
+_VERSION, _FORMAT = 2, "synthpi-volumes-1"
 _TOP = {"uint8": 255, "uint16": 65535, "float32": 1}
 
+def _parts(path):
+    "The files that a volume consists of: a series, a header with the files it names, or one file."
+    if path.is_dir(): return slices(path)
+    if path.suffix.lower() not in (".nhdr", ".mhd"): return [path]
+    # a header's names may hold a pattern of numbers, as in slice%03d.raw
+    words = re.sub(r"%\d*d", "*", path.read_text("utf-8", "replace")).replace(":", " ").split()
+    named = (p for w in words if "/" not in w for p in path.parent.glob(w) if p.is_file())
+    return [path, *sorted(set(named) - {path})]
+
 def _sha(path):
-    "Checksum of a file, or of the DICOM files in a folder."
+    "Checksum of a volume's files."
     sha = hashlib.sha256()
-    for p in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if path.is_dir() and p.suffix.lower() != ".dcm": continue
+    for p in _parts(path):
         with open(p, "rb") as f:
             while part := f.read(1 << 20): sha.update(part)
     return sha.hexdigest()
@@ -54,10 +66,11 @@ def _position(item, voxel, frame):
     "Points (K, 3), in voxels of an item's array, in a frame."
     one_of("frame", frame, FRAMES)
     p, (low, high) = np.asarray(voxel, float), item["box"]
-    if frame == "world_mm": return p @ item["affine"][:3, :3].T + item["affine"][:3, 3]
-    if frame == "mm_centered": return (p - (item["box"].sum(0) - 1)/2)*_spacing_mm(item)
     if frame == "box": return (p - low + .5)/(high - low)
-    return p - low if frame == "voxel_local" else (p - low)*_spacing_mm(item)
+    if frame == "voxel_local": return p - low
+    directions = item["affine"][:3, :3].T
+    if frame == "world_mm": return p @ directions + item["affine"][:3, 3]
+    return (p - (low if frame == "mm_local" else (low + high - 1)/2)) @ directions
 
 # %% ../../nbs/volumes/store.ipynb #5a62a940
 def _read_item(folder):
@@ -65,7 +78,8 @@ def _read_item(folder):
     return item | {key: np.array(item[key]) for key in ("affine", "box", "shape")}
 
 class VolumeStore:
-    "Prepared volumes: `len`, `names`, `subjects`, `splits`, `items`, and their arrays."
+    """Prepared volumes: `len`, `names`, `subjects`, `splits`, `items`, their arrays, and what was
+    `decided` about their folder."""
     def __init__(self,
         folder:str|Path, # Of `prepare_volumes`
         open_mb:float=256, # Of arrays kept mapped; more are opened again each time they are read
@@ -83,6 +97,7 @@ class VolumeStore:
                 "the volumes again."
             )
         self.settings, self.made, volumes = facts["settings"], facts["made"], facts["volumes"]
+        self.decided = facts.get("decided", [])
         self.names = [v["name"] for v in volumes]
         self.subjects = [v["subject"] for v in volumes]
         self.splits = [v["split"] for v in volumes]
@@ -153,9 +168,12 @@ def voxel(self:VolumeStore,
     return (np.asarray(world_mm, float) - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
 
 @patch
-def check(self:VolumeStore)->None:
+def check(self:VolumeStore,
+    volumes:Sequence[int]|None=None, # Numbers of the volumes; None is all
+)->None:
     "Read everything once; `ValueError` when an array is not as it was written."
-    bad = [n for i, n in enumerate(self.names) if not _valid(self._path(i), self.items[i]["key"])]
+    which = range(len(self)) if volumes is None else volumes
+    bad = [self.names[i] for i in which if not _valid(self._path(i), self.items[i]["key"])]
     if not bad: return
     raise ValueError(
         f"{len(bad)} volumes are damaged: {some_names(bad)}. Call prepare_volumes again, "

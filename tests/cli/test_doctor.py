@@ -415,7 +415,7 @@ def test_no_path_of_a_home_folder_is_said(monkeypatch, tmp_path):
         ("nothing", "nothing"),
     ],
 )
-def test_homes_of_others(text, shown): assert doctor._no_home(text) == shown
+def test_homes_of_others(text, shown): assert doctor.no_home(text) == shown
 
 def test_the_command_is_registered():
     assert "doctor" in [c.name or c.callback.__name__ for c in app.registered_commands]

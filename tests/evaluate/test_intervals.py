@@ -20,6 +20,9 @@ from torch import nn
 
 from synthpi.evaluate.features import colour_histogram, extract_features, mean_rgb
 from synthpi.evaluate.tables import compare
+from synthpi.evaluate.budget import label_budget
+from synthpi.evaluate.crossval import cross_validate
+from synthpi.evaluate.regression import position_probe
 from synthpi.evaluate.intervals import error_reduction, interval, score_intervals
 from synthpi.core.optics import restain
 from synthpi.evaluate.scores import scores
@@ -595,3 +598,24 @@ def test_compare():
         table.loc["mean_rgb", "RankMe"] == "3.0"
         and table.loc["mean_rgb", "accuracy, stain shift"] == ""
     )
+
+
+_X = np.random.default_rng(0).normal(size=(60, 4))
+_Y = np.arange(60) % 2
+
+@pytest.mark.parametrize("missing", (None, float("nan")))
+@pytest.mark.parametrize("ask", (
+    lambda who: interval(_Y, who),
+    lambda who: score_intervals(_Y, _Y, 2, who),
+    lambda who: error_reduction(_Y, 1 - _Y, who),
+    lambda who: cross_validate(_X, _Y, who, 3),
+    lambda who: label_budget(_X, _Y, who, _X, _Y),
+    lambda who: position_probe(_X, _X, who, _X, _X, ["d"]*60),
+))
+def test_rows_without_a_patient_are_no_patient(ask, missing):
+    who = [*["a"]*20, *["b"]*20, *[missing]*19, "c"]
+    with pytest.raises(ValueError, match="19 of 60 rows have no group: rows 40, 41"): ask(who)
+
+
+def test_three_groups_can_be_scored():
+    assert cross_validate(_X, _Y, np.repeat([0, 1, 2], 20), 3).per_fold.shape == (3,)

@@ -112,6 +112,80 @@ def test_other_files_are_refused_with_the_reason(saved, tmp_path):
     write_safetensors(bad, state, "synthpi-encoder-1", encoder={"name": "resnet19"}, about={})
     refused("encoder 'resnet19'")
 
+VIT = {"model_type": "vit", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+       "intermediate_size": 8, "image_size": 16, "patch_size": 8}
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def call(*args, **options): raise AssertionError("the network was reached")
+    monkeypatch.setattr("socket.socket.connect", call)
+    monkeypatch.setattr("socket.getaddrinfo", call)
+
+@pytest.mark.parametrize(
+    "spec, match",
+    [
+        ({"name": "resnet18", "in_channels": 10**7}, "10000000 channels"),
+        ({"name": "resnet18", "in_channels": -1}, "-1 channels"),
+        ({"name": "resnet18", "in_channels": "3"}, "'3' channels"),
+        ({"name": "resnet18", "pretrained": True}, "pretrained"),
+        ({"name": "hf:google/vit-base-patch16-224"}, "without a configuration"),
+        ({"name": "hf:x", "config": VIT | {"num_hidden_layers": 10**6}}, "num_hidden_layers=1000000"),
+        ({"name": "hf:x", "config": VIT | {"hidden_size": 10**9}}, "hidden_size=1000000000"),
+        ({"name": "hf:x", "config": VIT | {"attn_implementation": "a/kernel"}}, "attn_implementation"),
+        ({"name": "hf:x", "config": VIT | {"auto_map": {"AutoModel": "x.Y"}}}, "auto_map"),
+        ({"name": "hf:x", "config": VIT | {"backbone": "resnet50"}}, "backbone"),
+        ({"name": "timm:hf-hub:a/b"}, "no architecture of timm"),
+        ({"name": "timm:hf_hub:a/b", "pretrained": True}, "pretrained"),
+        (["resnet18"], "no encoder"),
+        ({"name": 3}, "no encoder"),
+    ],
+    ids=str,
+)
+def test_a_header_builds_only_what_is_written(tmp_path, no_network, spec, match):
+    path = tmp_path/"e.safetensors"
+    write_safetensors(path, {"w": torch.zeros(1)}, "synthpi-encoder-1", encoder=spec, about={})
+    with pytest.raises(ValueError, match=f"{match}.*It is not built"): load_encoder(path)
+
+def test_a_header_larger_than_its_weights_takes_no_memory(tmp_path, no_network, monkeypatch):
+    path, built = tmp_path/"e.safetensors", []
+    def make(**spec):
+        encoder = make_encoder(**spec)
+        built.append({p.device.type for p in encoder.parameters()})
+        return encoder
+    monkeypatch.setattr("synthpi.models.files.make_encoder", make)
+    for spec in (
+        {"name": "resnet10_narrow", "in_channels": 4096},
+        {"name": "hf:x", "config": VIT | {"hidden_size": 10**5, "intermediate_size": 10**6}},
+    ):
+        write_safetensors(path, {"w": torch.zeros(1)}, "synthpi-encoder-1", encoder=spec, about={})
+        with pytest.raises(ValueError, match="do not fit"): load_encoder(path)
+    assert built == [{"meta"}]*2
+
+def test_an_encoder_of_hugging_face_comes_back(tmp_path, no_network):
+    torch.manual_seed(0)
+    encoder, path = make_encoder("hf:mine", config=VIT).eval(), tmp_path/"e.safetensors"
+    save_encoder(encoder, path)
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_encoder(path)(x), encoder(x))
+
+@pytest.mark.parametrize(
+    "spec, match",
+    [
+        ({"name": "unet", "width": 10**7}, "width=10000000.*not built"),
+        ({"name": "resnet", "blocks": 10**6}, "blocks=1000000.*not built"),
+        ({"name": "resnet", "halvings": 1}, "halvings=1.*not built"),
+        ({"name": "unet", "width": "4"}, "width='4'.*not built"),
+        ({"name": "unet", "width": 4096}, "do not fit the unet"),
+        ("unet", "a network called None"),
+    ],
+    ids=str,
+)
+def test_a_generators_header_builds_only_what_is_written(tmp_path, spec, match):
+    path = tmp_path/"g.safetensors"
+    facts = {"module": spec, "settings": {}, "about": {}}
+    write_safetensors(path, make_unet(4).state_dict(), "synthpi-generator-1", **facts)
+    with pytest.raises(ValueError, match=match): load_generator(path)
+
 def test_a_module_of_ones_own(tmp_path):
     net, path = small(), tmp_path/"e.safetensors"
     save_encoder(net, path, note="mine")

@@ -684,11 +684,14 @@ def test_torchscript_of_something_else(tmp_path, capsys):
     (tmp_path/"a.pt").write_bytes(content[:len(content)//2])
     with pytest.raises(ValueError, match="not a whole"): load_generator(tmp_path/"a.pt")
 
+# an ONNX file, field by field: a graph (7) with one node (1) of the type (4) Sub
+GRAPH = b"\x3a\x07\x0a\x05\x22\x03Sub"
+
 class FakeSession:
     "onnxruntime.InferenceSession as far as it is used; the graph is 1 - x"
     shape, calls = ["batch", 3, "height", "width"], []
     def __init__(self, path, providers):
-        if open(path, "rb").read() != b"graph": raise RuntimeError("INVALID_PROTOBUF\nmore")
+        if open(path, "rb").read() != GRAPH: raise RuntimeError("INVALID_PROTOBUF\nmore")
         self.providers = providers
     def get_inputs(self):
         return [types.SimpleNamespace(name="image", shape=self.shape, type="tensor(float)")]
@@ -710,9 +713,8 @@ def onnx(monkeypatch, tmp_path):
     monkeypatch.setitem(
         sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=FakeSession)
     )
-    monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setattr(FakeSession, "calls", [])
-    (tmp_path/"g.onnx").write_bytes(b"graph")
+    (tmp_path/"g.onnx").write_bytes(GRAPH)
     return tmp_path/"g.onnx"
 
 @pytest.mark.parametrize(
@@ -728,7 +730,7 @@ def onnx(monkeypatch, tmp_path):
 )
 def test_onnx(onnx, monkeypatch, shape, calls):
     monkeypatch.setattr(FakeSession, "shape", shape)
-    with pytest.raises(ValueError, match="(?s)onnx is not installed.*give range="):
+    with pytest.raises(ValueError, match="(?s)last operation: Sub.*give range="):
         load_generator(onnx)
     g = load_generator(onnx, range=(0, 1), verbose=False)
     x = images(40)
@@ -757,7 +759,7 @@ def test_onnx_that_cannot_be_used(onnx, monkeypatch):
         monkeypatch.setattr(FakeSession, "shape", shape)
         with pytest.raises(ValueError, match=match):
             load_generator(onnx, range=(0, 1))
-    onnx.write_bytes(b"no graph")
+    onnx.write_bytes(GRAPH.replace(b"Sub", b"Odd"))
     with pytest.raises(
         ValueError, match="not an ONNX graph that onnxruntime can run \\(INVALID_PROTOBUF\\)"
     ):

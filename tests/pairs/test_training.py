@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from synthpi.pairs.generators import ModuleGenerator, load_generator, make_resne
 from synthpi.pairs.objectives import CUT, CycleGAN, Pix2Pix, Regression, dice_score
 from synthpi.data.phantoms import tissue_phantoms, write_tissue
 from synthpi.pairs.examples import read_examples
-from synthpi.pairs.training import fit_generator
+from synthpi.pairs.training import _Choice, fit_generator
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
@@ -250,3 +251,24 @@ def test_a_residual_generator_survives_its_file(tmp_path):
         )
     with pytest.raises(ValueError, match="without a known `spec`"):
         save_generator(ModuleGenerator(torch.nn.Conv2d(3, 1, 1)), tmp_path / "h.safetensors")
+
+def test_a_damaged_best_generator_is_refused_and_an_old_one_is_said(tmp_path):
+    path = tmp_path/"checkpoints/best.pt"
+    def choice(): return _Choice("dice", tmp_path, None, {"seed": 0})
+    trainer = SimpleNamespace(done=1, accelerator=SimpleNamespace(is_main_process=True))
+    choice().take(trainer, .5, torch.nn.Conv2d(3, 1, 3))
+    whole = path.read_bytes()
+    assert choice().best["score"] == .5
+    kept = torch.load(path, weights_only=True)
+    weights = kept["best"]["state"]["weight"].numpy().tobytes()
+    # every bit of one weight, with the sign, the exponent and the digits
+    at = whole.index(weights)
+    for k in range(32):
+        byte = whole[at + k//8] ^ (1 << k % 8)
+        path.write_bytes(whole[:at + k//8] + bytes([byte]) + whole[at + k//8 + 1:])
+        with pytest.raises(ValueError, match="best.pt is damaged.*another run folder"): choice()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is damaged"): choice()
+    del kept["sha256"]
+    torch.save(kept, path)
+    with pytest.warns(UserWarning, match="has no checksum"): assert choice().best["score"] == .5

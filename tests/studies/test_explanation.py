@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import synthpi.cli.explain
 import synthpi.cli.doctor
 import synthpi.studies.explanation as room
+import synthpi.studies.explanation_images as images_room
 import synthpi.studies.explanation_page as page_room
 import synthpi.studies.runs as runs_room
 from synthpi.volumes.bodies import write_bodies
@@ -193,7 +194,7 @@ def test_targets(folder, tmp_path, monkeypatch):
         and not isinstance(model, nn.Sequential)
     )
     settings = ExplainSettings([folder/"lone"], folder/"tiles")
-    sample = room._sample_tiles(open_runs([folder/"lone"]), settings)
+    sample = images_room.sample_images(open_runs([folder/"lone"]), settings)
     h = extract_features(
         load_encoder(folder / "lone" / "encoder.safetensors"), iter(sample.x.split(32))
     )

@@ -314,6 +314,13 @@ def test_the_place_is_named_for_a_reader():
     )
 
 
+def test_a_reader_sees_the_name_and_the_colour_stays_that_of_the_arm():
+    names, bars = {"trident": "TriDeNT"}, {"trident": {"x": 0.5}, "mean_rgb": {"x": 0.4}}
+    plain, named = (figures.plot_recall(bars, ["x"], names=n).axes[0] for n in (None, names))
+    assert [t.get_text() for t in named.get_yticklabels()] == ["TriDeNT", "mean_rgb"]
+    assert [b.get_facecolor() for b in named.patches] == [b.get_facecolor() for b in plain.patches]
+
+
 def test_recall_without_a_class_is_a_dash():
     fig = figures.plot_recall({"a": {"x": 0.5}}, ["x", "y"])
     assert [t.get_text() for ax in fig.axes for t in ax.texts] == [" 0.50", "–"]

@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from synthpi.studies.tissue import inputs as inputs_module, study as study_module
+from synthpi.studies.tissue import inputs as inputs_module
+from synthpi.explain import maps
+from synthpi.studies.tissue import study as study_module
 from synthpi.cli import app
 from synthpi.pairs.generators import ModuleGenerator, load_generator, make_unet, save_generator
 from synthpi.models.files import load_encoder
@@ -39,6 +41,14 @@ def synthpi(*arguments):
 
 def tissue(tiles, out, *more):
     return synthpi("tissue", "--tiles", tiles, "--out", out, *SMALL, *more)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_maps():
+    "UMAP has its own tests: compiling it takes longer than the study. PCA stands for it."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maps, "_layout", lambda reduced, params: reduced[:, :2])
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -199,7 +209,7 @@ def test_report_is_one_file(study):
     } <= {p.stem for p in (study / "figures").glob("*.png")}
 
 
-def test_a_second_call_finds_everything(study, source):
+def test_a_second_call_finds_everything(study, source, no_report):
     before = {p: p.stat().st_mtime_ns for p in study.glob("runs/*/*")}
     results = json.loads((study / "results.json").read_text())
     result = tissue(
@@ -226,7 +236,7 @@ def test_another_study_is_refused_and_replaced_only_when_told(study, source):
     assert (study / "results.json").read_bytes() == kept
 
 
-def test_overwrite_replaces_a_study_and_nothing_else(source, tmp_path):
+def test_overwrite_replaces_a_study_and_nothing_else(source, tmp_path, no_report):
     assert tissue(source / "tiles", tmp_path / "out", "--arms", "mean_rgb").exit_code == 0
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert (
@@ -242,7 +252,7 @@ def test_overwrite_replaces_a_study_and_nothing_else(source, tmp_path):
     )
 
 
-def test_a_generator_file_replaces_the_pairs(study, source, tmp_path):
+def test_a_generator_file_replaces_the_pairs(study, source, tmp_path, no_report):
     result = tissue(
         source / "tiles",
         tmp_path / "out",
@@ -369,7 +379,7 @@ def test_bad_input_is_named_and_nothing_is_written(data, tmp_path, how):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_tiles_are_skipped_and_counted_when_told(data, tmp_path):
+def test_bad_tiles_are_skipped_and_counted_when_told(data, tmp_path, no_report):
     name = damage(data, "truncated tile")
     assert (
         tissue(data / "tiles", tmp_path / "out", "--arms", "mean_rgb", "--on-bad", "skip").exit_code

@@ -32,7 +32,8 @@ from synthpi.studies.volumes.arms import VOLUME_ARMS, train_volume_arm, volume_l
 from synthpi.models.distances import load_distances
 from synthpi.studies.volumes.scores import testable_regions as regions_to_test
 from synthpi.studies.volumes.settings import VolumeSettings
-from synthpi.studies.volumes.study import study_records, volume_study
+from synthpi.studies.volumes.inputs import study_records
+from synthpi.studies.volumes.study import volume_study
 from synthpi.volumes.store import VolumeStore
 from synthpi.volumes.scans import prepare_volumes
 
@@ -70,6 +71,11 @@ def quick_maps():
         def fake(h, seed=0): return {"coords": h[:, :2], "trustworthiness": 1.}
         patch.setattr(report_module, "embedding_map", fake)
         yield
+
+@pytest.fixture
+def no_report(monkeypatch):
+    "For tests of the numbers alone: the figures of the page take longer than the study."
+    monkeypatch.setattr(study_module, "write_volume_report", lambda *a: None)
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
@@ -256,7 +262,7 @@ def test_splits_and_crops_are_portable(study):
     for path in [study / "splits.json", *study.glob("crops/*.json")]:
         assert str(study) not in path.read_text() and "/tmp" not in path.read_text()
 
-def test_a_second_call_finds_everything(study, source):
+def test_a_second_call_finds_everything(study, source, no_report):
     before, results = (
         {p: p.stat().st_mtime_ns for p in study.glob("runs/*/result.json")},
         results_of(study),
@@ -270,7 +276,7 @@ def test_a_second_call_finds_everything(study, source):
         p: p.stat().st_mtime_ns for p in study.glob("runs/*/result.json")
     } == before and results_of(study)["arms"] == results["arms"]
 
-def test_another_study_is_refused_and_replaced_only_when_told(source, tmp_path):
+def test_another_study_is_refused_and_replaced_only_when_told(source, tmp_path, no_report):
     assert study_of(source, tmp_path/"out", "--arms", "intensity_histogram").exit_code == 0
     kept = (tmp_path/"out"/"results.json").read_bytes()
     again = study_of(source, tmp_path/"out", "--arms", "intensity_histogram", "--rule", "any")
@@ -384,7 +390,7 @@ def test_labels_that_are_required_must_be_there(data, tmp_path):
     result = study_of(data, tmp_path/"out", "--labels")
     assert result.exit_code == 2 and "1 of 9 volumes have no labels" in result.output
 
-def test_volumes_of_different_voxels_are_refused_or_resampled(data, tmp_path):
+def test_volumes_of_different_voxels_are_refused_or_resampled(data, tmp_path, no_report):
     import nibabel as nib
     for name in ("body_000", "body_000_label"):
         image = nib.load(data/f"{name}.nii.gz")
@@ -405,7 +411,7 @@ def test_volumes_of_different_voxels_are_refused_or_resampled(data, tmp_path):
         == 0
     )
 
-def test_a_stopped_study_continues_and_ends_with_the_same_numbers(source, tmp_path, monkeypatch):
+def test_a_stopped_study_continues_and_ends_with_the_same_numbers(source, tmp_path, monkeypatch, no_report):
     settings, quiet = settings_of(source, arms=["isimed", "barlow"], labels=False), dict(device="cpu", progress=False)
     whole = volume_study(settings, tmp_path/"whole", **quiet)
     real, calls = study_module.train_volume_arm, []
@@ -423,13 +429,13 @@ def test_a_stopped_study_continues_and_ends_with_the_same_numbers(source, tmp_pa
         return {n: {k: v for k, v in a.items() if k != "seconds"} for n, a in arms.items()}
     assert strip(r["arms"]) == strip(whole["arms"])
 
-def test_crops_are_kept_when_the_files_change_beneath(source, data, tmp_path):
+def test_crops_are_kept_when_the_files_change_beneath(source, data, tmp_path, no_report):
     assert study_of(data, tmp_path/"out", "--arms", "intensity_histogram").exit_code == 0
     (tmp_path/"out"/"crops"/"place-test.json").write_text("{}")
     result = study_of(data, tmp_path/"out", "--arms", "intensity_histogram")
     assert result.exit_code == 2 and "place-test.json" in result.output
 
-def test_a_call_that_failed_before_it_computed_anything_may_be_corrected(data, tmp_path):
+def test_a_call_that_failed_before_it_computed_anything_may_be_corrected(data, tmp_path, no_report):
     # three regions of one name
     (data / "labels.csv").write_text(
         (data / "labels.csv").read_text().replace("heart", "liver").replace("lung", "liver")
@@ -448,7 +454,7 @@ def test_a_call_that_failed_before_it_computed_anything_may_be_corrected(data, t
         "liver (5)",
     } <= set(r["data"]["labels"].values())
 
-def test_new_crops_do_not_meet_old_features(source, tmp_path):
+def test_new_crops_do_not_meet_old_features(source, tmp_path, no_report):
     assert study_of(source, tmp_path/"out", "--arms", "intensity_histogram").exit_code == 0
     before = (tmp_path/"out"/"runs"/"intensity_histogram-seed0"/"result.json").stat().st_mtime_ns
     (tmp_path/"out"/"crops"/"place-test.json").unlink()

@@ -666,3 +666,63 @@ def test_a_gradient_that_is_no_number_stops_the_run():
         return scalar, {}
     t = trainer(step=step)
     with pytest.raises(FloatingPointError, match="norm of the gradient is nan at step 0"): t.fit()
+
+@pytest.mark.parametrize("left", (None, 3))
+def test_a_history_that_was_not_written_in_time_is_written_again(left, tmp_path):
+    "Killed between the last checkpoint and history.csv"
+    whole = trainer(tmp_path).fit()
+    if left is None: (tmp_path/"history.csv").unlink()
+    else: whole[:left].to_csv(tmp_path/"history.csv", index=False)
+    assert trainer(tmp_path).fit().equals(whole)
+    assert len(pd.read_csv(tmp_path/"history.csv")) == len(whole)
+
+def test_sigterm_saves_and_ends_the_process(tmp_path):
+    t = trainer(tmp_path, on_step=at(7, lambda t: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit) as ended: t.fit()
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert Checkpoints(tmp_path/"checkpoints").paths()[0].name.startswith("step-00000007")
+    assert trainer(tmp_path).fit().equals(trainer().fit())
+
+ONE_ROW = '''
+import os, sys
+import torch
+from torch import nn
+from synthpi.losses import VICReg
+from synthpi.train import Trainer
+from synthpi.train.batchnorm import synchronise_batchnorm
+from synthpi.train.processes import make_accelerator
+
+rank, rows = int(os.environ["RANK"]), 2 - int(os.environ["RANK"])
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = synchronise_batchnorm(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), "cpu")
+    def forward(self, *views): return tuple(self.net(v) for v in views)
+
+def stream(start):
+    for k in range(start, 9):
+        z = torch.randn(2, rows, 4, generator=torch.Generator().manual_seed(9*k + rank))
+        yield {"views": tuple(z*(float("nan") if k == 3 and rank else 1)), "index": torch.arange(rows) + 40*rank}
+
+model = Net()
+trainer = Trainer(
+    model, VICReg(), torch.optim.SGD(model.parameters(), .1), stream, 9, watch_every=1, progress=None,
+    accelerator=make_accelerator(cpu=True),
+)
+try: trainer.fit()
+except FloatingPointError as error: print(trainer.done, len(trainer.history.dropna()), error, flush=True)
+torch.distributed.destroy_process_group()
+'''
+
+@pytest.mark.slow
+def test_a_process_with_one_row_takes_part_and_its_records_are_named(tmp_path):
+    (tmp_path/"run.py").write_text(ONE_ROW)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, tmp_path/"run.py"], capture_output=True, text=True, timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = done.stdout.splitlines()
+    assert len(told) == 2 and all(line.startswith("3 3 the loss is nan at step 3") for line in told)
+    assert all("records of process 0: [0, 1]; records of process 1: [40]" in line for line in told)

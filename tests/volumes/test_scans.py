@@ -180,10 +180,8 @@ def test_intensities(tmp_path):
         dtype="float32",
     )
     assert np.allclose(ct.array(0), np.clip((x - 60)/20, 0, 1), atol=1e-6)
-    assert prepare_volumes(tmp_path / "in", tmp_path / "ct2", window="ct").settings["window"] == [
-        -1000,
-        1000,
-    ]
+    ct = prepare_volumes(tmp_path / "in", tmp_path / "ct2", window="ct", foreground_above=10)
+    assert ct.settings["window"] == [-1000, 1000]
     with pytest.raises(ValueError, match="got window 'bone'"):
         prepare_volumes(tmp_path / "in", tmp_path / "ct3", window="bone")
 

@@ -22,9 +22,11 @@ from datasets import Dataset
 import synthpi
 from ...core.checks import positive, some_names
 from ...core.files import fingerprint
+from ...core.runs import EVERY_BYTE
 from ...data.folders import image_folder, pair_folders
-from ...data.splits import check_images
+from ...data.splits import check_images, set_hash
 from ...evaluate.features import colour_histogram
+from ...pairs.examples import check_pairs
 from ...pairs.generators import load_generator
 from ...pairs.privileged import refuse_overlap
 from .arms import ARMS, choose_arms
@@ -72,7 +74,7 @@ def scales(
         )
     return um
 
-# %% ../../../nbs/studies/tissue/inputs.ipynb #d44ca2ad
+# %% ../../../nbs/studies/tissue/inputs.ipynb #864a7b06
 @dataclass
 class Inputs:
     "What a study of tiles works on."
@@ -96,14 +98,16 @@ class Inputs:
         s, real = self.settings, self.real
         return {
             "synthpi": synthpi.__version__,
+            **EVERY_BYTE,
             "tiles": self.data.summary["fingerprint"],
-            "pairs": real and fingerprint(sorted(zip(real["path"][:], real["group"][:]))),
+            "pairs": real and set_hash(real),
             "generator": s.generator and fingerprint(Path(s.generator)),
             "arms": self.names,
             **s.identity,
             "hard_pair": self.hard and [self.data.classes[k] for k in self.hard],
         }
 
+# %% ../../../nbs/studies/tissue/inputs.ipynb #d44ca2ad
 def _refuse_evaluated_patients(data, real, given):
     "`ValueError` if the generator, or the pairs it will learn from, know the evaluated patients"
     evaluated = data.groups["val"] + data.groups["test"]
@@ -113,6 +117,14 @@ def _refuse_evaluated_patients(data, real, given):
             f"{len(meet)} groups of the pairs are in the validation or test split of the tiles "
             f"({some_names(meet, 5)}): leave them out of one of the two."
         )
+
+def _refuse_few(data):
+    "Too few test tiles for the report, which maps them"
+    if data.labels is None or (n := len(data.labels["test"])) >= 5: return
+    raise ValueError(
+        f"{n} tiles are in the test split; expected 5 or more: fewer can be neither compared nor "
+        "mapped. Add tiles of other patients to test, or leave the splits to synthpi."
+    )
 
 def _without_labels(names, tiles):
     "The arms that need no labels"
@@ -137,7 +149,9 @@ def read_inputs(
     if scaled: um = scales(s, scaled[0], real, given)
     data = load_tiles(s.tiles, s.size, s.group_column, s.on_bad)
     if real: real = check_images(real, on_bad=s.on_bad)[0]
+    if real and not given: check_pairs(real)
     _refuse_evaluated_patients(data, real, given)
+    _refuse_few(data)
     if s.epochs:
         s = replace(s, steps=max(1, round(s.epochs*len(data.train)/s.batch_size)))
     if data.labels is None: names = _without_labels(names, s.tiles)

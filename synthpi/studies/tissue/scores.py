@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...core.files import read_arrays
 from ...evaluate.intervals import error_reduction, interval, score_intervals
 from ...evaluate.scores import scores
 from ..runs import run_folder
@@ -39,7 +40,7 @@ def best_setting(
 def _predictions(out, records, arm, setting):
     "Arrays of all seeds of an arm at a setting, one row for each seed"
     keys = [k for k in records if k[:2] == (arm, setting)]
-    files = [np.load(run_folder(out, arm, seed, setting)/"predictions.npz") for *_, seed in keys]
+    files = [read_arrays(run_folder(out, arm, seed, setting)/"predictions.npz") for *_, seed in keys]
     return {k: np.stack([f[k] for f in files]) for k in files[0].files if not k.startswith("probe")}
 
 def _hard_entry(data, predicted, hard):

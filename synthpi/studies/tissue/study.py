@@ -26,8 +26,8 @@ import numpy as np
 from accelerate import Accelerator
 
 import synthpi
-from ...core.files import write_json
-from ...core.runs import choose_device, claim_folder, environment, Progress
+from ...core.files import write_arrays, write_json
+from ...core.runs import choose_device, claim_folder, environment, hold_folder, Progress
 from ...evaluate.ranks import rankme
 from ...models.files import save_encoder
 from ...pairs.examples import cut_pairs
@@ -83,11 +83,11 @@ class Study:
     bar:Progress|None=None # For the whole study
 
     @classmethod
-    def claim(cls, out, inputs, device, workers, overwrite):
-        "Take the folder, or say why not."
+    def claim(cls, out, inputs, device, workers, overwrite, dry=False):
+        "Take the folder, or say why not; `dry` only says."
         out, s, identity = Path(out), inputs.settings, inputs.identity
         folders = [p for p in (s.tiles, s.pairs) if p and Path(p).is_dir()]
-        continued = claim_folder(out, identity, overwrite, folders)
+        continued = claim_folder(out, identity, overwrite, folders, dry=dry)
         return cls(out, inputs, identity, continued, Accelerator(cpu=device == "cpu"), workers)
 
     @property
@@ -215,7 +215,7 @@ def training_records(
         return tables["controls" if seen & {"shuffled", "blank"} else ARMS[name].source]
     return records
 
-# %% ../../../nbs/studies/tissue/study.ipynb #5d03a43a
+# %% ../../../nbs/studies/tissue/study.ipynb #36d007c2
 def _encoder_of(study, run, records, arguments):
     "The encoder of a run, if it has one, and how long its training took"
     record, cost = {"steps": 0, "seconds": 0.}, _run_cost(study.inputs, run.arm)
@@ -238,6 +238,7 @@ def _encoder_of(study, run, records, arguments):
     study.bar.work(cost)
     return encoder, record
 
+# %% ../../../nbs/studies/tissue/study.ipynb #e0fa0aa1
 def _scores_of(study, run, encoder):
     "Scores and predictions; without labels the rank of the features alone"
     inputs, device = study.inputs, study.accelerator.device
@@ -246,6 +247,7 @@ def _scores_of(study, run, encoder):
     if run.arm == "colour_histogram": features = inputs.histogram
     return score_run(inputs.data, features, inputs.hard)
 
+# %% ../../../nbs/studies/tissue/study.ipynb #5d03a43a
 def train_and_score(
     study:Study, # With an open bar
     run:RunKey, # Which run
@@ -263,7 +265,7 @@ def train_and_score(
         facts = made | {"synthpi": synthpi.__version__, "data": data.summary["fingerprint"], "classes": data.classes}
         rest = {k: v for k, v in arguments.items() if k != "encoder"}
         save_encoder(encoder, folder/"encoder.safetensors", **facts, **rest)
-    np.savez(folder/"predictions.npz", **arrays)
+    write_arrays(folder/"predictions.npz", **arrays)
     finish_run(folder, record | scored, made | {"arguments": arguments, "study": study.identity})
 
 # %% ../../../nbs/studies/tissue/study.ipynb #5b6f21d7
@@ -312,21 +314,9 @@ def results_of(study, records, about, command):
     return results | summarise(study.out, inputs.data, records, inputs.hard)
 
 # %% ../../../nbs/studies/tissue/study.ipynb #9f93e1d1
-def tissue_study(
-    settings:TissueSettings, # What is asked: tiles, pairs or generator, arms, seeds, lengths, scales
-    out:str|Path, # Output folder
-    *,
-    device:str="auto", # "auto", "cpu" or "cuda"
-    workers:int=0, # Worker processes for decoding and augmenting
-    overwrite:bool=False, # Replace another study in `out`
-    command:str="", # For the record
-    progress:bool=True, # Show the bar
-)->dict: # What results.json holds
-    """Train and compare the arms; writes results.json, report.html, figures, encoders. Ctrl-C keeps
-    what is done: the same call continues."""
-    choose_device(device)
-    inputs = read_inputs(settings)
-    study = Study.claim(out, inputs, device, workers, overwrite)
+def _in_folder(study, command, progress):
+    "The study, in the folder that it holds."
+    inputs, out = study.inputs, study.out
     study.bar = open_bar(study, progress)
     if study.continued:
         done = sum(is_finished(study.folder(run)) for run in study.runs)
@@ -343,3 +333,21 @@ def tissue_study(
     write_report(study.out, results, inputs.data, train, judged)
     study.bar.close()
     return results
+
+def tissue_study(
+    settings:TissueSettings, # What is asked: tiles, pairs or generator, arms, seeds, lengths, scales
+    out:str|Path, # Output folder
+    *,
+    device:str="auto", # "auto", "cpu" or "cuda"
+    workers:int=0, # Worker processes for decoding and augmenting
+    overwrite:bool=False, # Replace another study in `out`
+    command:str="", # For the record
+    progress:bool=True, # Show the bar
+)->dict: # What results.json holds
+    """Train and compare the arms; writes results.json, report.html, figures, encoders. Ctrl-C keeps
+    what is done: the same call continues."""
+    choose_device(device)
+    inputs = read_inputs(settings)
+    claimed = (out, inputs, device, workers, overwrite)
+    Study.claim(*claimed, dry=True)
+    with hold_folder(out): return _in_folder(Study.claim(*claimed), command, progress)

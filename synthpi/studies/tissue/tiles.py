@@ -21,10 +21,9 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from ...core.files import fingerprint
 from ...core.optics import restain
 from ...data.folders import image_folder
-from ...data.splits import assert_disjoint, check_images, check_labels, split_by_group
+from ...data.splits import assert_disjoint, check_images, check_labels, set_hash, split_by_group
 from ...data.views import Images
 from ...evaluate.features import colour_histogram, extract_features, mean_rgb
 from ...evaluate.probes import linear_probe
@@ -82,7 +81,6 @@ def load_tiles(
     groups = {s: p["group"][:] for s, p in part.items()}
     test = [images["test"][i] for i in range(len(part["test"]))] if labelled else []
     shifted = restain(test, seed=seed) if labelled else None
-    rows = sorted(zip(ds["path"][:], ds["split"][:], ds["group"][:]))
     summary = {
         "tiles": {s: len(p) for s, p in part.items()},
         "groups": {s: len(set(g)) for s, g in groups.items()},
@@ -90,7 +88,8 @@ def load_tiles(
         "skipped": checked["bad"],
         "sizes": checked["sizes"],
         "modes": checked["modes"],
-        "fingerprint": fingerprint(rows, [checked["bytes"]]),
+        "read": checked["read"],
+        "fingerprint": set_hash(ds),
     }
     return TileSet(part["train"], images, labels, groups, classes, shifted, summary)
 

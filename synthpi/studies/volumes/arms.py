@@ -106,6 +106,7 @@ def _crops(store, volumes, settings, frame, seed):
         )
     return serve
 
+# %% ../../../nbs/studies/volumes/arms.ipynb #7f7b36a0
 def train_volume_arm(
     name:str, # A trained arm of `VOLUME_ARMS`
     store, # `VolumeStore`

@@ -14,14 +14,13 @@ __all__ = ['testable_regions', 'Regions', 'ask_regions', 'Places', 'predict_plac
            'summarise_volumes']
 
 # %% ../../../nbs/studies/volumes/scores.ipynb #2fc5f2a4
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ...core.files import atomic_path
+from ...core.files import read_arrays, read_json, write_arrays
 from ...core.groups import group_folds
 from ...core.seeds import seed_for
 from ...evaluate.crossval import auc_difference, auc_intervals, cross_validate
@@ -57,6 +56,7 @@ class Regions:
     inner:int # Folds inside each training part
     about:dict # For results.json
 
+# %% ../../../nbs/studies/volumes/scores.ipynb #2feb1329
 def ask_regions(
     crops, # `CropList` of the test volumes
     store, # `VolumeStore`
@@ -101,17 +101,19 @@ class Places:
 
     def of(self, crops): return crops.positions(self.store, self.frame), crops.subjects(self.store)
 
+_AGAIN = "Remove its folder, and the run is made again."
+
 def predict_places(
     folder:Path, # Of one run, with features.npz
     places:Places, # Which crops
 )->dict[str, np.ndarray]: # The features, with the key `predicted`
     "Features of a run with the places that a probe reads from them, fitted once and stored."
-    f = dict(np.load(folder/"features.npz"))
+    f = read_arrays(folder/"features.npz", _AGAIN)
     if "predicted" in f: return f
     fit, test = places.of(places.train), places.of(places.test)
     probe = position_probe(f["h_place-train"], *fit, f["h_place-test"], *test, n_boot=1)
     f["predicted"] = probe.predicted
-    with atomic_path(folder/"features.npz") as tmp: np.savez(tmp, **f)
+    write_arrays(folder/"features.npz", **f)
     return f
 
 # %% ../../../nbs/studies/volumes/scores.ipynb #f7a6188d
@@ -193,10 +195,10 @@ def summarise_volumes(
     "Scores with intervals for every arm, and comparisons between arms."
     arms, cvs = {}, {}
     for name, runs in folders.items():
-        records = [json.loads((f/"result.json").read_text(encoding="utf-8")) for f in runs]
+        records = [read_json(f/"result.json", _AGAIN) for f in runs]
         seconds = float(np.mean([r["seconds"] for r in records]))
         arms[name] = {"steps": records[0]["steps"], "seconds": seconds}
-        if name == "position_atlas": features = [dict(np.load(f/"features.npz")) for f in runs]
+        if name == "position_atlas": features = [read_arrays(f/"features.npz", _AGAIN) for f in runs]
         else:
             features = [predict_places(f, places) for f in runs]
             arms[name] |= score_places(features, places)
