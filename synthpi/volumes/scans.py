@@ -19,7 +19,6 @@ Docs: https://synthpi.github.io/synthpi/nbs/volumes/scans.html.md"""
 __all__ = ['read_volume', 'resample', 'prepare_volumes']
 
 # %% ../../nbs/volumes/scans.ipynb #2a7016e8
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -297,6 +296,8 @@ def _records(source, preset, sequence, root):
 def _claim(out):
     "The folder of the store, which may be there already."
     ours = {"store.json", "items", ".lock"}
+    # the last one is what a killed process leaves of a file that it was writing
+    if out.is_dir(): ours |= {p.name for p in out.glob(".store-*.json")}
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - ours):
         raise ValueError(
             f"{out} holds other things than a store of volumes: choose an empty or new folder."
@@ -324,7 +325,7 @@ def prepare_volumes( # noqa: PLR0913
     _claim(out)
     with FileLock(out/".lock", timeout=3600):
         # no store while it is being prepared
-        with contextlib.suppress(FileNotFoundError): (out/"store.json").unlink()
+        for p in (out/"store.json", *out.glob(".store-*.json")): p.unlink(missing_ok=True)
         results = run_jobs(_prepare, [(r, root, out, s) for r in records], workers)
         _check_results(results)
         made = sum(made for _, made, _ in results)

@@ -2,6 +2,8 @@
 absent, the encoder untouched; probes of them and of other features."""
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,7 +25,7 @@ from synthpi.studies.embeddings_settings import EmbedSettings
 from synthpi.studies.features import Embeddings, read_embeddings, read_features
 from synthpi.studies.probe import probe_table
 from synthpi.evaluate.regression import position_probe
-from synthpi.volumes.store import FRAMES
+from synthpi.volumes.store import FRAMES, VolumeStore
 from synthpi.volumes.scans import prepare_volumes
 
 class Means(nn.Module):
@@ -253,6 +255,16 @@ def test_a_run_that_fails_leaves_nothing_or_what_was_there(store, tmp_path, erro
     assert [p.name for p in tmp_path.iterdir()] == ["e.parquet"] and (
         tmp_path / "e.parquet"
     ).read_bytes() == old
+
+def test_a_damaged_store_is_not_embedded(store, tmp_path):
+    damaged = Path(shutil.copytree(store.folder, tmp_path/"store"))
+    array = next(iter(sorted((damaged/"items").iterdir())))/"image.npy"
+    content = bytearray(array.read_bytes())
+    content[-7] ^= 1
+    array.write_bytes(content)
+    with pytest.raises(ValueError, match="1 volumes are damaged"):
+        embed(VolumeStore(damaged), tmp_path/"e.parquet")
+    embed(VolumeStore(damaged), tmp_path/"e.parquet", volumes=[1])      # the others can be used
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_encoder_is_left_as_it_was(store, tmp_path, fails):

@@ -420,11 +420,6 @@ def test_refusals(folder, volumes, tmp_path):
             )
             for i in range(5)
         ]
-    single = tmp_path / "single"
-    single.mkdir()
-    (single / "tiles.csv").write_text(
-        "\n".join(["path,label"] + [f"{tiles}/{i}.png,{'one' if i else 'two'}" for i in range(9)])
-    )
     untold = tmp_path / "untold.safetensors"
     save_encoder(make_encoder("resnet10_narrow"), untold)
     gray = tmp_path / "gray.safetensors"
@@ -455,7 +450,6 @@ def test_refusals(folder, volumes, tmp_path):
             (lone, tiles, "--reference", tiles / "1.png", "--target", "dimension:1"),
             "with target dimension:1",
         ),
-        ((lone, single), "only image of its class"),
         ((lone, few, "--target", "similarity", "--n", 9), "3 images"),
         ((volumes / "run", tiles), "no folder of prepared volumes"),
         ((lone, tiles, "--device", "tpu"), "'tpu'"),
@@ -701,3 +695,15 @@ def test_maps_that_cannot_be_judged(folder, tmp_path, monkeypatch):
         and check["passes"]["gradient"] in (True, False)
         and "gradcam cannot be judged" in page(tmp_path / "o")
     )
+
+
+def test_an_image_that_is_alone_in_its_class_is_left_out_and_told(folder, tmp_path):
+    tiles = folder/"tiles"
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "tiles.csv").write_text(
+        "\n".join(["path,label"] + [f"{tiles}/{i}.png,{'one' if i else 'two'}" for i in range(9)])
+    )
+    result = ask("--encoder", folder/"lone", "--images", single, "--out", tmp_path/"out", "--checked", 0)
+    assert result.exit_code == 0, result.output
+    assert "1 images are the only image of their class in the sample (two)" in result.output

@@ -3,6 +3,7 @@ with pairs, with bad input."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from synthpi.cli import app
+from synthpi.core.runs import hold_folder
 from synthpi.pairs.stains import StainGenerator
 from synthpi.models.files import load_encoder
 from synthpi.pairs.privileged import add_privileged
@@ -287,6 +289,22 @@ def test_resume_with_nothing_there_begins_and_overwrite_replaces(folder, tmp_pat
     assert len(other.history) == 3 and other.history.loss[0] != first.history.loss[0]
 
 
+def test_other_pixels_of_the_same_size_are_another_run(folder, tmp_path):
+    tiles = Path(shutil.copytree(folder/"tiles", tmp_path/"tiles"))
+    before, caches = tiles_to_train(tiles)[1], [folder/"cache", folder/"eosin"]
+    assert tiles_to_train(folder/"tiles")[1] == before
+    assert len({tiles_to_train(tiles, [c])[1] for c in caches} | {before}) == 3
+    for file in sorted(tiles.iterdir())[:2]: file.rename(tiles/f"_{file.name}")
+    a, b = sorted(tiles.glob("_*"))                 # two tiles change places: names and bytes remain
+    a.rename(tiles/b.name[1:])
+    b.rename(tiles/a.name[1:])
+    assert tiles_to_train(tiles)[1] != before
+
+def test_a_folder_is_held_while_a_run_is_in_it(folder, tmp_path):
+    with hold_folder(tmp_path/"run"):
+        result = synthpi("--tiles", folder/"tiles", "--steps", 2, "--out", tmp_path/"run", *FLAGS)
+    assert result.exit_code == 2 and f"in use by process {os.getpid()}" in result.output
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -303,6 +321,7 @@ def test_resume_with_nothing_there_begins_and_overwrite_replaces(folder, tmp_pat
         (["--lr", "-1"], "learning rate"),
         (["--epochs", "2"], "give one of them"),
         (["--micro-batch", "1"], "BatchNorm"),
+        (["--batch-size", "3", "--micro-batch", "2"], "of 2 parts one would have 1"),
         (["--track", "nothing"], "nothing"),
         (["--widths", "0"], "width"),
         (["--pairs-cache", "nowhere"], "manifest.csv"),

@@ -167,6 +167,56 @@ def test_synthetic_images_are_judged_with_and_without_truth(study):
     assert ("COLLAPSED" in page) == (tiles["collapsed"] or pairs["collapsed"])
 
 
+def test_no_place_of_this_machine_is_in_the_results(study, source):
+    "Paths name users and projects"
+    written = [p for p in study.rglob("*") if p.suffix in (".json", ".html") and "cache" not in p.parts]
+    assert len(written) > 20
+    for path in written:
+        text = path.read_text()
+        assert str(source) not in text and str(study.parent) not in text, path
+
+
+@pytest.fixture
+def settings(data):
+    "Read in a second: no arm is trained"
+    return TissueSettings(
+        data/"tiles", data/"pairs", um_per_px_tiles=.75, um_per_px_pairs=.5, size=32, steps=2,
+        arms=["mean_rgb", "trident"],
+    )
+
+
+def _swap(files):
+    "Two files change places: names and sizes in all remain"
+    a, b = (f.read_bytes() for f in files)
+    files[0].write_bytes(b)
+    files[1].write_bytes(a)
+
+def _correct_a_label(data):
+    table = pd.read_csv(data/"tiles"/"tiles.csv", dtype=str)
+    table.loc[0, "label"] = next(c for c in table["label"] if c != table["label"][0])
+    table.to_csv(data/"tiles"/"tiles.csv", index=False)
+
+@pytest.mark.parametrize("what, change", [
+    ("tiles", _correct_a_label),
+    ("tiles", lambda data: _swap(sorted((data/"tiles"/"train").rglob("*.png"))[:2])),
+    ("pairs", lambda data: _swap(sorted((data/"pairs"/"privileged").iterdir())[:2])),
+])
+def test_corrected_data_is_another_study(what, change, settings, data):
+    before = inputs_module.read_inputs(settings).identity
+    change(data)
+    after = inputs_module.read_inputs(settings).identity
+    assert {k for k in before if before[k] != after[k]} == {what}
+
+
+
+def test_too_few_test_tiles_are_refused_before_anything_is_trained(settings, data):
+    table = pd.read_csv(data/"tiles"/"tiles.csv", dtype=str)
+    few = table[table["split"] == "test"].index[4:]
+    table.drop(few).to_csv(data/"tiles"/"tiles.csv", index=False)
+    with pytest.raises(ValueError, match="4 tiles are in the test split; expected 5 or more"):
+        inputs_module.read_inputs(settings)
+
+
 def test_chosen_augmentation_is_the_one_with_the_higher_validation_accuracy(study):
     for arm in json.loads((study / "results.json").read_text())["arms"].values():
         if by := arm.get("by_augmentation"):

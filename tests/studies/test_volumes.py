@@ -435,6 +435,20 @@ def test_crops_are_kept_when_the_files_change_beneath(source, data, tmp_path, no
     result = study_of(data, tmp_path/"out", "--arms", "intensity_histogram")
     assert result.exit_code == 2 and "place-test.json" in result.output
 
+def test_edited_crops_are_refused_or_replaced_with_their_features(source, tmp_path, no_report):
+    out = tmp_path/"out"
+    assert study_of(source, out, "--arms", "intensity_histogram").exit_code == 0
+    path, before = out/"crops"/"place-test.json", results_of(out)["arms"]
+    text = path.read_text()
+    facts = json.loads(text)
+    for v in facts["volumes"]: v["starts"] = [[a + 1, b, c] for a, b, c in v["starts"]]
+    path.write_text(json.dumps(facts))
+    result = study_of(source, out, "--arms", "intensity_histogram")
+    assert result.exit_code == 2 and "place-test.json is not the list that this study draws" in result.output
+    assert study_of(source, out, "--arms", "intensity_histogram", "--overwrite").exit_code == 0
+    assert path.read_text() == text
+    assert results_of(out)["arms"]["intensity_histogram"]["position_r2"] == before["intensity_histogram"]["position_r2"]
+
 def test_a_call_that_failed_before_it_computed_anything_may_be_corrected(data, tmp_path, no_report):
     # three regions of one name
     (data / "labels.csv").write_text(

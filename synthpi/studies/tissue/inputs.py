@@ -86,6 +86,7 @@ class Inputs:
     um:dict # Micrometres per pixel of `tiles` and `pairs`
     histogram:Callable # Colour histograms, each computed once
     hard:tuple|None # Class numbers of the hard pair
+    pairs:str|None=None # Hash of the authentic pairs
 
     @property
     def labelled(self)->bool:
@@ -95,12 +96,12 @@ class Inputs:
     @property
     def identity(self)->dict:
         "What makes this study this study; a folder is continued only for an equal one."
-        s, real = self.settings, self.real
+        s = self.settings
         return {
             "synthpi": synthpi.__version__,
             **EVERY_BYTE,
             "tiles": self.data.summary["fingerprint"],
-            "pairs": real and set_hash(real),
+            "pairs": self.pairs,
             "generator": s.generator and fingerprint(Path(s.generator)),
             "arms": self.names,
             **s.identity,
@@ -157,4 +158,4 @@ def read_inputs(
     if data.labels is None: names = _without_labels(names, s.tiles)
     histogram = once(colour_histogram)
     hard = None if data.labels is None else choose_hard_pair(data, s.hard_pair, histogram)
-    return Inputs(s, names, data, real, given, um, histogram, hard)
+    return Inputs(s, names, data, real, given, um, histogram, hard, real and set_hash(real))

@@ -41,7 +41,7 @@ def _predictions(out, records, arm, setting):
     "Arrays of all seeds of an arm at a setting, one row for each seed"
     keys = [k for k in records if k[:2] == (arm, setting)]
     files = [read_arrays(run_folder(out, arm, seed, setting)/"predictions.npz") for *_, seed in keys]
-    return {k: np.stack([f[k] for f in files]) for k in files[0].files if not k.startswith("probe")}
+    return {k: np.stack([f[k] for f in files]) for k in files[0] if not k.startswith("probe")}
 
 def _hard_entry(data, predicted, hard):
     "Accuracy on the hard pair"

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 
 from ...core.figures import range_in_words
-from ...core.files import read_arrays
 from ...explain.maps import embedding_map
 from synthpi.explain.places import (
     AXES, distance_errors, plot_distance_errors, plot_folds, plot_positions, plot_region_auc,
@@ -379,7 +378,7 @@ def write_volume_report(
     "Write report.html and figures/*.png."
     out, arms, d, seeds = Path(out), results["arms"], results["data"], results["seeds"]
     folders = {n: out/"runs"/f"{n}-seed{seeds[0]}" for n in arms}
-    def load(name): return read_arrays(folders[name]/"features.npz")
+    def load(name): return np.load(folders[name]/"features.npz")
     report = Report(
         "Where in the body is this crop?",
         f"{sum(d['volumes'].values())} volumes of {sum(d['subjects'].values())} subjects, "
