@@ -29,7 +29,8 @@ _MORE = "(?:set|sets|data|dataset|split|images?|imgs?|tiles|patches|folder)"
 _SPLIT = re.compile(rf"(?:{_MORE}[ _-]?)?({'|'.join(SPLITS)})(?:[ _-]?{_MORE})*", re.I)
 # Parts of a set whose role a name does not say: `fold1`, `trainA`, `tumour_test`
 _PART = re.compile(
-    r"k?(?:fold|cv|split|subset)s?[ _-]?\d+|(?:train|training|val|valid|test|testing)[ _-]?(?:\d+|[ab])"
+    r"k?(?:fold|cv|split|subset|part|set|chunk)s?[ _-]?\d+|trn|tst|dev|eval|evaluation|hold[ _-]?out"
+    r"|(?:train|training|val|valid|test|testing)[ _-]?(?:\d+|[ab])"
     r"|(?:.*[ _-])?(?:train|training|trainset|validation|test|testing|testset)(?:[ _-].*)?",
     re.I,
 )
@@ -40,6 +41,11 @@ def split_named(
     "The split that a name means."
     found = _SPLIT.fullmatch(name.strip())
     return SPLITS[found[1].lower()] if found else None
+
+def _patient(name):
+    "The patient of a folder: several samples of one case of TCGA are one."
+    found = re.match(r"TCGA-\w{2}-\w{4}", name)
+    return found[0] if found else name
 
 def _is_part(name):
     "Whether a name is a part of a set that is neither clearly a split nor a class."
@@ -183,9 +189,9 @@ def _read_folders(folder, paths):
     table = {"path": paths, "split": [""]*len(paths)}
     if split is not None: table["split"] = _as_splits(levels[split], folder)
     if label is not None: table["label"] = list(levels[label])
-    if group is not None: table["group"] = list(levels[group])
+    if group is not None: table["group"] = [_patient(name) for name in levels[group]]
     used = {split: "<split>/", label: "<class>/", group: "<group>/"}
     last = max([i for i in used if i is not None], default=-1)
     note = "layout " + "".join(used.get(i, "*/") for i in range(last + 1)) + "*"
-    if group is not None: note += f"; group from the folders {some_names(sorted(set(levels[group])), 3)}"
+    if group is not None: note += f"; group from the folders {some_names(sorted(set(table['group'])), 3)}"
     return table, note

@@ -31,7 +31,7 @@ LC25000 = [
     (["a/train", "a/test", "b/train", "b/test"], {"train", "test"}, ["a", "b"], None),
     (["10253/0", "10253/1", "8863/0", "9181/1"], {""}, ["0", "1"], ["10253", "8863", "9181"]),
     (["p1/tumour", "p2/normal", "p2/tumour"], {""}, ["normal", "tumour"], ["p1", "p2"]),
-    (["tumour/TCGA-A1-A0SK", "normal/TCGA-A2-A04P"], {""}, ["normal", "tumour"],
+    (["tumour/TCGA-A1-A0SK-01Z", "tumour/TCGA-A1-A0SK-02A", "normal/TCGA-A2-A04P"], {""}, ["normal", "tumour"],
      ["TCGA-A1-A0SK", "TCGA-A2-A04P"]),
     (["0/10253", "1/10253", "1/8863"], {""}, ["0", "1"], ["10253", "8863"]),
     (["patient_1", "patient_2"], {""}, None, ["patient_1", "patient_2"]),
@@ -57,6 +57,7 @@ def test_which_level_is_what(tmp_path, folders, splits, labels, groups):
 @no_group
 @pytest.mark.parametrize("folders, words", [
     (["fold1/a", "fold2/a"], "fold1, fold2, which are parts"), (["trainA", "trainB"], "trainA, trainB"),
+    (["part1/a", "part2/a"], "part1, part2"), (["dev/a", "holdout/a"], "dev, holdout"),
     (["tumour_train", "normal_train"], "normal_train, tumour_train, which are parts"),
     (["Training/a", "extra/a"], "beside them, extra/a"), (["images", "masks"], "masks beside others"),
     (["a/images", "a/masks", "b/images", "b/masks"], "masks beside others"),
