@@ -87,6 +87,7 @@ Modules:
 - `synthpi.pairs.graphs`: Graphs are read before they run, and run only if they do nothing but compute
 - `synthpi.pairs.kid`: How far a set of synthetic images is from the set of true ones
 - `synthpi.pairs.makers`: From tiles to images on the disk: read ahead, translate, write behind
+- `synthpi.pairs.masks`: Masks that say the opposite, or more than they mean, are recognised before a generator learns from them
 - `synthpi.pairs.measures`: Agreement of nuclei, edges, seams and checkerboards of one image
 - `synthpi.pairs.objectives`: What a generator learns from: pairs, or two sets that are not paired
 - `synthpi.pairs.privileged`: The synthesised privileged column: made once, checked, and with a history
@@ -98,7 +99,7 @@ Modules:
 - `synthpi.studies.embeddings`: A grid of crops through a frozen encoder into one Parquet file, and its probe
 - `synthpi.studies.embeddings_settings`: Which crops are embedded, and what is then asked of the file
 - `synthpi.studies.explanation`: Coverage, saliency, sanity check and map of finished encoders, in one call and one page
-- `synthpi.studies.explanation_images`: Tiles or crops for several encoders: one size, one list of classes, a random sample
+- `synthpi.studies.explanation_images`: Tiles or crops for all encoders: one size, one list of classes
 - `synthpi.studies.explanation_page`: Sections and figures of `synthpi explain`
 - `synthpi.studies.explanation_settings`: Which encoders are explained, on which images, and what is asked
 - `synthpi.studies.features`: Embeddings of crops, or features that were made elsewhere, with what is known of each

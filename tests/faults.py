@@ -8,6 +8,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,27 +81,15 @@ def finds(tree, fault, slow, seconds=400):
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     notebook = [sys.executable, "-c", RUN, planted[1], "notest gpu" if slow else "notest slow gpu"]
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-n0",
-        "-p",
-        "no:cacheprovider",
-        *["--slow"] * slow,
-    ]
-    for command, name in [
-        (notebook, "notebook"),
-        *([[*pytest, p], p.name] for p in tests_of(tree, fault)),
-    ]:
-        try:
-            run = subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return f"{name} (no end)"
-        if run.returncode not in (0, 5):
-            return name
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider"]
+    files = tests_of(tree, fault)
+    for command, name in [(notebook, "notebook"), ([*pytest, *["--slow"] * slow, *files], "tests")]:
+        if name == "tests" and not files: return None
+        try: run = subprocess.run(command, cwd=tree, env=env, capture_output=True, timeout=seconds)
+        except subprocess.TimeoutExpired: return f"{name} (no end)"
+        if run.returncode in (0, 5): continue
+        failed = re.search(rb"^(?:FAILED|ERROR) (?:.*/)?(test_\w+\.py)", run.stdout, re.M)
+        return failed[1].decode() if failed else name
     return None
 
 def main():

@@ -31,7 +31,9 @@ def upright(
 )->Image.Image: # The same one if it is upright
     "The picture as its EXIF orientation says that it should be seen."
     if image.getexif().get(_ORIENTATION, 1) == 1: return image
-    return ImageOps.exif_transpose(image)
+    turned = ImageOps.exif_transpose(image)
+    turned.format = image.format        # that a JPEG was one is known afterwards, too
+    return turned
 
 def upright_size(
     image:Image.Image, # As opened; nothing is decoded

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .checks import no_home, one_of
-from .files import read_json, write_json
+from .files import read_json, remove_unfinished, write_json
 
 # %% ../../nbs/core/runs.ipynb #7d421f62
 def choose_device(
@@ -172,9 +172,10 @@ def claim_folder(
     out, identity = Path(out), json.loads(json.dumps(identity))
     _refuse_place(out, inputs)
     old = _identity_in(out)
+    if old not in (None, identity) and not overwrite: _refuse_other(out, old, identity)
+    if dry: return old == identity
+    remove_unfinished(out)      # of a run that was killed while it wrote
     if old == identity: return True
-    if old is not None and not overwrite: _refuse_other(out, old, identity)
-    if dry: return False
     if old is not None: write_json(out/"study.json", _BEING_REPLACED)
     for name in writes:
         target = out/name

@@ -27,7 +27,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from ..core.checks import some_names
-from ..core.files import atomic_path, write_json
+from ..core.files import atomic_path, remove_unfinished, write_json
 from ..core.formats import read_picture
 from ..core.images import to_rgb
 from .folders import image_folder, pair_folders
@@ -172,7 +172,7 @@ def _claim(name, out, folder, files, options):
     }
     facts = json.loads(json.dumps(facts))
     _refuse_content(out, facts)
-    for left in out.rglob(".*.png"): left.unlink()       # of a run that was killed while it wrote
+    remove_unfinished(out)      # of a run that was killed while it wrote
     write_json(out/_FACTS, facts | {"finished": False})
     return out, facts
 

@@ -203,9 +203,7 @@ def _judge(logits:np.ndarray, t:np.ndarray)->dict:
 
 def _fit_at(model:LogisticRegression, C:float, task:_Task)->tuple[np.ndarray, np.ndarray, dict]:
     "Weights (n, R) and intercepts (n,) at one C, and its row of the path"
-    # on small matrices threads cost more than they save
-    threads = 1 if task.x.size < 1e7 else None
-    with warnings.catch_warnings(record=True) as caught, threadpool_limits(threads):
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.set_params(C=C).fit(task.x, task.t)
     coef, intercept = model.coef_, model.intercept_
@@ -219,7 +217,9 @@ def _fit_at(model:LogisticRegression, C:float, task:_Task)->tuple[np.ndarray, np
 
 def _regression(task:_Task, Cs, max_iter:int)->Probe:
     model = LogisticRegression(max_iter=max_iter, warm_start=True)
-    fits = [_fit_at(model, C, task) for C in sorted(Cs)]
+    # on small matrices threads cost more than they save
+    threads = 1 if task.x.size < 1e7 else None
+    with threadpool_limits(threads): fits = [_fit_at(model, C, task) for C in sorted(Cs)]
     # accuracy moves in steps of one tile, and so by chance
     coef, intercept, facts = min(fits, key=lambda fit: fit[-1]["val_log_loss"])
     if not facts["converged"]:

@@ -25,6 +25,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import traitlets
+from fastcore.basics import patch
 from IPython.display import display
 from PIL import Image
 from matplotlib.figure import Figure
@@ -56,6 +57,7 @@ def side_by_side(
     return picture_png(np.array(canvas))
 
 # %% ../../nbs/explain/pictures.ipynb #23875534
+# what stands in an `_esm` is indented as in the class
 _STILL = """
     function bytes(view) {
       return view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength); }
@@ -68,12 +70,7 @@ _STILL = """
     }
 """
 
-class ClickablePicture(anywidget.AnyWidget):
-    """A PNG that calls `on_click` functions with where it was clicked, as fractions from its left
-    and upper edge, and names the place that the pointer is near."""
-    _esm = (
-        _STILL
-        + """
+_NAMED = """
     function render({ model, el }) {
       const holder = document.createElement("div"), img = document.createElement("img"),
         tip = document.createElement("div"), thumb = document.createElement("img"),
@@ -99,6 +96,10 @@ class ClickablePicture(anywidget.AnyWidget):
         else if (model.get("thumbnails") && !thumbs.has(k)) rest = setTimeout(() => {
           thumbs.set(k, null); model.send({ hover: k }); }, 120);
       }
+"""
+
+# %% ../../nbs/explain/pictures.ipynb #1a4416c9
+_NEAREST = """
       function hover(e) {
         const box = img.getBoundingClientRect(), x = e.clientX - box.left, y = e.clientY - box.top;
         // pixels of the screen
@@ -119,6 +120,10 @@ class ClickablePicture(anywidget.AnyWidget):
           URL.createObjectURL(new Blob([buffers[0]], { type: "image/png" })));
         if (near === message.thumbnail) tell(near);
       }
+"""
+
+# %% ../../nbs/explain/pictures.ipynb #d373a5dd
+_CLICKED = """
       Object.assign(holder.style,
         { position: "relative", display: "inline-block", maxWidth: "100%" });
       Object.assign(img.style, { maxWidth: "100%", display: "block" });
@@ -147,8 +152,14 @@ class ClickablePicture(anywidget.AnyWidget):
       };
     }
     export default { render };
-    """
-    )
+"""
+
+# %% ../../nbs/explain/pictures.ipynb #71c64105
+class ClickablePicture(anywidget.AnyWidget):
+    """A PNG that calls `on_click` functions with where it was clicked, as fractions from its left
+    and upper edge, and names the place that the pointer is near."""
+    # each part begins with a line break
+    _esm = _STILL + "\n" + _NAMED[1:] + _NEAREST[1:] + _CLICKED[1:] + "    "
     png = traitlets.Bytes(b"").tag(sync=True)
     alt = traitlets.Unicode("").tag(sync=True)
     clickable = traitlets.Bool(False).tag(sync=True)
@@ -167,41 +178,39 @@ class ClickablePicture(anywidget.AnyWidget):
                 f(*(min(max(float(t), 0.0), 1.0) for t in message["click"]))
         self.on_msg(told)
 
-    def on_hover(self,
-        names:Sequence[str], # What is said of each place, (N,)
-        # Gives the PNG of a place, which is shown below its name
-        thumbnail:Callable[[int], bytes]|None=None,
-    )->None:
-        "Name the places that `put` tells when the pointer is near."
-        self.names = list(names)
-        if thumbnail is None: return
-        self.thumbnails = True
-        def told(_, message, buffers):
-            k = message.get("hover") if isinstance(message, dict) else None
-            if type(k) is int and 0 <= k < len(self.names):
-                self.send({"thumbnail": k}, [thumbnail(k)])
-        self.on_msg(told)
+@patch
+def on_hover(self:ClickablePicture,
+    names:Sequence[str], # What is said of each place, (N,)
+    # Gives the PNG of a place, which is shown below its name
+    thumbnail:Callable[[int], bytes]|None=None,
+)->None:
+    "Name the places that `put` tells when the pointer is near."
+    self.names = list(names)
+    if thumbnail is None: return
+    self.thumbnails = True
+    def told(_, message, buffers):
+        k = message.get("hover") if isinstance(message, dict) else None
+        if type(k) is int and 0 <= k < len(self.names):
+            self.send({"thumbnail": k}, [thumbnail(k)])
+    self.on_msg(told)
 
-    def put(self,
-        # Fractions from the left and the upper edge, (N, 2); nan for a place that is not named now
-        places,
-    )->None:
-        "Where the named places are in the picture."
-        xy = np.asarray(places, "<f4")
-        if xy.shape != (len(self.names), 2):
-            raise ValueError(
-                f"got places of shape {xy.shape} for {len(self.names)} names; expected "
-                f"({len(self.names)}, 2)."
-            )
-        self.places = xy.tobytes()
+# %% ../../nbs/explain/pictures.ipynb #0cafd443
+@patch
+def put(self:ClickablePicture,
+    # Fractions from the left and the upper edge, (N, 2); nan for a place that is not named now
+    places,
+)->None:
+    "Where the named places are in the picture."
+    xy = np.asarray(places, "<f4")
+    if xy.shape != (len(self.names), 2):
+        raise ValueError(
+            f"got places of shape {xy.shape} for {len(self.names)} names; expected "
+            f"({len(self.names)}, 2)."
+        )
+    self.places = xy.tobytes()
 
 # %% ../../nbs/explain/pictures.ipynb #8844550f
-class ComparePicture(anywidget.AnyWidget):
-    """Two PNGs in one place: `share` of the second is shown (0 to 1), by `mix` ("wipe" or "blend");
-    a click flips."""
-    _esm = (
-        _STILL
-        + """
+_STAGE = """
     function render({ model, el }) {
       const make = (tag, properties, style) => { const e = document.createElement(tag);
         Object.assign(e, properties); Object.assign(e.style, style); return e; };
@@ -222,6 +231,10 @@ class ComparePicture(anywidget.AnyWidget):
         { margin: "4px 0", fontWeight: "bold" });
       const bar = make("div", {},
         { display: "flex", flexWrap: "wrap", gap: "6px", alignItems: "center" });
+"""
+
+# %% ../../nbs/explain/pictures.ipynb #39d9d04e
+_CONTROLS = """
       const button = (text, label) => {
         const b = make("button",
         { textContent: text, className: "jupyter-button widget-button", type: "button" },
@@ -239,6 +252,10 @@ class ComparePicture(anywidget.AnyWidget):
       line.setAttribute("aria-hidden", "true");
       // or JupyterLab would take the arrow keys and Enter
       root.setAttribute("data-lm-suppress-shortcuts", "true");
+"""
+
+# %% ../../nbs/explain/pictures.ipynb #e4505636
+_MIXED = """
       function load(key, img) {
         const old = urls[key];
         urls[key] = URL.createObjectURL(new Blob([model.get(key)], { type: "image/png" }));
@@ -264,6 +281,10 @@ class ComparePicture(anywidget.AnyWidget):
         stage.setAttribute("aria-label",
           `${model.get("alt")} Shown: ${caption.textContent}. Enter flips.`);
       }
+"""
+
+# %% ../../nbs/explain/pictures.ipynb #5144af65
+_HEARD = """
       const set = (name, value) => { model.set(name, value); model.save_changes(); };
       const flipped = () => set("share", model.get("share") < .5 ? 1 : 0);
       const first = () => load("first", under), second = () => load("second", over),
@@ -291,8 +312,14 @@ class ComparePicture(anywidget.AnyWidget):
         for (const u of Object.values(urls)) if (u) URL.revokeObjectURL(u); };
     }
     export default { render };
-    """
-    )
+"""
+
+# %% ../../nbs/explain/pictures.ipynb #bd9b1bdd
+class ComparePicture(anywidget.AnyWidget):
+    """Two PNGs in one place: `share` of the second is shown (0 to 1), by `mix` ("wipe" or "blend");
+    a click flips."""
+    # each part begins with a line break
+    _esm = _STILL + "\n" + _STAGE[1:] + _CONTROLS[1:] + _MIXED[1:] + _HEARD[1:] + "    "
     first = traitlets.Bytes(b"").tag(sync=True)
     second = traitlets.Bytes(b"").tag(sync=True)
     names = traitlets.List(

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+from ..core.checks import some_names
+
 # %% ../../nbs/pairs/foreign.ipynb #1577def7
 def _norm(kind, channels):
     if kind == "batch": return nn.BatchNorm2d(channels)
@@ -44,18 +46,18 @@ class Level(nn.Module):
     ):
         super().__init__()
         self.top = in_channels is not None
+        wide = inner if inside is None else 2*inner
         down = nn.Conv2d(in_channels if self.top else outer, inner, 4, 2, 1, bias=bias)
-        up = nn.ConvTranspose2d(
-            inner if inside is None else 2 * inner, outer, 4, 2, 1, bias=bias or self.top
-        )
-        middle = [] if inside is None else [inside] if self.top else [_norm(norm, inner), inside]
-        before, after = (
-            ([], [nn.Tanh()]) if self.top else ([nn.LeakyReLU(0.2)], [_norm(norm, outer)])
-        )
-        self.model = nn.Sequential(*before, down, *middle, nn.ReLU(), up, *after)
+        up = nn.ConvTranspose2d(wide, outer, 4, 2, 1, bias=bias or self.top)
+        if self.top: layers = [down, inside, nn.ReLU(), up, nn.Tanh()]
+        else:
+            middle = [] if inside is None else [_norm(norm, inner), inside]
+            layers = [nn.LeakyReLU(.2), down, *middle, nn.ReLU(), up, _norm(norm, outer)]
+        self.model = nn.Sequential(*(layer for layer in layers if layer is not None))
 
     def forward(self, x): return self.model(x) if self.top else torch.cat([x, self.model(x)], 1)
 
+# %% ../../nbs/pairs/foreign.ipynb #32918f9d
 class UNet(nn.Module):
     "The U-Net generator of pix2pix."
     def __init__(self,
@@ -89,22 +91,20 @@ class Blur(nn.Module):
         # binomial: 1 2 1, or 1 3 3 1
         for _ in range(side - 1): row = F.pad(row, (0, 1)) + F.pad(row, (1, 0))
         kernel = row[:, None]*row
-        self.register_buffer(
-            "filt", (kernel / kernel.sum() * (4 if double else 1)).repeat(channels, 1, 1, 1)
-        )
+        kernel = kernel/kernel.sum()*(4 if double else 1)
+        self.register_buffer("filt", kernel.repeat(channels, 1, 1, 1))
 
     def forward(self, x):
         c, side = x.shape[1], self.filt.shape[-1]
         low, high = (side - 1)//2, side//2
         if not self.double:
-            return F.conv2d(
-                F.pad(x, (low, high, low, high), mode="reflect"), self.filt, stride=2, groups=c
-            )
-        y = F.conv_transpose2d(
-            F.pad(x, (1, 1, 1, 1), mode="replicate"), self.filt, stride=2, padding=1 + low, groups=c
-        )
+            padded = F.pad(x, (low, high, low, high), mode="reflect")
+            return F.conv2d(padded, self.filt, stride=2, groups=c)
+        padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        y = F.conv_transpose2d(padded, self.filt, stride=2, padding=1 + low, groups=c)
         return y[..., 1:2*x.shape[2] + 1, 1:2*x.shape[3] + 1]
 
+# %% ../../nbs/pairs/foreign.ipynb #63f119c8
 class Residual(nn.Module):
     "Two convolutions whose result is added to what came in."
     def __init__(self,
@@ -115,25 +115,24 @@ class Residual(nn.Module):
         padding:str, # "reflect", "replicate" or "zero"
     ):
         super().__init__()
-        pad = {
-            "reflect": [nn.ReflectionPad2d(1)],
-            "replicate": [nn.ReplicationPad2d(1)],
-            "zero": [],
-        }[padding]
-        def conv():
-            return nn.Conv2d(channels, channels, 3, padding=int(padding == "zero"), bias=bias)
-        self.conv_block = nn.Sequential(
-            *pad,
-            conv(),
-            _norm(norm, channels),
-            nn.ReLU(),
-            *[nn.Dropout(0.5)] * dropout,
-            *pad,
-            conv(),
-            _norm(norm, channels),
-        )
+        layers = {"reflect": [nn.ReflectionPad2d(1)], "replicate": [nn.ReplicationPad2d(1)], "zero": []}
+        def half():
+            conv = nn.Conv2d(channels, channels, 3, padding=int(padding == "zero"), bias=bias)
+            return [*layers[padding], conv, _norm(norm, channels)]
+        between = [nn.ReLU(), *[nn.Dropout(.5)]*dropout]
+        self.conv_block = nn.Sequential(*half(), *between, *half())
 
     def forward(self, x): return x + self.conv_block(x)
+
+# %% ../../nbs/pairs/foreign.ipynb #eddf3ecc
+def _halve(c, norm, bias, side):
+    conv = nn.Conv2d(c, 2*c, 3, 1 if side else 2, 1, bias=bias)
+    return [conv, _norm(norm, 2*c), nn.ReLU(), *([Blur(2*c, False, side)] if side else [])]
+
+def _double(c, norm, bias, side):
+    if side: up = [Blur(c, True, side), nn.Conv2d(c, c//2, 3, 1, 1, bias=bias)]
+    else: up = [nn.ConvTranspose2d(c, c//2, 3, 2, 1, 1, bias=bias)]
+    return [*up, _norm(norm, c//2), nn.ReLU()]
 
 class ResNet(nn.Module):
     "The ResNet generator of CycleGAN, and with `blur` that of CUT."
@@ -145,33 +144,21 @@ class ResNet(nn.Module):
         norm:str="instance", # As for `UNet`
         bias:bool|None=None, # None: as published, with instance normalisation only
         dropout:bool=False, # A dropout layer in every block
-        # "reflect", "replicate" or "zero", in the blocks; the first and the last layer always
-        # reflect
+        # In the blocks, as for `Residual`; the first and the last layer always reflect
         padding:str="reflect",
         halvings:int=2, # Of the image's sides
         blur_down:int=0, # Side of the filter before sub-sampling; 0: strided convolutions
         blur_up:int=0, # Side of the filter that doubles the image; 0: transposed convolutions
     ):
         super().__init__()
-        bias = norm == "instance" if bias is None else bias
-        def then(c): return [_norm(norm, c), nn.ReLU()]
-        layers = [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, width, 7, bias=bias), *then(width)]
-        for c in (width*2**k for k in range(halvings)):
-            layers += [
-                nn.Conv2d(c, 2 * c, 3, 1 if blur_down else 2, 1, bias=bias),
-                *then(2 * c),
-            ] + ([Blur(2 * c, False, blur_down)] if blur_down else [])
-        layers += [Residual(width*2**halvings, norm, bias, dropout, padding) for _ in range(blocks)]
-        for c in (width*2**k for k in range(halvings, 0, -1)):
-            layers += (
-                [Blur(c, True, blur_up), nn.Conv2d(c, c // 2, 3, 1, 1, bias=bias)]
-                if blur_up
-                else [nn.ConvTranspose2d(c, c // 2, 3, 2, 1, 1, bias=bias)]
-            )
-            layers += then(c//2)
-        self.model = nn.Sequential(
-            *layers, nn.ReflectionPad2d(3), nn.Conv2d(width, out_channels, 7), nn.Tanh()
-        )
+        bias, deep = norm == "instance" if bias is None else bias, width*2**halvings
+        first = nn.Conv2d(in_channels, width, 7, bias=bias)
+        layers = [nn.ReflectionPad2d(3), first, _norm(norm, width), nn.ReLU()]
+        for k in range(halvings): layers += _halve(width*2**k, norm, bias, blur_down)
+        layers += [Residual(deep, norm, bias, dropout, padding) for _ in range(blocks)]
+        for k in range(halvings, 0, -1): layers += _double(width*2**k, norm, bias, blur_up)
+        last = nn.ReflectionPad2d(3), nn.Conv2d(width, out_channels, 7), nn.Tanh()
+        self.model = nn.Sequential(*layers, *last)
 
     def forward(self, x): return self.model(x)
 
@@ -192,24 +179,14 @@ class Network:
     content:str|None=None
 
     def __str__(self):
-        lines = [
-            f"  {k}: {', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}"
-            for k, v in self.facts.items()
-            if k != "family"
-        ]
-        return "\n".join(
-            [
-                f"recognised {self.facts['family']}",
-                *lines,
-                *(f"  assumed: {a}" for a in self.assumed),
-            ]
-        )
+        def shown(v): return ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else v
+        facts = [f"  {k}: {shown(v)}" for k, v in self.facts.items() if k != "family"]
+        assumed = [f"  assumed: {a}" for a in self.assumed]
+        return "\n".join([f"recognised {self.facts['family']}", *facts, *assumed])
 
 # %% ../../nbs/pairs/foreign.ipynb #b2cf6120
-_UNET, _RESNET = (
-    re.compile(r"^(.*?)model\.model\.0\.weight$"),
-    re.compile(r"^(.*?)model\.\d+\.conv_block\.\d+\.weight$"),
-)
+_UNET = re.compile(r"^(.*?)model\.model\.0\.weight$")
+_RESNET = re.compile(r"^(.*?)model\.\d+\.conv_block\.\d+\.weight$")
 
 def _flat(found, prefix=""):
     "All tensors of nested dictionaries, by dotted names"
@@ -219,6 +196,22 @@ def _flat(found, prefix=""):
         elif isinstance(v, dict): out |= _flat(v, f"{prefix}{k}.")
     return out
 
+def _choose(prefixes, entry):
+    "The prefix that `entry` means, a name or part of one"
+    def known(): return ", ".join(repr(p.rstrip(".")) for p in prefixes)
+    if entry is None and len(prefixes) > 1:
+        raise ValueError(
+            f"{len(prefixes)} generators in one file: choose by entry=, one of {known()}."
+        )
+    if entry is None: return prefixes[0] if prefixes else None
+    chosen = [p for p in prefixes if entry in (p, p.rstrip("."))]
+    chosen = chosen or [p for p in prefixes if entry in p.split(".")]
+    if len(chosen) == 1: return chosen[0]
+    raise ValueError(
+        f"got entry={entry!r}, expected one of {known() or 'none, as no generator was recognised'}."
+    )
+
+# %% ../../nbs/pairs/foreign.ipynb #222b55e5
 def _generator_in(found, entry):
     "The weights of the one generator in `found`, and the prefix that they were under"
     flat = _flat(found)
@@ -228,71 +221,34 @@ def _generator_in(found, entry):
             f"({', '.join(map(str, list(found)[:4]))}); expected the weights of a network "
             "(`network.state_dict()`)."
         )
-    prefixes = sorted({m[1] for k in flat for m in (_UNET.match(k), _RESNET.match(k)) if m})
-    if entry is not None:
-        chosen = [p for p in prefixes if entry in (p, p.rstrip("."))] or [
-            p for p in prefixes if entry in p.split(".")
-        ]
-        if len(chosen) != 1:
-            raise ValueError(
-                f"got entry={entry!r}, expected one of "
-                f"{', '.join(repr(p.rstrip('.')) for p in prefixes) or 'none, as no generator was recognised'}."
-            )
-        prefixes = chosen
-    if len(prefixes) > 1:
-        raise ValueError(
-            f"{len(prefixes)} generators in one file: choose by entry=, one of "
-            f"{', '.join(repr(p.rstrip('.')) for p in prefixes)}."
-        )
-    return (
-        (
-            {k.removeprefix(prefixes[0]): v for k, v in flat.items() if k.startswith(prefixes[0])},
-            prefixes[0],
-        )
-        if prefixes
-        else (_refuse(flat), "")
-    )
+    places = (m for k in flat for m in (_UNET.match(k), _RESNET.match(k)) if m)
+    prefix = _choose(sorted({m[1] for m in places}), entry)
+    if prefix is None: return _refuse(flat), ""
+    return {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}, prefix
 
 def _differences(have, expected, n=3):
     "The first names in which two state dicts differ"
-    def some(names):
-        return ", ".join(sorted(names)[:n]) + (
-            f" and {len(names) - n} more" if len(names) > n else ""
-        )
     missing, extra = expected.keys() - have.keys(), have.keys() - expected.keys()
     shapes = [
         f"{k} has {tuple(have[k].shape)} and not {tuple(expected[k].shape)}"
         for k in sorted(have.keys() & expected.keys())
         if have[k].shape != expected[k].shape
     ]
-    return "; ".join(
-        filter(
-            None,
-            [
-                missing and f"missing {some(missing)}",
-                extra and f"not expected {some(extra)}",
-                *shapes[:n],
-            ],
-        )
-    )
+    parts = [missing and f"missing {some_names(sorted(missing), n)}"]
+    parts += [extra and f"not expected {some_names(sorted(extra), n)}"]
+    return "; ".join(filter(None, [*parts, *shapes[:n]]))
 
-def _refuse(state):
-    "Say what it is instead of a generator, or which family is nearest"
-    last = max(
-        (k for k in state if re.search(r"(^|\.)(model|net)\.\d+\.weight$", k)),
-        key=lambda k: int(k.split(".")[-2]),
-        default=None,
-    )
-    if (
-        last
-        and state[last].ndim == 4
-        and len(state[last]) == 1
-        and state[last].shape[-1] in (1, 4)
-        and not any("conv_block" in k for k in state)
-    ):
+# %% ../../nbs/pairs/foreign.ipynb #3cdbabc7
+def _refuse_partner(state):
+    "`ValueError` for a discriminator or CUT's feature layers"
+    layers = (k for k in state if re.search(r"(^|\.)(model|net)\.\d+\.weight$", k))
+    last = max(layers, key=lambda k: int(k.split(".")[-2]), default=None)
+    w = state[last] if last else torch.empty(0)
+    one = w.ndim == 4 and len(w) == 1 and w.shape[-1] in (1, 4)
+    if one and not any("conv_block" in k for k in state):
         raise ValueError(
             f"this is a discriminator (its last layer {last} gives one channel by a "
-            f"{state[last].shape[-1]} x {state[last].shape[-1]} convolution); "
+            f"{w.shape[-1]} x {w.shape[-1]} convolution); "
             "expected a generator: give the file of the generator, usually named *_net_G.pth or "
             "*_net_G_A.pth."
         )
@@ -301,22 +257,28 @@ def _refuse(state):
             "these are the feature layers of CUT (netF); expected its generator: give the file "
             "*_net_G.pth."
         )
+
+# %% ../../nbs/pairs/foreign.ipynb #e09e4dea
+def _published():
+    "The published networks by name, without memory for their weights"
     with torch.device("meta"):
-        known = {
+        return {
             "pix2pix U-Net (256)": UNet(),
             "pix2pix U-Net (256, instance)": UNet(norm="instance"),
             "CycleGAN ResNet (9 blocks)": ResNet(),
             "DeepLIIF ResNet (9 blocks)": ResNet(norm="batch", dropout=True, padding="zero"),
             "CUT ResNet (9 blocks)": ResNet(blur_down=3, blur_up=4),
         }
-    near = {
-        name: len(state.keys() & (e := net.state_dict()).keys()) / len(state.keys() | e.keys())
-        for name, net in known.items()
-    }
+
+def _refuse(state):
+    "Say what it is instead of a generator, or which family is nearest"
+    _refuse_partner(state)
+    known = {name: net.state_dict() for name, net in _published().items()}
+    near = {n: len(state.keys() & e.keys())/len(state.keys() | e.keys()) for n, e in known.items()}
     best = max(near, key=near.get)
     raise ValueError(
         f"got {len(state)} tensors of no known generator. Nearest is the {best} "
-        f"({near[best]:.0%} of the names): {_differences(state, known[best].state_dict())}. "
+        f"({near[best]:.0%} of the names): {_differences(state, known[best])}. "
         "Build the network yourself and give the module, or export it to TorchScript or ONNX."
     )
 
@@ -343,23 +305,22 @@ def _unet_settings(state):
         "bias": "model.model.0.bias" in state,
     }
 
+# %% ../../nbs/pairs/foreign.ipynb #8e423a20
+def _inside_block(state, block):
+    "Whether a block has dropout, and how it pads, by the numbers of its convolutions"
+    names = [f"model.{block}.conv_block.{k}.weight" for k in range(9)]
+    convs = [k for k, n in enumerate(names) if n in state and state[n].ndim == 4]
+    gap, zero = (convs[1] - convs[0] if len(convs) == 2 else 0), convs[:1] == [0]
+    return {"dropout": gap == (4 if zero else 5), "padding": "zero" if zero else "reflect"}
+
 def _resnet_settings(state):
     def at(pattern): return sorted({int(m[1]) for k in state if (m := re.match(pattern, k))})
-    numbered, blocks, blurs = (
-        at(r"model\.(\d+)\."),
-        at(r"model\.(\d+)\.conv_block\."),
-        at(r"model\.(\d+)\.filt$"),
-    )
-    convs = [
-        k
-        for k in range(9)
-        if state.get(f"model.{blocks[0]}.conv_block.{k}.weight", torch.empty(0)).ndim == 4
-    ]
+    numbered, blocks = at(r"model\.(\d+)\."), at(r"model\.(\d+)\.conv_block\.")
+    blurs = at(r"model\.(\d+)\.filt$")
     down, up = [i for i in blurs if i < blocks[0]], [i for i in blurs if i > blocks[-1]]
     def side(found): return state[f"model.{found[0]}.filt"].shape[-1] if found else 0
     first, last = state.get("model.1.weight"), state.get(f"model.{numbered[-1]}.weight")
     if first is None or first.ndim != 4 or last is None or last.ndim != 4: _refuse(state)
-    gap, zero = (convs[1] - convs[0] if len(convs) == 2 else 0), convs[:1] == [0]
     return {
         "blocks": len(blocks),
         "in_channels": first.shape[1],
@@ -367,14 +328,90 @@ def _resnet_settings(state):
         "width": first.shape[0],
         "norm": _norm_of(state, "model.2", "model.1"),
         "bias": "model.1.bias" in state,
-        "dropout": gap == (4 if zero else 5),
-        "padding": "zero" if zero else "reflect",
+        **_inside_block(state, blocks[0]),
         "halvings": max(0, (blocks[0] - 4) // (4 if down else 3)),
         "blur_down": side(down),
         "blur_up": side(up),
     }
 
-def recognise(  # noqa: C901, PLR0915 one branch a family
+# %% ../../nbs/pairs/foreign.ipynb #b322c154
+def _joined(settings, unet, norm, padding, batch_statistics):
+    "The settings with what was given"
+    if padding is not None and (
+        unet or padding not in ("reflect", "replicate") or settings["padding"] == "zero"
+    ):
+        raise ValueError(
+            f"got padding={padding!r} for a network with "
+            f"{'no padding layers' if unet else settings['padding'] + ' padding'}; "
+            "expected 'reflect' or 'replicate', for a ResNet with padding layers."
+        )
+    given = {"norm": norm or settings["norm"]} | ({"padding": padding} if padding else {})
+    if given["norm"] == "batch" and batch_statistics == "image": given["norm"] = "instance_affine"
+    return settings | given
+
+# %% ../../nbs/pairs/foreign.ipynb #bb9155ad
+def _build(state, unet, settings):
+    "The module with the weights in it"
+    family, make = ("U-Net", UNet) if unet else ("ResNet", ResNet)
+    if settings["norm"] != "batch":
+        state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in _STATISTICS}
+    try:
+        with torch.device("meta"): module = make(**settings)
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(
+            f"got names of a {family} generator with impossible sizes ({settings}): {e}"
+        ) from e
+    expected = module.state_dict()
+    # files before PyTorch 0.4.1 have none
+    counters = [k for k in expected.keys() - state.keys() if k.endswith("num_batches_tracked")]
+    state = state | {k: torch.zeros((), dtype=torch.long) for k in counters}
+    if differences := _differences(state, expected):
+        raise ValueError(
+            f"the weights look like a {family} generator with "
+            f"{', '.join(f'{k} {v}' for k, v in settings.items())}, but differ: {differences}. "
+            "Give norm= if the normalisation was misread; else build the network yourself and "
+            "give the module."
+        )
+    # what the giver does to its tensors later has no effect
+    def own(v): return v.detach().to(torch.float32 if v.is_floating_point() else v.dtype, copy=True)
+    module.load_state_dict({k: own(v) for k, v in state.items()}, assign=True)
+    return module.eval().requires_grad_(False)
+
+# %% ../../nbs/pairs/foreign.ipynb #b0e0de7e
+def _facts(settings, unet, seen, norm):
+    "What was recognised; `seen` is the normalisation in the file, `norm` the given one"
+    blur = not unet and [n for n in ("down", "up") if settings[f"blur_{n}"]]
+    family = "ResNet generator (CUT, anti-aliased)" if blur else "ResNet generator (CycleGAN, pix2pix, DeepLIIF)"
+    if unet:
+        levels = settings["levels"]
+        facts = {"family": "U-Net generator (pix2pix, DeepLIIF)",
+                 "levels": f"{levels} (made for {2**levels} pixels)"}
+    else: facts = {"family": family, "blocks": settings["blocks"], "halvings": settings["halvings"]}
+    facts |= {
+        "channels": f"{settings['in_channels']} to {settings['out_channels']}",
+        "width": settings["width"],
+        "norm": seen if norm is None else f"{norm} (given)",
+    }
+    if settings["norm"] == "instance_affine" != seen and norm in (None, "batch"):
+        facts["batch statistics"] = "of each image"
+    if not unet: facts["padding"] = settings["padding"]
+    dropout = not unet and ("yes, off in use" if settings["dropout"] else "no")
+    facts["dropout"] = dropout or "not visible, off in use"
+    if blur: facts["anti-aliasing"] = " and ".join(blur)
+    return facts
+
+def _assumed(state, settings, unet, seen, given):
+    "What the file does not show; `given` are norm and padding"
+    assumed, (norm, padding) = ["values of [-1, 1] in, as its Tanh gives out"], given
+    if not unet and settings["padding"] == "reflect" and padding is None:
+        assumed.append("padding by reflection; replication leaves the same names")
+    tracked = any(k.endswith("running_mean") for k in state)
+    if seen == "instance" and norm is None and not tracked:
+        assumed.append("instance normalisation, because the convolutions have a bias")
+    return assumed
+
+# %% ../../nbs/pairs/foreign.ipynb #9f50e6a0
+def recognise(
     state:dict, # What a checkpoint holds: a state dict, or dictionaries around one
     entry:str|None=None, # Which generator, when the file holds several: "netG_A"
     norm:str|None=None, # "batch", "instance", "instance_affine" or "none", where the file misleads
@@ -395,97 +432,12 @@ def recognise(  # noqa: C901, PLR0915 one branch a family
         )
     state, prefix = _generator_in(state, entry)
     unet = "model.model.0.weight" in state
-    settings = _unet_settings(state) if unet else _resnet_settings(state)
-    if padding is not None:
-        if unet or padding not in ("reflect", "replicate") or settings["padding"] == "zero":
-            raise ValueError(
-                f"got padding={padding!r} for a network with "
-                f"{'no padding layers' if unet else settings['padding'] + ' padding'}; "
-                "expected 'reflect' or 'replicate', for a ResNet with padding layers."
-            )
-        settings["padding"] = padding
-    seen, settings["norm"] = settings["norm"], norm or settings["norm"]
-    if settings["norm"] == "batch" and batch_statistics == "image":
-        settings["norm"] = "instance_affine"
-    tracked = any(k.endswith("running_mean") for k in state)
-    if settings["norm"] != "batch":
-        state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in _STATISTICS}
-    try:
-        with torch.device("meta"):
-            module = (UNet if unet else ResNet)(**settings)
-    except (RuntimeError, ValueError) as e:
-        raise ValueError(
-            f"got names of a {'U-Net' if unet else 'ResNet'} generator with impossible sizes "
-            f"({settings}): {e}"
-        ) from e
-    expected = module.state_dict()
-    # files before PyTorch 0.4.1 have none
-    state |= {
-        k: torch.zeros((), dtype=torch.long)
-        for k in expected.keys() - state.keys()
-        if k.endswith("num_batches_tracked")
-    }
-    if differences := _differences(state, expected):
-        raise ValueError(
-            f"the weights look like a {'U-Net' if unet else 'ResNet'} generator with "
-            f"{', '.join(f'{k} {v}' for k, v in settings.items())}, but differ: {differences}. "
-            "Give norm= if the normalisation was misread; else build the network yourself and "
-            "give the module."
-        )
-    # what the giver does to its tensors later has no effect
-    own = {
-        k: v.detach().to(torch.float32 if v.is_floating_point() else v.dtype, copy=True)
-        for k, v in state.items()
-    }
-    module.load_state_dict(own, assign=True)
-    blur = not unet and bool(settings["blur_down"] or settings["blur_up"])
-    family = (
-        "U-Net generator (pix2pix, DeepLIIF)"
-        if unet
-        else "ResNet generator (CUT, anti-aliased)"
-        if blur
-        else "ResNet generator (CycleGAN, pix2pix, DeepLIIF)"
-    )
-    shape = (
-        {"levels": f"{settings['levels']} (made for {2 ** settings['levels']} pixels)"}
-        if unet
-        else {"blocks": settings["blocks"], "halvings": settings["halvings"]}
-    )
-    facts = {
-        "family": family,
-        **shape,
-        "channels": f"{settings['in_channels']} to {settings['out_channels']}",
-        "width": settings["width"],
-        "norm": seen if norm is None else f"{norm} (given)",
-    }
-    if settings["norm"] == "instance_affine" != seen and norm in (None, "batch"):
-        facts["batch statistics"] = "of each image"
-    facts |= (
-        {"dropout": "not visible, off in use"}
-        if unet
-        else {
-            "padding": settings["padding"],
-            "dropout": "yes, off in use" if settings["dropout"] else "no",
-        }
-    )
-    if blur:
-        facts["anti-aliasing"] = " and ".join(
-            n for n, k in (("down", "blur_down"), ("up", "blur_up")) if settings[k]
-        )
+    read = _unet_settings(state) if unet else _resnet_settings(state)
+    settings = _joined(read, unet, norm, padding, batch_statistics)
+    module, facts = _build(state, unet, settings), _facts(settings, unet, read["norm"], norm)
     if prefix: facts["found under"] = prefix.rstrip(".")
-    assumed = ["values of [-1, 1] in, as its Tanh gives out"]
-    if not unet and settings["padding"] == "reflect" and padding is None:
-        assumed.append("padding by reflection; replication leaves the same names")
-    if seen == "instance" and norm is None and not tracked:
-        assumed.append("instance normalisation, because the convolutions have a bias")
+    assumed = _assumed(state, settings, unet, read["norm"], (norm, padding))
     multiple = 2**(settings["levels"] if unet else settings["halvings"])
-    return Network(
-        module.eval().requires_grad_(False),
-        facts,
-        settings["in_channels"],
-        multiple,
-        multiple if unet else 4 * multiple,
-        ((-1.0, 1.0), (-1.0, 1.0)),
-        assumed,
-        settings,
-    )
+    sides = multiple, multiple if unet else 4*multiple
+    values = ((-1., 1.), (-1., 1.))
+    return Network(module, facts, settings["in_channels"], *sides, values, assumed, settings)

@@ -33,7 +33,8 @@ from ..core.checks import positive
 from ..core.formats import read_picture
 from ..core.images import to_rgb
 from .cache import encode_item, item_path, publish
-from .generators import check_scale
+from .generators import check_scale, ModuleGenerator
+from .tiling import translate_large
 
 # %% ../../nbs/pairs/makers.ipynb #1763fe87
 class Scales:
@@ -115,11 +116,19 @@ def _batches(images, size):
             yield waiting.pop(max(waiting, key=lambda k: len(waiting[k])))
     yield from waiting.values()
 
-# %% ../../nbs/pairs/makers.ipynb #0f7d5553
-# that a generator is given at once: 64 tiles of 256 pixels, so that a batch of large images does
-# not fill the memory
+# %% ../../nbs/pairs/makers.ipynb #4ecf67a7
+# that a generator is given at once
 _PIXELS = 2**22
 
+def _in_parts(generator, x, um_per_px):
+    "The second images of a batch, for as many at once as the memory is made for"
+    at_once = _PIXELS//(x.shape[2]*x.shape[3])
+    if not at_once and isinstance(generator, ModuleGenerator):
+        return torch.cat([translate_large(generator, image, um_per_px) for image in x.split(1)])
+    parts = x.split(max(1, at_once))
+    return torch.cat([generator.translate(part, um_per_px=um_per_px) for part in parts])
+
+# %% ../../nbs/pairs/makers.ipynb #0f7d5553
 def _device(generator):
     module = getattr(generator, "module", None)
     if not isinstance(module, nn.Module): return None
@@ -129,8 +138,7 @@ def _translate(generator, images, um_per_px):
     "`(H, W, 3)` arrays to `(H, W, 1 or 3)` arrays, on the generator's device"
     tensors = torch.from_numpy(np.stack(images)).to(_device(generator))
     x = tensors.permute(0, 3, 1, 2).float()/255
-    at_once = max(1, _PIXELS//(x.shape[2]*x.shape[3]))
-    y = torch.cat([generator.translate(part, um_per_px=um_per_px) for part in x.split(at_once)])
+    y = _in_parts(generator, x, um_per_px)
     if y.ndim != 4 or len(y) != len(x) or y.shape[1] not in (1, 3) or y.shape[2:] != x.shape[2:]:
         raise ValueError(
             f"the generator gave shape {tuple(y.shape)} for images {tuple(x.shape)}; expected (B, "

@@ -28,25 +28,22 @@ import inspect
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..core.images import to_rgb
 from ..core.seeds import import_late
 from .generators import NETWORKS
+from .masks import mask_values
 
-# %% ../../nbs/pairs/objectives.ipynb #62556927
+# %% ../../nbs/pairs/objectives.ipynb #d386276c
 def read_mask(
     # PIL image or array: numbers of objects or classes of any depth, a palette, or gray or colours
     # on black
     image,
 )->np.ndarray: # `(H, W)` booleans
-    "Where a mask is not background, which is 0. `ValueError` for a JPEG, whose 0 is not 0."
-    if getattr(image, "format", None) == "JPEG":
-        raise ValueError(
-            "got a mask in a JPEG, which has blurred its 0 and its rims: threshold it and "
-            "save it as PNG, or give kind='image' if it is no mask."
-        )
-    values = np.asarray(image)
+    "Where a mask is not background, which is 0. `ValueError` for masks that mislead, as in a JPEG."
+    values = mask_values(image)
     if values.dtype == bool: values = values.astype(np.uint8)
     if values.dtype.kind not in "ui":
         raise ValueError(
@@ -56,6 +53,7 @@ def read_mask(
     if values.ndim == 3: values = values[..., :3 if values.shape[2] >= 3 else 1].max(2)
     return values > 0
 
+# %% ../../nbs/pairs/objectives.ipynb #62556927
 class Objective:
     """What all objectives share; `model()` gives the module to train, whose part `generator` is
     kept."""
@@ -71,17 +69,7 @@ class Objective:
         network:str="unet", # A key of `generators.NETWORKS`
         **options, # Other arguments of the network's builder: `blocks`, `antialias`
     ):
-        if kind not in ("mask", "image"):
-            raise ValueError(f"got kind {kind!r}, expected 'mask' or 'image'.")
-        if network not in NETWORKS:
-            raise ValueError(f"got network {network!r}, expected one of {', '.join(NETWORKS)}.")
-        if width < 1: raise ValueError(f"got width={width}, expected at least 1 channel.")
-        known = inspect.signature(NETWORKS[network]).parameters
-        if strange := sorted(set(options) - set(known)):
-            raise ValueError(
-                f"got {', '.join(strange)} for the network {network!r}; expected some of "
-                f"{', '.join(known)}."
-            )
+        _check_network(kind, width, network, options)
         self.kind, self.width, self.network, self.options = kind, width, network, options
 
     @property
@@ -90,44 +78,61 @@ class Objective:
     @property
     def channels(self)->int: return 1 if self.kind == "mask" else 3
 
-    def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
-
     @property
     def settings(self)->dict: # JSON-ready
         "What decides the training besides data and seed."
         return {k: v for k, v in vars(self).items() if k != "options"} | self.options
 
-    def generator(self) -> nn.Module:
-        return NETWORKS[self.network](self.width, out_channels=self.channels, **self.options)
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
 
-    def target(self, image)->np.ndarray: # `(H, W, 1 or 3)`, `uint8`
-        "What the generator shall give for this privileged image."
-        return (
-            read_mask(image)[..., None].astype(np.uint8) * 255
-            if self.kind == "mask"
-            else to_rgb(image)
+# %% ../../nbs/pairs/objectives.ipynb #0686e226
+def _check_network(kind, width, network, options):
+    if kind not in ("mask", "image"):
+        raise ValueError(f"got kind {kind!r}, expected 'mask' or 'image'.")
+    if network not in NETWORKS:
+        raise ValueError(f"got network {network!r}, expected one of {', '.join(NETWORKS)}.")
+    if width < 1: raise ValueError(f"got width={width}, expected at least 1 channel.")
+    known = inspect.signature(NETWORKS[network]).parameters
+    if strange := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"got {', '.join(strange)} for the network {network!r}; expected some of "
+            f"{', '.join(known)}."
         )
 
-    def optimizer(self,
-        model:nn.Module, # Of `model()`
-        lr:float|None=None, # Peak learning rate; None: the objective's own
-    )->torch.optim.Optimizer: # Over generator and critics
-        "Adam, as the papers have it."
-        return torch.optim.Adam(model.parameters(), lr or self.lr, betas=self.betas)
+# %% ../../nbs/pairs/objectives.ipynb #11437fed
+@patch
+def generator(self:Objective)->nn.Module:
+    return NETWORKS[self.network](self.width, out_channels=self.channels, **self.options)
 
-    def finish(self,
-        generator:nn.Module, # Part `generator` of `model()`
-    )->nn.Module: # What is kept of it
-        "The generator as it is used: its soft masks, if it learnt such, are 0 and 1 again."
-        if self.kind != "mask" or not getattr(self, "soft", 0): return generator
-        # takes a logit of 1 - soft to that of .999, and leaves the rim where it is
-        made, gain = copy.deepcopy(generator), np.log(999)/np.log(1/self.soft - 1)
-        last = [m for m in made.modules() if isinstance(m, nn.Conv2d)][-1]
-        with torch.no_grad():
-            for p in last.parameters(): p.mul_(gain)
-        return made
+@patch
+def target(self:Objective, image)->np.ndarray: # `(H, W, 1 or 3)`, `uint8`
+    "What the generator shall give for this privileged image."
+    if self.kind == "image": return to_rgb(image)
+    return read_mask(image)[..., None].astype(np.uint8)*255
 
+@patch
+def optimizer(self:Objective,
+    model:nn.Module, # Of `model()`
+    lr:float|None=None, # Peak learning rate; None: the objective's own
+)->torch.optim.Optimizer: # Over generator and critics
+    "Adam, as the papers have it."
+    return torch.optim.Adam(model.parameters(), lr or self.lr, betas=self.betas)
+
+@patch
+def finish(self:Objective,
+    generator:nn.Module, # Part `generator` of `model()`
+)->nn.Module: # What is kept of it
+    "The generator as it is used: its soft masks, if it learnt such, are 0 and 1 again."
+    if self.kind != "mask" or not getattr(self, "soft", 0): return generator
+    # takes a logit of 1 - soft to that of .999, and leaves the rim where it is
+    made, gain = copy.deepcopy(generator), np.log(999)/np.log(1/self.soft - 1)
+    last = [m for m in made.modules() if isinstance(m, nn.Conv2d)][-1]
+    with torch.no_grad():
+        for p in last.parameters(): p.mul_(gain)
+    return made
+
+# %% ../../nbs/pairs/objectives.ipynb #36357f75
 def dice_score(
     a:Tensor, # Probabilities or a mask in [0, 1], any shape
     b:Tensor, # The same shape
@@ -140,7 +145,6 @@ def dice_score(
         )
     return (2*(a*b).sum() + 1)/(a.sum() + b.sum() + 1)
 
-# %% ../../nbs/pairs/objectives.ipynb #0686e226
 class Regression(Objective):
     """A network fitted directly to the privileged image: for masks BCE + Dice, for images L1.
     `loss(logits, target) -> (scalar, terms)`."""
@@ -155,10 +159,8 @@ class Regression(Objective):
         if self.kind == "image":
             l1 = (logits.sigmoid() - target).abs().mean()
             return l1, {"l1": l1.detach()}
-        bce, dice = (
-            F.binary_cross_entropy_with_logits(logits, target),
-            dice_score(logits.sigmoid(), target),
-        )
+        bce = F.binary_cross_entropy_with_logits(logits, target)
+        dice = dice_score(logits.sigmoid(), target)
         return bce + 1 - dice, {"bce": bce.detach(), "soft_dice": dice.detach()}
 
 class _Direct(nn.Module):
@@ -185,6 +187,7 @@ def make_critic(
         bias=True,
     )
 
+# %% ../../nbs/pairs/objectives.ipynb #2222654c
 @contextlib.contextmanager
 def _fixed(*critics):
     "Their weights are constants in what is computed inside"
@@ -209,16 +212,17 @@ class _Adversary(nn.Module):
         with _fixed(critic): return self._judge(critic(fake)[-1], True, False)
 
     def tell(self, critic, real, fake):
-        return 0.5 * (
-            self._judge(critic(real)[-1], True, True)
-            + self._judge(critic(fake.detach())[-1], False, True)
-        )
+        right = self._judge(critic(real)[-1], True, True)
+        return .5*(right + self._judge(critic(fake.detach())[-1], False, True))
 
+# %% ../../nbs/pairs/objectives.ipynb #b6f02d09
 def _signed(x): return 2*x - 1            # [0, 1] to [-1, 1]
 
 def _answer(logits): return torch.tanh(logits.float()/2)      # = 2 sigmoid(logits) - 1
 
 def _rgb(x): return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+
+def _terms(**terms): return {k: v.detach() for k, v in terms.items()}
 
 class Pix2Pix(Objective):
     "The conditional adversarial objective of Isola et al. (2017); its L1 is in units of [-1, 1]."
@@ -237,28 +241,21 @@ class Pix2Pix(Objective):
 
     def model(self, crop:int=64)->nn.Module: return _Pix2Pix(self)
 
+# %% ../../nbs/pairs/objectives.ipynb #c0cf16bd
 class _Pix2Pix(nn.Module):
     def __init__(self, objective):
         super().__init__()
-        self.generator, self.critic, self.adversary = (
-            objective.generator(),
-            make_critic(3 + objective.channels, objective.critic_width),
-            _Adversary(objective.criterion),
-        )
-        self.l1 = objective.l1
+        self.generator = objective.generator()
+        self.critic = make_critic(3 + objective.channels, objective.critic_width)
+        self.adversary, self.l1 = _Adversary(objective.criterion), objective.l1
 
     def forward(self, primary, privileged):
         x, y, fake = _signed(primary), _signed(privileged), _answer(self.generator(primary))
-        l1, convince = (
-            (fake - y).abs().mean(),
-            self.adversary.convince(self.critic, torch.cat([x, fake], 1)),
-        )
-        critic = self.adversary.tell(self.critic, torch.cat([x, y], 1), torch.cat([x, fake], 1))
-        return self.l1 * l1 + convince + critic, {
-            "l1": l1.detach(),
-            "convince": convince.detach(),
-            "critic": critic.detach(),
-        }
+        real, made = torch.cat([x, y], 1), torch.cat([x, fake], 1)
+        l1, convince = (fake - y).abs().mean(), self.adversary.convince(self.critic, made)
+        critic = self.adversary.tell(self.critic, real, made)
+        total = self.l1*l1 + convince + critic
+        return total, _terms(l1=l1, convince=convince, critic=critic)
 
 # %% ../../nbs/pairs/objectives.ipynb #5075896a
 class ImagePool(nn.Module):
@@ -284,18 +281,22 @@ class ImagePool(nn.Module):
                 f"got images of shape {tuple(fresh.shape[1:])} for a pool of "
                 f"{tuple(self.images.shape[1:])}: give the objective the crop that is trained on."
             )
-        out, fresh, swap = [], fresh.detach().to(self.images.dtype), torch.rand(len(fresh)).tolist()
-        for image, chance in zip(fresh, swap):
-            if self.filled < self.size:
-                self.images[self.filled], image = image, image
-                self.filled += 1
-            elif chance > .5:
-                k = int(torch.randint(self.size, ()))
-                old = self.images[k].clone()
-                self.images[k], image = image, old
-            out.append(image)
-        return torch.stack(out)
+        swap = torch.rand(len(fresh)).tolist()
+        return torch.stack([self._swapped(*pair) for pair in zip(fresh.to(self.images.dtype), swap)])
 
+    def _swapped(self, image, chance):
+        "The image, or an older one in whose place it is kept"
+        if self.filled < self.size:
+            self.images[self.filled] = image
+            self.filled += 1
+            return image
+        if chance <= .5: return image
+        k = int(torch.randint(self.size, ()))
+        old = self.images[k].clone()
+        self.images[k] = image
+        return old
+
+# %% ../../nbs/pairs/objectives.ipynb #c88bf948
 class _Shown(nn.Module):
     """Masks as images that a network takes, and with soft rims, so that a critic cannot tell a mask
     by its being exactly 0 or 1"""
@@ -314,6 +315,7 @@ class _Shown(nn.Module):
         blurred = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
         return self.soft + (1 - 2*self.soft)*blurred
 
+# %% ../../nbs/pairs/objectives.ipynb #07bf8da2
 class CycleGAN(Objective):
     """The cycle-consistent adversarial objective of Zhu et al. (2017), for two sets that are not
     paired."""
@@ -339,62 +341,41 @@ class CycleGAN(Objective):
         **options, # Other arguments of the network's builder: `blocks`
     ):
         super().__init__(kind, width, network, **options)
-        (
-            self.cycle,
-            self.identity,
-            self.pool,
-            self.dark,
-            self.soft,
-            self.criterion,
-            self.critic_width,
-        ) = cycle, identity, pool, dark, soft, criterion, critic_width or min(64, 2 * width)
+        self.cycle, self.identity, self.pool, self.dark, self.soft = cycle, identity, pool, dark, soft
+        self.criterion, self.critic_width = criterion, critic_width or min(64, 2*width)
 
     def model(self, crop:int=64)->nn.Module: return _CycleGAN(self, crop)
 
+# %% ../../nbs/pairs/objectives.ipynb #da1d8abc
 class _CycleGAN(nn.Module):
     def __init__(self, objective, crop):
         super().__init__()
-        self.weights, c = (objective.cycle, objective.identity), objective.channels
-        self.generator, self.back = (
-            objective.generator(),
-            NETWORKS[objective.network](objective.width, out_channels=3, **objective.options),
-        )
-        self.critic_y, self.critic_x = (
-            make_critic(c, objective.critic_width),
-            make_critic(3, objective.critic_width),
-        )
-        self.pool_y, self.pool_x = (
-            ImagePool(objective.pool, (c, crop, crop)),
-            ImagePool(objective.pool, (3, crop, crop)),
-        )
-        self.adversary, self.shown = _Adversary(objective.criterion), _Shown(objective)
+        o, c = objective, objective.channels
+        self.weights = o.cycle, o.identity
+        self.generator = o.generator()
+        self.back = NETWORKS[o.network](o.width, out_channels=3, **o.options)
+        self.critic_y, self.critic_x = make_critic(c, o.critic_width), make_critic(3, o.critic_width)
+        self.pool_y, self.pool_x = (ImagePool(o.pool, (n, crop, crop)) for n in (c, 3))
+        self.adversary, self.shown = _Adversary(o.criterion), _Shown(o)
+
+    def _there(self, image): return _answer(self.generator(image))
+
+    def _back(self, image): return _answer(self.back(image))
 
     def forward(self, primary, privileged):
         privileged = self.shown.soften(privileged)
-        x, y, there, back = (
-            _signed(primary),
-            _signed(privileged),
-            lambda v: _answer(self.generator(v)),
-            lambda v: _answer(self.back(v)),
-        )
-        fake_y, fake_x = there(primary), back(self.shown(privileged))
+        x, y, shown = _signed(primary), _signed(privileged), self.shown(privileged)
         def l1(a, b): return (a - b).abs().mean()
-        cycle = l1(back(self.shown((fake_y + 1)/2)), x) + l1(there((fake_x + 1)/2), y)
-        same = (
-            l1(there(self.shown(privileged)), y) + l1(back(primary), x)
-            if self.weights[1]
-            else x.new_zeros(())
-        )
-        convince = self.adversary.convince(self.critic_y, fake_y) + self.adversary.convince(
-            self.critic_x, fake_x
-        )
-        critic = self.adversary.tell(self.critic_y, y, self.pool_y(fake_y)) + self.adversary.tell(
-            self.critic_x, x, self.pool_x(fake_x)
-        )
-        terms = {"cycle": cycle, "identity": same, "convince": convince, "critic": critic}
-        return self.weights[0] * cycle + self.weights[1] * same + convince + critic, {
-            k: v.detach() for k, v in terms.items()
-        }
+        fake_y, fake_x = self._there(primary), self._back(shown)
+        cycle = l1(self._back(self.shown((fake_y + 1)/2)), x) + l1(self._there((fake_x + 1)/2), y)
+        same = x.new_zeros(())
+        if self.weights[1]: same = l1(self._there(shown), y) + l1(self._back(primary), x)
+        convince = self.adversary.convince(self.critic_y, fake_y)
+        convince = convince + self.adversary.convince(self.critic_x, fake_x)
+        critic = self.adversary.tell(self.critic_y, y, self.pool_y(fake_y))
+        critic = critic + self.adversary.tell(self.critic_x, x, self.pool_x(fake_x))
+        total = self.weights[0]*cycle + self.weights[1]*same + convince + critic
+        return total, _terms(cycle=cycle, identity=same, convince=convince, critic=critic)
 
 # %% ../../nbs/pairs/objectives.ipynb #6f541ed4
 def patch_nce(
@@ -408,6 +389,7 @@ def patch_nce(
     own = torch.arange(q.shape[1], device=q.device).expand(len(q), -1)
     return F.cross_entropy(scores.flatten(0, 1), own.flatten())
 
+# %% ../../nbs/pairs/objectives.ipynb #08a558e3
 class CUT(Objective):
     "The patchwise contrastive objective of Park et al. (2020), for two sets that are not paired."
     paired, recolour = False, .15
@@ -428,45 +410,32 @@ class CUT(Objective):
         **options,
     ):
         super().__init__(kind, width, "resnet", **{"antialias": True, **options})
-        self.nce, self.identity, self.patches, self.temperature, self.dark, self.soft = (
-            nce,
-            identity,
-            patches,
-            temperature,
-            dark,
-            soft,
-        )
-        self.criterion, self.critic_width = criterion, critic_width or min(64, 2*width)
+        self.nce, self.identity, self.patches, self.temperature = nce, identity, patches, temperature
+        self.dark, self.soft, self.criterion = dark, soft, criterion
+        self.critic_width = critic_width or min(64, 2*width)
 
     def model(self, crop:int=64)->nn.Module: return _CUT(self)
+
+# %% ../../nbs/pairs/objectives.ipynb #5abb6596
+def _layers_to_compare(layers):
+    "Numbers and widths of the layers whose features are compared"
+    blocks = [i for i, m in enumerate(layers) if hasattr(m, "conv_block")]
+    convs = [i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d)]
+    halving = [i for i in convs if 1 < i < blocks[0]]
+    # published, with nine blocks: 0, 4, 8, 12, 16
+    chosen = sorted({0, *halving, blocks[0], blocks[len(blocks)//2]})
+    def width(i): return next((layers[k].out_channels for k in convs[::-1] if k <= i), 3)
+    return chosen, [width(i) for i in chosen]
 
 class _CUT(nn.Module):
     def __init__(self, objective):
         super().__init__()
-        self.generator, self.critic, self.adversary = (
-            objective.generator(),
-            make_critic(objective.channels, objective.critic_width),
-            _Adversary(objective.criterion),
-        )
-        self.nce, self.identity, self.patches, self.temperature, self.shown = (
-            objective.nce,
-            objective.identity,
-            objective.patches,
-            objective.temperature,
-            _Shown(objective),
-        )
-        blocks = [i for i, m in enumerate(self.generator.model) if hasattr(m, "conv_block")]
-        halving = [
-            i
-            for i, m in enumerate(self.generator.model)
-            if isinstance(m, nn.Conv2d) and 1 < i < blocks[0]
-        ]
-        # published, with nine blocks: 0, 4, 8, 12, 16
-        self.layers = sorted({0, *halving, blocks[0], blocks[len(blocks)//2]})
-        widths, c = [], 3
-        for i, m in enumerate(self.generator.model[:self.layers[-1] + 1]):
-            c = m.out_channels if isinstance(m, nn.Conv2d) else c
-            if i in self.layers: widths.append(c)
+        o = objective
+        self.generator, self.critic = o.generator(), make_critic(o.channels, o.critic_width)
+        self.adversary, self.shown = _Adversary(o.criterion), _Shown(o)
+        self.nce, self.identity = o.nce, o.identity
+        self.patches, self.temperature = o.patches, o.temperature
+        self.layers, widths = _layers_to_compare(self.generator.model)
         self.projectors = nn.ModuleList(
             nn.Sequential(nn.Linear(c, 256), nn.ReLU(), nn.Linear(256, 256)) for c in widths
         )
@@ -479,36 +448,27 @@ class _CUT(nn.Module):
             if i in self.layers: out.append(x)
         return out
 
-    def _contrast(self, primary, answer):
-        losses = []
-        for k, q, projector in zip(
-            self._encode(primary), self._encode(self.shown((answer + 1) / 2)), self.projectors
-        ):
-            b, c, h, w = k.shape
-            place = torch.randperm(h * w)[: self.patches].to(k.device)
-            k, q = (
-                F.normalize(projector(f.flatten(2)[..., place].transpose(1, 2)).float(), dim=2)
-                for f in (k, q)
-            )
-            losses.append(patch_nce(q, k, self.temperature))
-        return torch.stack(losses).mean()
+# %% ../../nbs/pairs/objectives.ipynb #de863364
+@patch
+def _contrast(self:_CUT, primary, answer):
+    losses, shown = [], self.shown((answer + 1)/2)
+    for k, q, projector in zip(self._encode(primary), self._encode(shown), self.projectors):
+        place = torch.randperm(k[0, 0].numel())[:self.patches].to(k.device)
+        def project(f):
+            patches = f.flatten(2)[..., place].transpose(1, 2)
+            return F.normalize(projector(patches).float(), dim=2)
+        k, q = project(k), project(q)
+        losses.append(patch_nce(q, k, self.temperature))
+    return torch.stack(losses).mean()
 
-    def forward(self, primary, privileged):
-        privileged, fake = self.shown.soften(privileged), _answer(self.generator(primary))
-        nce = self._contrast(primary, fake)
-        if self.identity:
-            nce = 0.5 * (
-                nce
-                + self._contrast(
-                    self.shown(privileged), _answer(self.generator(self.shown(privileged)))
-                )
-            )
-        convince, critic = (
-            self.adversary.convince(self.critic, fake),
-            self.adversary.tell(self.critic, _signed(privileged), fake),
-        )
-        return self.nce * nce + convince + critic, {
-            "nce": nce.detach(),
-            "convince": convince.detach(),
-            "critic": critic.detach(),
-        }
+@patch
+def forward(self:_CUT, primary, privileged):
+    privileged, fake = self.shown.soften(privileged), _answer(self.generator(primary))
+    nce = self._contrast(primary, fake)
+    if self.identity:
+        shown = self.shown(privileged)
+        nce = .5*(nce + self._contrast(shown, _answer(self.generator(shown))))
+    convince = self.adversary.convince(self.critic, fake)
+    critic = self.adversary.tell(self.critic, _signed(privileged), fake)
+    total = self.nce*nce + convince + critic
+    return total, _terms(nce=nce, convince=convince, critic=critic)

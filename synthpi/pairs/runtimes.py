@@ -30,6 +30,7 @@ import torch
 from safetensors import safe_open, SafetensorError
 from torch import nn, Tensor
 
+from ..core.checks import some_names
 from ..core.files import sha256_bytes, tensor_bytes
 from .foreign import Network, recognise
 from .graphs import need, read_onnx, read_script
@@ -191,9 +192,22 @@ def _check_call(pipe, takes, options):
             f"takes {', '.join(sorted(takes))}."
         )
 
+# %% ../../nbs/pairs/runtimes.ipynb #7b4b4005
+def _refuse_code(folder):
+    "`ValueError` for a folder that brings code of its own"
+    code = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.py"))
+    index = json.loads((folder/"model_index.json").read_text(encoding="utf-8"))
+    if code or not isinstance(index.get("_class_name"), (str, type(None))):
+        raise ValueError(
+            f"the pipeline in {folder} brings code of its own ({some_names(code, 3) or '_class_name'}), "
+            "which would be run; expected a pipeline of diffusers. If you trust it, load it in your "
+            "own program and give the pipeline."
+        )
+
 # %% ../../nbs/pairs/runtimes.ipynb #a78e4e6c
 def _open_pipeline(folder):
     diffusers = need("diffusers", "to run a diffusion pipeline", "'synthpi[diffusion]'")
+    _refuse_code(folder)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True

@@ -2,7 +2,8 @@
 
 A slide does not fit through a generator at once. `translate_large` sends it through in overlapping
 tiles and blends them, with MONAI's sliding-window inference. An image that fits in one tile goes
-through the generator as it is.
+through the generator as it is. `add_privileged` and `synthpi pairs` use it for networks and images
+of more than 2048 x 2048 pixels.
 
 **Synthetic images are training aids, not findings.** Blending hides borders; it does not make what
 is drawn true.

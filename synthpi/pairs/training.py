@@ -33,7 +33,7 @@ from fastcore.meta import delegates
 
 from ..core.checks import positive, Settings, setting
 from ..core.figures import show_images
-from ..core.files import atomic_path, sha256_bytes, tensor_bytes
+from ..core.files import atomic_path, remove_unfinished, sha256_bytes, tensor_bytes
 from ..core.images import to_rgb
 from ..core.seeds import seed_for, set_seed
 from .examples import Examples, kind_of, random_crops, read_examples
@@ -343,6 +343,7 @@ def _trainer(examples, objective, training, on_step):
         process = (trainer.accelerator.process_index, trainer.accelerator.num_processes)
         size = (training.crop, training.batch_size)
         return random_crops(examples, objective, *size, training.seed, start, process)
+    if training.run_dir: remove_unfinished(training.run_dir)        # left by a killed run
     set_seed(seed_for(training.seed, "generator"))
     model, steps = objective.model(training.crop), training.steps or 1000
     trainer = Trainer(

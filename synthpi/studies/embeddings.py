@@ -138,17 +138,14 @@ def _facts(plan):
 # %% ../../nbs/studies/embeddings.ipynb #15d38752
 def _label_columns(plan, label):
     "What the voxels of crops (K, X, Y, Z) are labelled as, by each rule."
-    columns, n = {}, len(label)
+    columns = {}
     if "center" in plan.rules:
         middle = label[(slice(None), *(plan.sides//2).tolist())]
         columns["label_center"] = middle.numpy().astype(np.int32)
     if "any" in plan.rules:
         flat = label.flatten(1).numpy()
-        top = max(int(flat.max()), plan.values[-1]) + 1
-        # crop k counts its labels from k*top on
-        shifted = (flat + top*np.arange(n)[:, None]).ravel()
-        counts = np.bincount(shifted, minlength=top*n).reshape(n, top)
-        columns |= {f"label_{r}": counts[:, r].astype(np.int32) for r in plan.values}
+        # by value: a table up to the largest label could be of any size
+        columns |= {f"label_{r}": (flat == r).sum(1, dtype=np.int32) for r in plan.values}
     return columns
 
 def _columns(plan, i, batch):

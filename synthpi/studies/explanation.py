@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import synthpi
 from ..core.checks import existing, some_names
 from ..core.files import fingerprint, read_json, write_json
+from ..core.formats import read_picture
 from ..core.images import square, to_rgb
 from ..core.runs import choose_device, claim_folder, environment, Progress
 from ..core.seeds import seed_for
@@ -44,7 +44,7 @@ from .runs import open_runs
 # %% ../../nbs/studies/explanation.ipynb #fefd549f
 def _like_reference(run, reference, size):
     "Similarity to one image."
-    image = torch.from_numpy(square(to_rgb(Image.open(reference)), size))
+    image = torch.from_numpy(square(to_rgb(read_picture(reference)[0]), size))
     h = extract_features(run.encoder, image.permute(2, 0, 1)[None].float()/255)
     what = f"the similarity (cosine) of the embedding to that of {Path(reference).name}"
     return run.encoder, Similarity(torch.from_numpy(h)[0]), what

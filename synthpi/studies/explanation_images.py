@@ -1,4 +1,4 @@
-"""Tiles or crops for several encoders: one size, one list of classes, a random sample
+"""Tiles or crops for all encoders: one size, one list of classes
 
 `sample_images` gives the images on which `explain_run` explains encoders. All encoders see the same
 ones, so what their files say of size, frame and voxels has to agree.

@@ -4,7 +4,7 @@ A folder of scans becomes records, records become a store of prepared arrays, an
 crops with their centres in mm. Reading and resampling happen once, with a checksum for every array.
 Positions are made by the affine, so crops of different scans can be compared.
 
-- `find_volumes`: records of a folder, in one of the published layouts
+- `find_volumes`: records of a folder, in one of the published layouts, and who is who
 - `prepare_volumes`: the store of a folder, a table or records
 - `VolumeStore`: arrays, positions and splits of prepared volumes
 - `sample_crops`, `grid_crops`: random crops for training, rows of crops for inference

@@ -149,8 +149,9 @@ def body_phantoms(
 
 # %% ../../nbs/volumes/bodies.ipynb #c7844e4f
 def _save(path, array, affine):
-    with atomic_path(path) as tmp:
-        tmp.write_bytes(gzip.compress(nib.Nifti1Image(array, affine).to_bytes(), 3, mtime=0))
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm")
+    with atomic_path(path) as tmp: tmp.write_bytes(gzip.compress(image.to_bytes(), 3, mtime=0))
 
 def write_bodies(
     folder:str|Path, # Made if it is not there

@@ -121,9 +121,7 @@ def batches(self:CropList,
 def _holds(label, start, sides, values):
     "Which of the values a crop holds."
     part = label[tuple(slice(max(a, 0), max(a + s, 0)) for a, s in zip(start, sides))]
-    there = np.zeros(max(values[-1], int(part.max())) + 1, bool)
-    there[part] = True
-    return there[values]
+    return np.isin(values, part)
 
 # %% ../../nbs/volumes/crop_lists.ipynb #0530cd54
 @patch

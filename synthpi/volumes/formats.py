@@ -25,6 +25,7 @@ import importlib
 import importlib.util
 import logging
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -46,9 +47,14 @@ def _looks(path):
     if not start: return "; it is empty"
     return "".join(f"; {why}" for mark, why in _LOOKS.items() if start.startswith(mark))
 
+# %% ../../nbs/volumes/formats.ipynb #5db37fde
 class _Keep(logging.Handler):
     def __init__(self, notes): super().__init__(logging.WARNING), setattr(self, "notes", notes)
-    def emit(self, record): self.notes.append(record.getMessage())
+    def emit(self, record): self.notes.append(_unquoted(record.getMessage()))
+
+def _unquoted(message):
+    "A warning without the values that it quotes: one may be a patient's name."
+    return re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", str(message))
 
 def _about_the_file(w):
     return not issubclass(w.category, (DeprecationWarning, FutureWarning, ResourceWarning))
@@ -66,7 +72,7 @@ def library(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
-        notes += [str(w.message) for w in caught if _about_the_file(w)]
+        notes += [_unquoted(w.message) for w in caught if _about_the_file(w)]
     except Exception as error:
         raise ValueError(
             f"{path} could not be read ({type(error).__name__}: {str(error)[:200]}{_looks(path)}); "
@@ -99,7 +105,8 @@ def _channels_last(path, values):
     )
 
 def _check_affine(path, affine):
-    if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-9: return
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if np.isfinite(affine).all() and sizes.all() and abs(np.linalg.det(affine[:3, :3]/sizes)) > 1e-6: return
     raise ValueError(
         f"the affine of {path} is singular: {affine[:3, :3].round(4).tolist()}; expected three "
         "independent directions in millimetres: write the file again with its true affine."

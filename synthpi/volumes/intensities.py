@@ -92,6 +92,7 @@ def refuse_window(
     mask:np.ndarray, # Its foreground
     window:tuple[float, float], # HU
     threshold_given:bool=False, # The caller chose what is foreground
+    least:float=-np.inf, # Values below are padding, and no air
 )->None:
     "`ValueError` for values that are not in HU, as far as a window shows it."
     low, high = np.percentile(np.clip(values[mask], *window), [.5, 99.5])
@@ -103,9 +104,10 @@ def refuse_window(
             f"{found}; the window {window[0]:g} to {window[1]:g} makes its foreground one gray: "
             f"{low:.4g} to {high:.4g}. {advice}"
         )
-    if not threshold_given and mask.mean() > .99:
+    share = mask[values >= least].mean()
+    if not threshold_given and share > .99:
         raise ValueError(
-            f"{found}, and {mask.mean():.1%} of its voxels are foreground, above {CT_TISSUE:g} HU: "
+            f"{found}, and {share:.1%} of its voxels are foreground, above {CT_TISSUE:g} HU: "
             f"there is no air. {advice} For a scan that was cut out of a body, give "
             "prepare_volumes a foreground_above."
         )

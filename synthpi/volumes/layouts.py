@@ -64,8 +64,13 @@ def _volume_files(folder, files):
 
 # %% ../../nbs/volumes/layouts.ipynb #d5d6bea9
 _MASK = re.compile(
-    r"(?:(?P<before>.+?)[_\-. ]+)?(?:seg|dseg|probseg|segm|segmentations?|label\w*|masks?|brainmask|roi|gt)"
+    r"(?:(?P<before>.+?)[_\-. ]+)?"
+    r"(?:seg|dseg|probseg|segm|segmentations?|label[a-z]*|[a-z]*masks?|roi|gt)(?P<number>\d*)"
     r"(?:[_\-. ]+(?P<after>.+))?", re.IGNORECASE)
+# An image may say so too: volume-0 of segmentation-0, img0001 of label0001
+_IMAGE = re.compile(
+    r"(?:images?|img|vol|volume|scan)(?:[_\-. ]+|(?=\d))(?P<after>.+)|"
+    r"(?P<before>.+?)[_\-. ]+(?:image|img|vol|volume|scan)", re.IGNORECASE)
 _LABEL_FOLDERS = re.compile(r"(labels?|masks?|segs?|segmentations?|annotations?|gt)(tr|ts)?", re.IGNORECASE)
 _IMAGE_FOLDERS = re.compile(r"(images?|imgs?|scans?|volumes?)(tr|ts)?", re.IGNORECASE)
 
@@ -78,9 +83,12 @@ def _key(name):
 def _mask_key(name):
     "The key of the image that a mask belongs to, or None for an image."
     place, stem = _key(name)
-    if m := _MASK.fullmatch(stem): return place, m["before"] or m["after"] or ""
+    if m := _MASK.fullmatch(stem): return place, m["before"] or m["after"] or m["number"]
     return (place, stem) if any(map(_LABEL_FOLDERS.fullmatch, name.split("/")[:-1])) else None
 
+
+
+# %% ../../nbs/volumes/layouts.ipynb #0bb29203
 def _masks(names):
     "The mask of each image."
     keys = {n: _mask_key(n) for n in names}
@@ -88,12 +96,15 @@ def _masks(names):
     by_key, found = defaultdict(list), defaultdict(list)
     for n in images:
         place, stem = _key(n)
-        for known in {stem, _person(stem), ""}: by_key[place, known].append(n)
+        m = _IMAGE.fullmatch(stem)
+        bare = m["after"] or m["before"] if m else stem
+        for known in {stem, bare, _person(stem), ""}: by_key[place, known].append(n)
     exact = {_key(n): n for n in images}
     for mask, key in keys.items():
         if key is None: continue
         own = [exact[key]] if key in exact else by_key.get(key) or by_key.get((key[0], _person(key[1])), [])
-        if not own:
+        # a mere `seg` among the images of several persons is nobody's
+        if not own or not key[1] and len({_person(_key(n)[1]) for n in own}) > 1:
             raise ValueError(
                 f"{mask}: labels without an image of the same name; add the image or remove the label."
             )
@@ -102,7 +113,7 @@ def _masks(names):
         raise ValueError(f"{twice[0]} has the labels {some_names(twice[1])}; expected one: remove the others.")
     return {n: found[n][0] if n in found else "" for n in images}
 
-# %% ../../nbs/volumes/layouts.ipynb #0bb29203
+# %% ../../nbs/volumes/layouts.ipynb #b7b07668
 _NOT_RAW = ("derivatives", "sourcedata", "code", "phenotype", "stimuli")
 
 def _raw(names):
@@ -110,12 +121,23 @@ def _raw(names):
     if not any(re.match(r"sub-\w+/", n) for n in names): return names
     return [n for n in names if n.split("/")[0] not in _NOT_RAW]
 
+_SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val",
+           "test": "test", "testing": "test"}
+
+def _split_folders(names):
+    "The split of each name by its first folder, where all have one and they differ."
+    splits = [_SPLITS.get(n.split("/")[0].lower()) if "/" in n else None for n in names]
+    return splits if None not in splits and len(set(splits)) > 1 else [""]*len(names)
+
+
+
+# %% ../../nbs/volumes/layouts.ipynb #b1fa7584
 def _channel(sequence):
     "The number of a volume in each 4D file of a plain folder."
     if sequence is None or str(sequence).isdigit(): return None if sequence is None else int(sequence)
     raise ValueError(
         f"got sequence={sequence!r}; a plain folder has one volume per name, and a sequence there "
-        "is the number of one in its 4D files: 0, 1, ..."
+        "is the number of one in its 4D files: 0, 1, ... (Other layouts have names: give preset=.)"
     )
 
 def plain(
@@ -126,14 +148,16 @@ def plain(
     "Volumes as they lie, with their masks."
     channel, (paths, used) = _channel(sequence), _volume_files(folder, files)
     labels, records = _masks(_raw(list(paths))), []
-    for n, label in labels.items():
+    splits = _split_folders(list(labels))
+    for (n, label), split in zip(labels.items(), splits):
         subject = patient_hash(folder/paths[n]) if (folder/paths[n]).is_dir() else ""
-        more = dict(subject=subject, channel=channel)
+        more = dict(subject=subject, split=split, channel=channel)
         records.append({"name": n, "image": paths[n], "label": paths.get(label, ""), **more})
     kept = {*labels, *labels.values()}
     left = [n for n in paths if n not in kept]
     hashed = sum(bool(r["subject"]) for r in records)
     notes = [f"{len(left)} volumes of derivatives are left out ({some_names(left, 3)})"]*bool(left)
+    notes += ["the splits are the folders of the first level"]*any(splits)
     notes += [f"{hashed} series have their subject from DICOM's PatientID"]*bool(hashed)
     return Found(records, used, notes)
 

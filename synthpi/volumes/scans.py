@@ -3,7 +3,8 @@
 Reading a scan costs a second, cutting a crop out of an array on disk some microseconds. So
 `prepare_volumes` does the reading once and gives a `VolumeStore`: for each volume an image in [0,
 1], a foreground mask, perhaps labels, and the affine that turns a voxel into millimetres. The
-foreground box is an *offset* in these arrays; positions in different patients stay comparable.
+foreground box is an *offset* in these arrays; positions in different patients stay comparable. What
+had to be assumed about a file is printed once, with the number of files, and kept in the store.
 
 ```python
 store = prepare_volumes("scans", "prepared", spacing_mm=2)
@@ -18,7 +19,6 @@ Docs: https://synthpi.github.io/synthpi/nbs/volumes/scans.html.md"""
 __all__ = ['read_volume', 'resample', 'prepare_volumes']
 
 # %% ../../nbs/volumes/scans.ipynb #2a7016e8
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -41,7 +41,9 @@ from synthpi.volumes.intensities import (
     CT_TISSUE, foreground, foreground_threshold, levels, padding_end, refuse_window, WINDOWS,
 )
 from .sets import check_records, find_volumes, read_manifest
-from .store import _FORMAT, _sha, _TOP, _valid, _VERSION, VolumeStore
+from synthpi.volumes.store import (
+    _FORMAT, _read_item, _sha, _TOP, _valid, _VERSION, VolumeStore,
+)
 from .workers import run_jobs
 
 # %% ../../nbs/volumes/scans.ipynb #87f301a4
@@ -189,7 +191,7 @@ def _mask(path, values, least, s):
     threshold, window = s["foreground_above"], s["window"]
     if threshold is None: threshold = CT_TISSUE if window else foreground_threshold(values, least)
     mask = foreground(values, threshold)
-    if window: refuse_window(path, values, mask, window, s["foreground_above"] is not None)
+    if window: refuse_window(path, values, mask, window, s["foreground_above"] is not None, least)
     return mask
 
 def _arrays(record, root, s):
@@ -294,6 +296,8 @@ def _records(source, preset, sequence, root):
 def _claim(out):
     "The folder of the store, which may be there already."
     ours = {"store.json", "items", ".lock"}
+    # the last one is what a killed process leaves of a file that it was writing
+    if out.is_dir(): ours |= {p.name for p in out.glob(".store-*.json")}
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - ours):
         raise ValueError(
             f"{out} holds other things than a store of volumes: choose an empty or new folder."
@@ -321,13 +325,13 @@ def prepare_volumes( # noqa: PLR0913
     _claim(out)
     with FileLock(out/".lock", timeout=3600):
         # no store while it is being prepared
-        with contextlib.suppress(FileNotFoundError): (out/"store.json").unlink()
+        for p in (out/"store.json", *out.glob(".store-*.json")): p.unlink(missing_ok=True)
         results = run_jobs(_prepare, [(r, root, out, s) for r in records], workers)
         _check_results(results)
         made = sum(made for _, made, _ in results)
         volumes = [{k: r[k] for k in ("name", "subject", "split")} for r in records]
+        told = _told([_read_item(out/"items"/r["name"].replace("/", "__")) for r in records])
         facts = dict(format=_FORMAT, settings=s, made=made, volumes=volumes)
-        write_json(out/"store.json", facts | dict(decided=list(records.decided)))
-    store = VolumeStore(out)
-    for line in _told(store.items) if made else (): print(line)
-    return store
+        write_json(out/"store.json", facts | dict(decided=[*records.decided, *told]))
+    for line in told if made else (): print(line)
+    return VolumeStore(out)

@@ -139,6 +139,13 @@ def _left_out(files, used, hidden):
     said = [f"{len(left)} other files are left out ({some_names(left, 3)})"]*bool(left)
     return said + [f"{hidden} hidden files are left out"]*bool(hidden)
 
+def _say(lines):
+    "One line, also where the names of files are no text."
+    print("; ".join(lines).encode("utf-8", "backslashreplace").decode())
+
+
+
+# %% ../../nbs/volumes/sets.ipynb #68d15307
 def find_volumes(
     folder:str|Path, # Of the set
     preset:str|None=None, # One of `PRESETS`; None takes the layout from the files
@@ -163,7 +170,7 @@ def find_volumes(
     records = check_records(records)
     lines = [f"{preset} layout ({why})", *found.notes, *notes, *_left_out(files, found.used, hidden)]
     records.decided = [f"{folder.name}: {_summary(records)}", *lines]
-    print(records.decided[0] + "; " + "; ".join(lines))
+    _say(records.decided)
     return records
 
 # %% ../../nbs/volumes/sets.ipynb #0fa9c778
@@ -189,7 +196,7 @@ def read_manifest(
     unnamed = [r["name"] for r, row in zip(records, rows) if not _text(row.get("subject"))]
     how = subjects_of(unnamed)[1] if unnamed else "as the table says"
     records.decided = [f"{path.name}: {_summary(records)}", f"subjects: {how}"]
-    print("; ".join(records.decided))
+    _say(records.decided)
     return records
 
 # %% ../../nbs/volumes/sets.ipynb #599b120d

@@ -18,14 +18,14 @@ __all__ = ['subjects_of']
 
 # %% ../../nbs/volumes/subjects.ipynb #782547c6
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 # %% ../../nbs/volumes/subjects.ipynb #473d6009
 _CONTRAST = r"""t1|t1w|t1n|t1c|t1ce|t1gd|t1post|t2|t2w|t2f|t2star|flair|pd|pdw|dwi|adc|dti|swi|asl|bold|
     dce|ct|ctres|cbct|cta|pet|suv|mr|mri|mra|space-\w+|acq-\w+|rec-\w+|desc-\w+|echo-\w+|dir-\w+"""
 _VISIT = r"""ses-\w+|session|sess?|visit|vis|tp|timepoint|time|baseline|bl|follow[-_]?up|fu|month|mo|
-    week|wk|day|year|yr|run|scan|rep|exam|study|series|pre|post|preop|postop|initial|final|left|right|
+    week|wk|day|year|yr|run|scan|rep|exam|study|series|pre|post|preop|postop|initial|final|frame|phase|ed|es|left|right|
     lh|rh|l|r|[vmwdy](?=[-_]?\d)"""
 _DATE = r"(?:19|20)\d\d[-_.]?(?:0[1-9]|1[0-2])[-_.]?(?:0[1-9]|[12]\d|3[01])"
 _CONTRAST, _VISIT = (re.sub(r"\s", "", words) for words in (_CONTRAST, _VISIT))
@@ -60,9 +60,9 @@ def _groups(found):
     inside = defaultdict(set)
     for folders, stem in found:
         if folders: inside[folders[0]].add((folders[1:] or [stem])[0])
-    own = {f: s - set().union(*(t for g, t in inside.items() if g != f)) for f, s in inside.items()}
-    return {f for f, s in inside.items()
-            if not re.search(r"\d", f) and len(s) > 1 and s == own[f] and "" not in s}
+    often = Counter(name for those in inside.values() for name in those)
+    return {f for f, s in inside.items() if not re.search(r"\d", f) and len(s) > 1
+            and "" not in s and all(often[name] == 1 for name in s)}
 
 # %% ../../nbs/volumes/subjects.ipynb #b1b41811
 def subjects_of(
@@ -75,7 +75,10 @@ def subjects_of(
     groups = _groups(found)
     found = [([f for f in folders if f not in groups], stem) for folders, stem in found]
     guess = [m[1] if m else (f or [stem])[0] or n for m, (f, stem), n in zip(bids, found, names)]
-    if len({g.lower() for g in guess}) == len(names): return list(names), "each volume is one"
+    persons = {g.lower() for g in guess}
+    # `head_ct_1`, `head_ct_2`: what all share, without a digit, is no person
+    if len(persons) == 1 and not re.search(r"\d", guess[0]): persons = set(names)
+    if len(persons) == len(names): return list(names), "each volume is one"
     first = {}
     guess = [first.setdefault(g.lower(), g) for g in guess]
     how = "folders" if any(f for f, _ in found) else "names without contrast, visit, date and side"

@@ -1,4 +1,5 @@
 "Files as microscopes, viewers and broken downloads write them: read right, or refused with the cause."
+import io
 import os
 import warnings
 
@@ -8,6 +9,7 @@ import tifffile
 from datasets import Dataset, Image as ImageFeature
 from PIL import Image
 
+from synthpi.core.files import atomic_path, remove_unfinished
 from synthpi.core.formats import read_picture
 from synthpi.core.images import to_mask, to_raw, to_rgb
 from synthpi.data.conversion import _rgb8
@@ -140,7 +142,6 @@ def test_pairs_are_compared_as_they_are_seen(tmp_path):
 # ---- broken files
 
 def encoded(suffix, **how):
-    import io
     file = io.BytesIO()
     Image.fromarray(np.kron(RGB, np.ones((4, 4, 1), np.uint8))).save(file, suffix, **how)
     return file.getvalue()
@@ -173,3 +174,26 @@ def test_a_named_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path/"x.png")
     for read in readers(tmp_path/"x.png")[::3]:
         with pytest.raises(ValueError, match="x.png is no file"): read()
+
+# ---- files of killed runs
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_killed_write_leaves_nothing_for_long(tmp_path):
+    "A process that dies while it writes; the next one writes over its file, or sweeps it."
+    for name in ("run.json", "other.json"):
+        if not (child := os.fork()):
+            with atomic_path(tmp_path/name) as tmp:
+                tmp.write_text("half")
+                os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list(tmp_path.glob(".*"))) == 2
+    with atomic_path(tmp_path/"run.json") as tmp: tmp.write_text("whole")
+    assert [p.name.split("-")[0] for p in tmp_path.glob(".*")] == [".other"]
+    assert remove_unfinished(tmp_path) == 1 and [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    with atomic_path(tmp_path/"a.txt") as one, atomic_path(tmp_path/"a.txt") as two:
+        one.write_text("1")
+        two.write_text("2")
+        assert one != two and remove_unfinished(tmp_path) == 0
+    assert (tmp_path/"a.txt").read_text() == "1" and len(list(tmp_path.iterdir())) == 1

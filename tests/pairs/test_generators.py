@@ -856,6 +856,14 @@ def test_a_pipeline_folder_takes_safetensors_only(tmp_path, monkeypatch):
     ).shape == (2, 3, 64, 64)
     (tmp_path/"unet.safetensors").write_bytes(b"2")
     assert first.key != load_generator(tmp_path, verbose=False).key
+    for name, content in (("theirs.py", ""), ("model_index.json", '{"_class_name": ["theirs", "Pipe"]}')):
+        before = len(seen)
+        kept = (tmp_path/name).read_text() if (tmp_path/name).exists() else None
+        (tmp_path/name).write_text(content)
+        with pytest.raises(ValueError, match="brings code of its own"): load_generator(tmp_path)
+        assert len(seen) == before
+        if kept is None: (tmp_path/name).unlink()
+        else: (tmp_path/name).write_text(kept)
     def pickles_only(folder, **options): raise OSError("no file named model.safetensors found")
     fake.DiffusionPipeline.from_pretrained = pickles_only
     with pytest.raises(

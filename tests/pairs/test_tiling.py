@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from synthpi.pairs import makers
+from synthpi.pairs.generators import ModuleGenerator
 from synthpi.pairs.measures import seam_score
 from synthpi.pairs.tiling import translate_large
 
@@ -66,3 +68,26 @@ def test_seam_score_finds_the_right_grid():
         and abs(scores[0] - 0.0774) < 0.01
         and max(map(abs, scores[1:])) < 0.02
     )
+
+class Convolved(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.all, self.sizes = Convolutions(), []
+    def forward(self, x):
+        self.sizes.append(tuple(x.shape[-2:]))
+        return self.all.translate(x)
+
+def test_the_pairs_of_large_images_are_made_in_tiles(monkeypatch):
+    """More pixels than a generator is given at once, and a side above that of a tile: the same
+    result away from borders, from smaller images"""
+    image = np.random.default_rng(0).integers(0, 256, (32, 1100, 3), dtype=np.uint8)
+    whole, tiled = (ModuleGenerator(Convolved(), activation=lambda y: y) for _ in range(2))
+    expected = makers._translate(whole, [image], None)
+    assert whole.module.sizes == [(32, 1104)]
+    monkeypatch.setattr(makers, "_PIXELS", 32*1099)
+    made = makers._translate(tiled, [image, image], None)
+    assert {w for _, w in tiled.module.sizes} == {1024} and made.shape == (2, 32, 1100, 3)
+    assert (made[0] == made[1]).all()
+    # the tiles are 0 to 1024 and 76 to 1100; 1024 - 76 of their pixels overlap, and rise over 128
+    far = [*range(0, 76), *range(1024, 1088)]
+    assert abs(made[0, :, far].astype(int) - expected[0, :, far]).max() <= 1

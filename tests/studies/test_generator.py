@@ -446,7 +446,7 @@ def test_what_cannot_be_judged_is_told_and_the_generator_is_kept(folder, tmp_pat
     assert "no measure fits" in (tmp_path/"g"/"report.html").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="less than 32 pixels"):
         train(
-            copy(folder / "pairs", tmp_path / "small", lambda image, side: image.resize((24, 24))),
+            copy(folder / "pairs", tmp_path / "small", lambda image, side: image.resize((24, 24), 0)),
             tmp_path / "h",
             **SMALL,
         )

@@ -47,6 +47,7 @@ GRAY = "; the window -1000 to 1000 makes its foreground one gray"
 @pytest.mark.parametrize("change, says", [
     (lambda ct: (ct + 1100)/2500, r"from 0\.\d+ to 0\.\d+" + GRAY),
     (lambda ct: np.clip(ct, -1000, 400)/1000, "from -1 to 0.4" + GRAY),
+    (lambda ct: padded(ct + 1100, -2000), r"from -2000 to \d+.*, and 100\.0% of its voxels.*no air"),
     (lambda ct: np.maximum(ct + 1024, 0), r"from 0 to \d+.*, and 100\.0% of its voxels.*no air"),
 ])
 def test_a_window_on_other_units_is_refused(tmp_path, ct, change, says):

@@ -324,6 +324,9 @@ def test_what_is_damaged_or_changed_is_prepared_again(tmp_path, bodies, store):
     shutil.copytree(bodies, source)
     def made(**kw): return prepare_volumes(source, out, **kw).made
     assert (made(), made()) == (4, 0)
+    # killed while it wrote the list
+    (out/".store-x1.json").write_text('{"format"')
+    assert made() == 0 and not list(out.glob(".store*"))
     whole = checksums(VolumeStore(out))
     assert whole == checksums(store)
     for name, damage in (

@@ -252,6 +252,19 @@ def test_masks_are_never_images(tmp_path):
         touch(tmp_path/odd.replace("/", "_"), odd, "other.nii.gz")
         with pytest.raises(ValueError, match="labels without an image"): find_volumes(tmp_path/odd.replace("/", "_"))
 
+@pytest.mark.parametrize("pairs", [
+    {"volume-0": "segmentation-0", "volume-1": "segmentation-1", "volume-10": "segmentation-10"},
+    {"img/img0001": "label/label0001", "img/img0002": "label/label0002"},
+    {"case_0/imaging": "case_0/segmentation", "case_1/imaging": "case_1/segmentation"},
+    {"p1/p1_frame01": "p1/p1_frame01_gt", "p1/p1_frame12": "p1/p1_frame12_gt"},
+    {"train/images/a": "train/labels/a", "test/images/b": "test/labels/b"},
+])
+def test_published_sets_find_their_masks(tmp_path, pairs):
+    touch(tmp_path, *(f"{n}.nii.gz" for n in [*pairs, *pairs.values()]))
+    found = find_volumes(tmp_path)
+    assert {r["name"]: r["label"] for r in found} == {n: f"{m}.nii.gz" for n, m in pairs.items()}
+    assert {r["split"] for r in found} == ({"train", "test"} if "train/images/a" in pairs else {""})
+
 def test_a_name_that_ends_in_t1_is_no_brats(tmp_path):
     touch(tmp_path, "p0_t1.nii.gz", "p0_label.nii.gz", "p1_t1.nii.gz", "p1_label.nii.gz")
     (tmp_path/"subjects.csv").write_text("name,split,subject\np0_t1,train,a\np1_t1,test,b\n")
@@ -309,8 +322,8 @@ def test_a_missing_subject_is_nobody_s_name(tmp_path):
     assert [r["subject"] for r in check_records(records)] == ["a", "b"]
     with pytest.raises(ValueError, match="has the subject 'nan'"):
         check_records([{"name": "a", "image": "a.nii", "subject": "nan"}])
-    (tmp_path/"t.csv").write_text("name,image,Patient\nx_t1,x1.nii,\nx_t2,x2.nii,\n")
-    assert [r["subject"] for r in read_manifest(tmp_path/"t.csv")] == ["x", "x"]
+    (tmp_path/"t.csv").write_text("name,image,Patient\nx1_t1,x1.nii,\nx1_t2,x2.nii,\n")
+    assert [r["subject"] for r in read_manifest(tmp_path/"t.csv")] == ["x1", "x1"]
 
 def test_what_was_decided_is_printed_once_and_kept(tmp_path, capsys):
     for n in ("p1_t1", "p1_t2", "p2_t1"): save(tmp_path/f"in/{n}.nii", ball())

@@ -26,6 +26,7 @@ from ...core.runs import EVERY_BYTE
 from ...data.folders import image_folder, pair_folders
 from ...data.splits import check_images, set_hash
 from ...evaluate.features import colour_histogram
+from ...pairs.examples import check_pairs
 from ...pairs.generators import load_generator
 from ...pairs.privileged import refuse_overlap
 from .arms import ARMS, choose_arms
@@ -149,6 +150,7 @@ def read_inputs(
     if scaled: um = scales(s, scaled[0], real, given)
     data = load_tiles(s.tiles, s.size, s.group_column, s.on_bad)
     if real: real = check_images(real, on_bad=s.on_bad)[0]
+    if real and not given: check_pairs(real)
     _refuse_evaluated_patients(data, real, given)
     _refuse_few(data)
     if s.epochs:

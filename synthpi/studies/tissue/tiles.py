@@ -88,6 +88,7 @@ def load_tiles(
         "skipped": checked["bad"],
         "sizes": checked["sizes"],
         "modes": checked["modes"],
+        "read": checked["read"],
         "fingerprint": set_hash(ds),
     }
     return TileSet(part["train"], images, labels, groups, classes, shifted, summary)

@@ -307,6 +307,7 @@ def _facts(study, labels):
         "crop_mm": (spacing*s.size).round(2).tolist(),
         "frame": study.frame,
         "frame_because": study.why,
+        "decided": study.store.decided,
         "not_used": len(study.inputs.records) - sum(map(len, volumes.values())),
         "labels": {str(v): n for v, n in labels.items()},
     }

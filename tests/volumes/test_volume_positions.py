@@ -52,14 +52,25 @@ def dicom(folder, values, affine):
     numbers = np.random.default_rng(0).permutation(values.shape[2])
     return series_of(folder/"x", pixels, affine, numbers, lambda k: {"RescaleSlope": 2.**-16})
 
+def meta(folder, values, affine):
+    import itk
+    a = LPS @ affine
+    size = np.linalg.norm(a[:3, :3], axis=0)
+    image = itk.image_from_array(np.ascontiguousarray(values.T))
+    image.SetSpacing(size.tolist())
+    image.SetOrigin(a[:3, 3].tolist())
+    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(a[:3, :3]/size)))
+    itk.imwrite(image, str(folder/"x.mha"))
+    return folder/"x.mha"
+
 FORMATS = {
-    "nifti": nifti, "micron": micron, "dicom": dicom,
+    "mha": meta, "nifti": nifti, "micron": micron, "dicom": dicom,
     "RAS": nrrd_in("RAS", (1, 1, 1), "mm"),
     "right-anterior-superior": nrrd_in("right-anterior-superior", (1, 1, 1), "um"),
     "LAS": nrrd_in("left-anterior-superior", (-1, 1, 1), "mm"),
     "LPS": nrrd_in("LPS", (-1, -1, 1), "mm"),
 }
-NEEDS = {"dicom": "pydicom", "nifti": "nibabel", "micron": "nibabel"}
+NEEDS = {"mha": "itk", "dicom": "pydicom", "nifti": "nibabel", "micron": "nibabel"}
 
 @pytest.mark.parametrize("kind", AFFINES)
 @pytest.mark.parametrize("form", FORMATS)
