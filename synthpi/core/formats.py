@@ -53,7 +53,8 @@ def _pages(image):
     with TiffFile(image.filename or image.fp) as tiff: return 1 + sum(not p.is_reduced for p in tiff.pages[1:])
 
 def _planes(tags):
-    "How many planes the description of ImageJ or OME speaks of."
+    "How many planes the description of ImageJ or OME speaks of, or a TIFF of a volume holds."
+    if tags.get(32997, 1) > 1: return tags[32997]
     text = str(tags.get(270, ""))
     if text.startswith("ImageJ="): return max(map(int, re.findall(r"images=(\d+)", text)), default=1)
     if "<OME" not in text[:2000]: return 1
@@ -65,7 +66,8 @@ def _wrong_tags(image):
     tags = image.tag_v2
     bits, channels = max(tags.get(258, (1,))), tags.get(277, 1)
     read = len(image.getbands())
-    if tags.get(284, 1) == 2 and channels > 1 and bits > 8:
+    # with compression, libtiff reads it, and rightly
+    if tags.get(284, 1) == 2 and channels > 1 and bits > 8 and tags.get(259, 1) == 1:
         return f"is a TIFF with its {channels} channels of {bits} bits one after another (planar)"
     if tags.get(262) == 0 and bits > 8: return f"is a TIFF of {bits} bits in which white is 0"
     if max(tags.get(339, (1,))) == 2 and bits == 8: return "is a TIFF of signed 8-bit numbers"
@@ -187,8 +189,8 @@ def brightest(
     image:Image.Image, # As `read_picture` gives it
     bits:int, # As `read_picture` gives it
 )->int|None: # From 0 to 65535; None for a file of 8 bits
-    "The largest value of an image of 16 bits."
-    if bits != 16 or image.mode == "F": return None
+    "The largest value of an image of 16 bits or more."
+    if bits < 16 or image.mode == "F": return None
     top = max(high for _, high in _extrema(image))
     # of colours Pillow keeps the upper byte
     return top if image.mode.startswith("I") else top*256 + 255*(top > 0)
