@@ -43,8 +43,9 @@ def _inspect(value, min_px):
         height, width = to_rgb(image).shape[:2]
     # whatever a decoder may raise; the row is named by its path already
     except Exception as error:
-        kind = type(error.__cause__ or error).__name__
-        return {"error": f"{kind}: {str(error).removeprefix(str(value['path']) + ' ').rstrip('.')}"}
+        kind, name = type(error.__cause__ or error).__name__, f"{value['path']} "
+        said = str(error).rstrip(".")
+        return {"error": f"{kind}: {said.replace(name, 'the file ', 1) if said.startswith(name) else said}"}
     if min(height, width) < min_px:
         return {"error": f"{height}x{width} pixels, fewer than {min_px}"}
     size = len(value["bytes"]) if value["bytes"] is not None else os.path.getsize(value["path"])
