@@ -87,7 +87,7 @@ Modules:
 - `synthpi.pairs.graphs`: Graphs are read before they run, and run only if they do nothing but compute
 - `synthpi.pairs.kid`: How far a set of synthetic images is from the set of true ones
 - `synthpi.pairs.makers`: From tiles to images on the disk: read ahead, translate, write behind
-- `synthpi.pairs.masks`: Masks that say the opposite, or more than they mean, are recognised before a generator learns from them
+- `synthpi.pairs.masks`: Inverted, blurred and lossy masks are recognised before they train anything
 - `synthpi.pairs.measures`: Agreement of nuclei, edges, seams and checkerboards of one image
 - `synthpi.pairs.objectives`: What a generator learns from: pairs, or two sets that are not paired
 - `synthpi.pairs.privileged`: The synthesised privileged column: made once, checked, and with a history

@@ -214,7 +214,8 @@ def hold_folder(
         ) from None
     try:
         _sweep(out)
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        name = Path(sys.argv[0]).name.replace("__main__.py", "synthpi")
+        command = shlex.join([name, *sys.argv[1:]])
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         who = {"process": os.getpid(), "host": socket.gethostname(), "command": no_home(command)}
         write_json(out/".held", who | {"since": since})

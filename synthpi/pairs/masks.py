@@ -1,4 +1,4 @@
-"""Masks that say the opposite, or more than they mean, are recognised in time
+"""Inverted, blurred and lossy masks are recognised before they train anything
 
 A mask is read as "above 0 is foreground". That goes wrong where 0 is the nucleus, where a palette begins
 with white, where 255 means "not drawn", and where compression or smoothing has left small values at

@@ -35,7 +35,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from ..core.checks import one_of, positive
-from ..core.groups import multinomial_counts
+from ..core.groups import check_groups, multinomial_counts
 from ..core.images import to_rgb
 from .kid import embed_images, kid, PhantomEncoder
 from .measures import _scores_of, MEASURES
@@ -112,6 +112,7 @@ def _read(pairs, true, groups, sampling):
     _check_sizes(images, index)
     grouped = groups is not None
     owners = [groups[int(i)] for i in index] if grouped else list(range(len(index)))
+    if grouped: check_groups(owners)
     return _Judged(index, images, owners, grouped)
 
 # %% ../../nbs/pairs/quality.ipynb #b1bda4bf

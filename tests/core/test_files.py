@@ -47,7 +47,9 @@ def test_a_second_process_is_told_who_holds_a_folder_and_a_dead_one_holds_nothin
     finally: other.kill()
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shell", ("doctor | true", "doctor >&- 2>&-", "tissue --tiles none --out x 2>&-", "--help | head -1"))
+@pytest.mark.parametrize("shell", (
+    "doctor | true", "doctor >&- 2>&-", "tissue --tiles none --out x 2>&-", "--help | head -1",
+))
 def test_output_that_nobody_reads_is_no_traceback(shell, tmp_path):
     command = f"{sys.executable} -m synthpi {shell}"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)

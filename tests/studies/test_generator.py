@@ -272,7 +272,7 @@ def test_another_training_does_not_overwrite(folder, tmp_path):
     first = train(folder/"pairs", tmp_path/"g", **SMALL)
     with (
         FileLock(tmp_path / "g" / ".lock"),
-        pytest.raises(ValueError, match="another training is running"),
+        pytest.raises(ValueError, match="is in use by another process"),
     ):
         train(folder / "pairs", tmp_path / "g", **SMALL)
     with pytest.raises(ValueError, match="another study.*steps was 4, is 5"):

@@ -12,6 +12,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/studies/volumes/inputs.html.md"""
 __all__ = ['study_records', 'VolumeInputs', 'read_volumes']
 
 # %% ../../../nbs/studies/volumes/inputs.ipynb #7e3d74ae
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +38,11 @@ def _with_labels(records, labels):
             "give each its label, or leave --labels away."
         )
     labels = not without if labels is None else labels
-    return records if labels else [{**r, "label": ""} for r in records], labels
+    if labels: return records, labels
+    # a copy keeps what was decided about the folder
+    bare = deepcopy(records)
+    for r in bare: r["label"] = ""
+    return bare, labels
 
 def _enough_subjects(records, labels):
     "Refuse a division that no probe can be fitted or scored on."
