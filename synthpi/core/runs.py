@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import socket
@@ -185,14 +184,6 @@ def claim_folder(
     return False
 
 # %% ../../nbs/core/runs.ipynb #e5979bcc
-_LEFT = re.compile(r"\..+-[a-z0-9_]{8}(\.\w+)?") # names of `atomic_path`
-
-def _sweep(folder):
-    "Remove what killed processes have left, but not in what other runs may share."
-    for path in folder.iterdir():
-        if path.is_dir() and path.name not in _KEEPS and not path.is_symlink(): _sweep(path)
-        elif path.is_file() and _LEFT.fullmatch(path.name): path.unlink(missing_ok=True)
-
 def _holder(out):
     "Who holds a folder, in words."
     try: who = read_json(out/".held")
@@ -213,7 +204,7 @@ def hold_folder(
             f"the folder {out} is in use by {_holder(out)}: wait for it, or choose another folder."
         ) from None
     try:
-        _sweep(out)
+        remove_unfinished(out)
         name = Path(sys.argv[0]).name.replace("__main__.py", "synthpi")
         command = shlex.join([name, *sys.argv[1:]])
         since = time.strftime("%Y-%m-%d %H:%M:%S")
