@@ -15,7 +15,8 @@ from PIL import Image
 
 from synthpi.core import figures as core_figures
 from synthpi.studies import figures, page as report
-from synthpi.studies.tissue import report as tissue_report
+from synthpi.studies.tissue.images import quality_section
+from synthpi.studies.tissue.verdict import verdict
 from synthpi.data.phantoms import pair_phantoms
 from synthpi.pairs.quality import damage, pair_quality
 from synthpi.studies.page import Report
@@ -374,7 +375,7 @@ def judged_section(tmp_path, how):
         for x, y, m, g in zip(pairs.image, second, pairs.mask, pairs.patient_id)
     ]
     r = Report("t")
-    tissue_report._quality(
+    quality_section(
         r,
         {
             "tiles": (pair_quality(records, kind="mask", um_per_px=0.5, n_boot=50), records, None),
@@ -414,7 +415,7 @@ def test_collapse_is_said_aloud(tmp_path):
 
 def test_what_was_not_judged_is_said_with_its_reason():
     r = Report("t")
-    tissue_report._quality(r, {"tiles": (None, [], "pair 0 has 24 pixels")})
+    quality_section(r, {"tiles": (None, [], "pair 0 has 24 pixels")})
     assert "not judged, because pair 0 has 24 pixels" in str(r.sections) and not r.pngs
 
 
@@ -461,14 +462,14 @@ BEATS = ratio("random_encoder", 1.5, 2.5)
 
 
 def test_yes_needs_groups_seeds_and_more_than_no_training():
-    said = tissue_report.verdict(study_of(HELPS, BEATS))
+    said = verdict(study_of(HELPS, BEATS))
     assert (
         said.startswith("**Yes, on these tiles:** with each arm")
         and "hint" not in said
         and "calls it a finding" not in said
     )
     assert (
-        "Against `random_encoder`, the best arm without training, TriDeNT's error ratio is 2.00 "
+        "Against *Untrained encoder*, the best arm without training, TriDeNT's error ratio is 2.00 "
         "[1.50, 2.50]. " in said + " "
     )
 
@@ -484,26 +485,26 @@ def test_yes_needs_groups_seeds_and_more_than_no_training():
         (
             {},
             (ratio("random_encoder", 1.001, 1.12),),
-            "not shown to be better than `random_encoder`, which was not trained",
+            "not shown to be better than *Untrained encoder*, which was not trained",
         ),
-        ({}, (), "not shown to be better than `random_encoder`, which was not trained"),
+        ({}, (), "not shown to be better than *Untrained encoder*, which was not trained"),
         (
             {},
             (
                 ratio("random_encoder", 1.5, 2.5, tiles="stain-shifted"),
                 ratio("random_encoder", 1.5, 2.5, "weak"),
             ),
-            "not shown to be better than `random_encoder`, which was not trained",
+            "not shown to be better than *Untrained encoder*, which was not trained",
         ),
         (
             {"colour_histogram": 0.6},
             (BEATS, ratio("colour_histogram", 0.9, 1.2)),
-            "not shown to be better than `colour_histogram`, which was not trained",
+            "not shown to be better than *Colour histogram*, which was not trained",
         ),
         (
             {"mean_rgb": 0.6},
             (BEATS,),
-            "not shown to be better than `mean_rgb`, which was not trained",
+            "not shown to be better than *Mean colour*, which was not trained",
         ),
         (
             {"mean_rgb": 0, "colour_histogram": 0, "random_encoder": 0},
@@ -513,7 +514,7 @@ def test_yes_needs_groups_seeds_and_more_than_no_training():
     ],
 )
 def test_less_is_a_hint_that_names_what_is_lacking(changes, ratios, lacking):
-    said = tissue_report.verdict(study_of(HELPS, *ratios, **changes))
+    said = verdict(study_of(HELPS, *ratios, **changes))
     assert (
         said.startswith(
             f"**A hint, not a finding** ({lacking}): the second image seems to help; with each arm"
@@ -527,10 +528,10 @@ def test_less_is_a_hint_that_names_what_is_lacking(changes, ratios, lacking):
 
 
 def test_harm_needs_groups_and_seeds_but_no_baseline():
-    assert tissue_report.verdict(study_of(HARMS)).startswith(
+    assert verdict(study_of(HARMS)).startswith(
         "**No, on these tiles it does harm:** "
     )
-    said = tissue_report.verdict(study_of(HARMS, seeds=1))
+    said = verdict(study_of(HARMS, seeds=1))
     assert said.startswith(
         "**A hint, not a finding** (1 training seed): the second image seems to do harm; "
     ) and said.endswith("8 test groups and 3 training seeds on.")
@@ -541,10 +542,10 @@ def test_harm_needs_groups_and_seeds_but_no_baseline():
     [OPEN, ratio("siamese_unprivileged", 1.004, 1.2), ratio("siamese_unprivileged", 0.8, 0.996)],
 )
 def test_an_interval_that_holds_1_as_printed_is_open(row):
-    said = tissue_report.verdict(study_of(row, BEATS, groups=4, seeds=1))
+    said = verdict(study_of(row, BEATS, groups=4, seeds=1))
     assert (
         said.startswith("**No difference was shown:** ")
-        and "holds 1" in said
+        and "contains 1" in said
         and "the best arm without training" in said
         and "hint" not in said
     )
@@ -552,7 +553,7 @@ def test_an_interval_that_holds_1_as_printed_is_open(row):
 
 def test_the_ratio_to_no_training_is_told_in_every_case():
     def told(*rows, **k):
-        return tissue_report.verdict(study_of(OPEN, *rows, **k))
+        return verdict(study_of(OPEN, *rows, **k))
 
     assert "2.00 [1.50, 2.50]." in told(BEATS)
     assert "[0.90, 1.20]: it is not shown that training helped at all." in told(
@@ -560,7 +561,7 @@ def test_the_ratio_to_no_training_is_told_in_every_case():
     )
     assert "[0.50, 0.90]: training made it worse." in told(ratio("random_encoder", 0.5, 0.9))
     assert (
-        "The best arm without training is `mean_rgb`, 60.0 % [58.0, 62.0]; the results hold no "
+        "The best arm without training is *Mean colour*, 60.0 % [58.0, 62.0]; the results have no "
         "ratio" in told(BEATS, mean_rgb=0.6)
     )
     assert "without training" not in told(mean_rgb=0, colour_histogram=0, random_encoder=0)
@@ -570,7 +571,7 @@ def test_the_ratio_to_no_training_is_told_in_every_case():
 
 
 def test_other_settings_and_tiles_are_told_and_a_study_without_the_pair_says_so():
-    said = tissue_report.verdict(
+    said = verdict(
         study_of(
             HELPS,
             BEATS,
@@ -582,6 +583,6 @@ def test_other_settings_and_tiles_are_told_and_a_study_without_the_pair_says_so(
     assert (
         "With strong colour augmentation of both, the ratio is 1.00 [0.95, 1.05]." in said
         and "On test tiles in other stains it is 1.20 [1.10, 1.30]." in said
-        and "that of `supervised`, 90.0 %" in said
+        and "that of *Supervised*, 90.0 %" in said
     )
-    assert tissue_report.verdict(study_of(BEATS)).startswith("The study has no pair")
+    assert verdict(study_of(BEATS)).startswith("The study has no pair")
