@@ -182,12 +182,15 @@ def _patients(groups):
     "The groups of tiles; None where all tiles are of one, or each of its own."
     return groups if 1 < len(set(groups)) < len(groups) else None
 
+def _mapped(arms):
+    "The arms that are mapped: three at most, or those that there are."
+    return [n for n in ("siamese_unprivileged", "trident", "supervised") if n in arms] or list(arms)
+
 def _map_section(report, data, encoders, seed):
     "How up to three encoders arrange the test tiles."
     y, groups = data.labels["test"], _patients(data.groups["test"])
-    names = [n for n in ("siamese_unprivileged", "trident", "supervised") if n in encoders]
     found = {}
-    for n in names or encoders:
+    for n in _mapped(encoders):
         features = extract_features(encoders[n], data.images["test"])
         found[LABELS[n]] = embedding_map(features, seed=seed, labels=y, groups=groups)
     maps = align_maps(found)
