@@ -115,12 +115,15 @@ Modules:
 - `synthpi.studies.synthesise`: A folder of tiles and a generator to a cache of pairs, the first ones shown early
 - `synthpi.studies.synthesise_settings`: Which tiles, which generator, at which scale
 - `synthpi.studies.tissue.arms`: What a study compares: one name for one way of getting features
+- `synthpi.studies.tissue.images`: The two sections of the report that show synthetic images, and say how good they are
 - `synthpi.studies.tissue.inputs`: Everything is read and checked before anything is written
 - `synthpi.studies.tissue.report`: What a study found, as one page that a person likes to read
+- `synthpi.studies.tissue.results`: The sections of the report that compare the arms: accuracies, error ratios, classes
 - `synthpi.studies.tissue.scores`: From the predictions of all arms to numbers with intervals
 - `synthpi.studies.tissue.settings`: The arguments of the study of tiles, said once
 - `synthpi.studies.tissue.study`: Does a synthetic second image help? Every arm, on your tiles, in one call
 - `synthpi.studies.tissue.tiles`: The tiles of a study: read, split, guarded, and scored by one probe
+- `synthpi.studies.tissue.verdict`: One paragraph that answers the question, in words that follow from the intervals
 - `synthpi.studies.volumes.arms`: What a study of volumes compares: ways of getting features of a crop
 - `synthpi.studies.volumes.figures`: Where crops lie, and where a probe says that they lie
 - `synthpi.studies.volumes.inputs`: Which volumes, which subjects are for training, and what cannot work
