@@ -13,12 +13,6 @@ NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoin
 MODULES = sorted(p for p in (ROOT/"synthpi").rglob("*.py") if p.name != "_modidx.py")
 BODY = CELL = 40
 
-# Rooms that are still to be split. A room that is within the limits leaves the list: a test asks.
-LONG_BODIES = set("""
-""".split())
-LONG_CELLS = set("""
-""".split())
-
 def name(path): return path.relative_to(ROOT).with_suffix("").as_posix()
 
 def test_ruff_finds_nothing():
@@ -65,7 +59,7 @@ def bodies(module):
 @pytest.mark.parametrize("module", MODULES, ids=name)
 def test_a_function_does_one_thing(module):
     long = [f"{f}: {n} lines" for f, n in bodies(module) if n > BODY]
-    assert bool(long) == (name(module) in LONG_BODIES), long or "short now: take it off the list"
+    assert not long
 
 def exported(path):
     "The exported code cells of a notebook, without their directives"
@@ -77,7 +71,7 @@ def exported(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_a_cell_holds_one_idea(path):
     long = [cell[:80] for cell in exported(path) if len(cell.splitlines()) > CELL]
-    assert bool(long) == (name(path) in LONG_CELLS), long or "short now: take it off the list"
+    assert not long
 
 @pytest.mark.parametrize(
     "path",

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT/"nbs"/"tutorials").glob("*.ipynb"))
-LIBRARIES = {"synthpi", "numpy", "torch", "matplotlib", "PIL"}       # and the standard library
+LIBRARIES = {"synthpi", "numpy", "torch", "matplotlib", "PIL", "datasets"}       # and the standard library
 INSTALL = '''import subprocess, sys
 
 if "google.colab" in sys.modules:  # Colab keeps its own torch
