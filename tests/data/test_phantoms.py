@@ -74,6 +74,7 @@ def random_encoder(images, calibrated):
             [encoder.train()(tensor(images[i :: len(images) // 256])) for i in range(8)]
     return encode(encoder, images)
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, features, limit",
     [

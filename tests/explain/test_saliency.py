@@ -209,7 +209,9 @@ def volume_networks():
     return nets
 
 
-@pytest.mark.parametrize("name", ["plain", "resnet10_narrow", "densenet121"])
+@pytest.mark.parametrize(
+    "name", ["plain", "resnet10_narrow", pytest.param("densenet121", marks=pytest.mark.slow)]
+)
 def test_equals_the_formula_in_volumes(name):
     net, layer, shape = volume_networks()[name]
     # a DenseNet adds so many float32 numbers in another order that little could be told
