@@ -11,7 +11,7 @@ Docs: https://synthpi.github.io/synthpi/nbs/cli/app.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Out', 'Seeds', 'Overwrite', 'Device', 'Workers', 'first', 'leave_group', 'told', 'quiet_streams',
-           'check_processes', 'share_cores', 'names', 'command_line', 'flags']
+           'check_processes', 'share_cores', 'command_line', 'flags']
 
 # %% ../../nbs/cli/app.ipynb #982b627c
 import contextlib
@@ -153,12 +153,6 @@ def share_cores(
     return workers
 
 # %% ../../nbs/cli/app.ipynb #9216a2bb
-def names(
-    text:str|None, # Names separated by commas
-)->list[str]|None: # Without the spaces around them; None for nothing
-    "What an option holds that may name several things."
-    return [n.strip() for n in text.split(",") if n.strip()] if text else None
-
 def _without_place(argument):
     "An argument without the folders that lead to where it is, which name users and projects."
     flag, equals, path = argument.rpartition("=")

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from ..core.checks import setting, Settings
-from .volumes.settings import _names
+from ..core.checks import comma_separated, setting, Settings
 
 # %% ../../nbs/studies/embeddings_settings.ipynb #7d18bda9
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class EmbedSettings(Settings):
     stride:int|Sequence[int]|None = setting(None, shown=(Optional[int], None, 1))
     split:str|None = setting(None, shown=Optional[str]) # Only the volumes of this split.
     # center (the label of the middle voxel), any (voxels of each label), or center,any.
-    labels:str|Sequence[str]|None = setting(None, shown=Optional[str], read=_names)
+    labels:str|Sequence[str]|None = setting(None, shown=Optional[str], read=comma_separated)
     # What places are counted in, as in synthpi volumes; default: that of training, or world_mm.
     frame:str|None = setting(None, shown=Optional[str])
     # Crops with this share of foreground or less are left out; -1 keeps all.

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from ...core.checks import setting, Settings
+from ...core.checks import comma_separated, setting, Settings
 
 # %% ../../../nbs/studies/volumes/settings.ipynb #f2d7345c
-def _names(text): return [n.strip() for n in text.split(",") if n.strip()] if text else None
-
 def _first(n): return tuple(range(n))
 
 def read_window(
@@ -47,7 +45,7 @@ class VolumePlan(Settings):
     # Judge the arms on regions from the voxels' labels; default: if every volume has them.
     labels:bool|None = None
     # Names, separated by commas; default: all that the inputs allow.
-    arms:Sequence[str]|None = setting(None, read=_names, shown=Optional[str])
+    arms:Sequence[str]|None = setting(None, read=comma_separated, shown=Optional[str])
     # Trainings of every arm, with seeds 0, 1, ...
     seeds:Sequence[int] = setting((0,), read=_first, shown=(int, 1))
     steps:int = setting(300, least=1) # Optimiser steps of every trained arm.
